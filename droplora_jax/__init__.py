@@ -1,0 +1,42 @@
+"""Fine-tune LLaMA-family models with DropLoRA in JAX.
+
+    model = dl.load("path/or/hub-id", mesh=mesh)                # hub.py: a folder onto the mesh
+    model = dl.inject(model, dl.DropLoRA(rank=32), key=key)     # surgery.py, adapters/
+    graphdef, adapters, mask_keys, frozen = dl.split(model)     # differentiate `adapters` only
+    model = dl.masked(model, step_key, rows=row_ids)            # masks on, for one step
+    plain = dl.merge(model)                                     # adapters folded in
+    dl.save_merged(model, out_dir)                              # export/: Hugging Face, PEFT
+
+The method itself is `lowrank.py`. Above the pure functions (`ops`, `rope`, `prng`, `sharding`)
+stand the model (`models/`), the data (`data/`), the step (`step.py`), checkpoints
+(`checkpoint.py`), the loop (`train.py`), a run's configuration (`run.py`) and the command line
+(`cli.py`).
+"""
+
+from droplora_jax.adapters import DropLoRA, LinearSpec, MaskKey, linear_spec
+from droplora_jax.errors import InputError
+from droplora_jax.export import load_adapter, save_adapter, save_merged
+from droplora_jax.hub import load
+from droplora_jax.prng import root_key
+from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.surgery import draw, inject, masked, merge, split
+
+__all__ = [
+    "DropLoRA",
+    "InputError",
+    "LinearSpec",
+    "MaskKey",
+    "MeshConfig",
+    "draw",
+    "inject",
+    "linear_spec",
+    "load",
+    "load_adapter",
+    "make_mesh",
+    "masked",
+    "merge",
+    "root_key",
+    "save_adapter",
+    "save_merged",
+    "split",
+]

@@ -1,0 +1,245 @@
+"""What every adapter kind has in common: a frozen linear layer seen as an einsum, and its keys.
+
+A new kind is one file beside this one (a frozen configuration with `adapt`, and the `Adapter`
+that it makes) and one line in `ADAPTERS`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from droplora_jax.errors import InputError
+
+Path = tuple[str | int, ...]
+
+# `paper`: the layers that the published numbers adapt, not the attention output and not the gate.
+NAMED_TARGETS = {"paper": r"(^|\.)(q|k|v|up|down)_proj$", "all-linear": r""}
+
+
+class MaskKey(nnx.Variable):
+    """The keys of one adapter's rank mask, [*stack, n]; n = 0 means no mask (evaluation).
+
+    Filled for one step by `droplora_jax.draw`. The metadata `granularity` is None where the
+    adapter never draws.
+    """
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer `inputs, kernel -> outputs` in einsum letters.
+
+    Attributes:
+      inputs, kernel, outputs: subscripts, such as `...i`, `io`, `...o`.
+      axes: axes of the input that hold the contracted letters, if they are not the last ones.
+      attribute: the layer's attribute with the kernel variable.
+    """
+
+    inputs: str
+    kernel: str
+    outputs: str
+    axes: tuple[int, ...] = ()
+    attribute: str = "kernel"
+
+    @property
+    def contracted(self) -> str:
+        return "".join(c for c in self.kernel if c in self.inputs and c not in self.outputs)
+
+    @property
+    def produced(self) -> str:
+        return "".join(c for c in self.kernel if c in self.outputs and c not in self.inputs)
+
+    @property
+    def batched(self) -> str:
+        return "".join(c for c in self.kernel if c in self.outputs and c in self.inputs)
+
+    @property
+    def rank(self) -> str:
+        used = self.inputs + self.kernel + self.outputs
+        return next(c for c in "r" + string.ascii_letters if c not in used)
+
+    @property
+    def a(self) -> str:
+        return self.batched + self.contracted + self.rank
+
+    @property
+    def b(self) -> str:
+        return self.batched + self.rank + self.produced
+
+    @property
+    def hidden(self) -> str:
+        """`x @ A`: what the input has beside the contracted letters, and the rank last."""
+        return "".join(c for c in self.inputs if c not in self.contracted) + self.rank
+
+    @property
+    def down(self) -> str:
+        return f"{self.inputs},{self.a}->{self.hidden}"
+
+    @property
+    def up(self) -> str:
+        return f"{self.hidden},{self.b}->{self.outputs}"
+
+    @property
+    def product(self) -> str:
+        """`A @ B` in the kernel's own order, whatever axes are stacked in front."""
+        return f"...{self.a},...{self.b}->...{self.kernel}"
+
+    def stack(self, kernel: Array) -> tuple[int, ...]:
+        """The leading axes of a stacked kernel."""
+        return kernel.shape[: kernel.ndim - len(self.kernel)]
+
+    def arrange(self, x: Array) -> Array:
+        """Move the contracted axes of `x` last."""
+        if not self.axes:
+            return x
+        return jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
+
+
+@singledispatch
+def linear_spec(layer: Any) -> LinearSpec | None:
+    """How to read a layer as an einsum; None for anything that is not linear.
+
+    Register another linear type with
+    `@linear_spec.register(MyLinear)` on a function from the layer to its `LinearSpec`.
+    """
+    return None
+
+
+@linear_spec.register(nnx.Linear)
+def _linear(layer: nnx.Linear) -> LinearSpec:
+    return LinearSpec("...i", "io", "...o")
+
+
+@linear_spec.register(nnx.LinearGeneral)
+def _linear_general(layer: nnx.LinearGeneral) -> LinearSpec:
+    if layer.batch_axis:
+        raise InputError(
+            f"nnx.LinearGeneral with batch_axis={dict(layer.batch_axis)} can't be adapted: "
+            "write it as nnx.Einsum, or leave it out of the targets"
+        )
+    axes = tuple(layer.axis) if isinstance(layer.axis, Sequence) else (layer.axis,)
+    features_in = layer.in_features if isinstance(layer.in_features, Sequence) else (0,)
+    features_out = layer.out_features if isinstance(layer.out_features, Sequence) else (0,)
+    letters = iter("abcdefghijklmnopqstuvwxyz")
+    i = "".join(next(letters) for _ in features_in)
+    o = "".join(next(letters) for _ in features_out)
+    return LinearSpec(f"...{i}", i + o, f"...{o}", axes=axes)
+
+
+@linear_spec.register(nnx.Einsum)
+def _einsum(layer: nnx.Einsum) -> LinearSpec:
+    if layer.einsum_str is None:
+        raise InputError(
+            "nnx.Einsum without an einsum_str of its own can't be adapted: give it one"
+        )
+    operands, outputs = layer.einsum_str.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    return LinearSpec(inputs, kernel, outputs)
+
+
+class Adapter(nnx.Module):
+    """A frozen linear layer and what is trained beside it.
+
+    Subclasses define `__call__` and `merged_kernel`.
+    """
+
+    base: nnx.Module
+    spec: LinearSpec
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        raise NotImplementedError
+
+    def merged_kernel(self, kernel: Array, index: tuple[int, ...] = ()) -> Array:
+        """The float32 kernel that replaces `kernel` at evaluation.
+
+        `index` picks one layer of a stacked adapter, and `kernel` is that layer's.
+        """
+        raise NotImplementedError
+
+    @property
+    def kernel(self) -> nnx.Variable:
+        """The frozen kernel variable of the base."""
+        return getattr(self.base, self.spec.attribute)
+
+    def merged(self) -> nnx.Module:
+        """The base layer with the merged kernel in the base's dtype; the adapter is unchanged."""
+        layer = nnx.merge(*nnx.split(self.base))
+        kernel = getattr(layer, self.spec.attribute)
+        value = kernel.get_value()
+        merged = jax.jit(self.merged_kernel, out_shardings=value.sharding)(value)
+        setattr(layer, self.spec.attribute, kernel.replace(merged.astype(value.dtype)))
+        return layer
+
+
+class AdapterConfig(Protocol):
+    """What `inject` needs of an adapter's configuration."""
+
+    @property
+    def targets(self) -> str | tuple[str, ...]: ...
+
+    def adapt(self, layer: nnx.Module, spec: LinearSpec, path: Path, key: Array) -> Adapter:
+        """Wrap one layer. `key` is the run's `init_key`; fold the path into it."""
+        ...
+
+
+def factor_shardings(kernel: Array, spec: LinearSpec) -> tuple[Any, Any]:
+    """Where A and B lie: A as the kernel's input dimensions, B as its output dimensions.
+
+    The factor that is left without the mesh axis `fsdp` takes it on its long dimension, so that
+    no factor and no optimizer moment is replicated over it. (None, None) for a kernel that is
+    not on a named mesh.
+    """
+    sharding = getattr(kernel, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None, None
+    mesh = sharding.mesh
+    entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
+    stack = len(spec.stack(kernel))
+    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
+    sizes = dict(zip(spec.kernel, kernel.shape[stack:], strict=True))
+
+    def factor(letters: str, long: str) -> NamedSharding:
+        axes = {c: by_letter.get(c) for c in letters}
+        used = {name for entry in [*entries[:stack], *axes.values()] for name in _names(entry)}
+        for c in sorted(long, key=lambda c: -sizes[c]):
+            names = (*_names(axes[c]), "fsdp")
+            parts = 1
+            for name in names:
+                parts *= mesh.shape.get(name, 1)
+            if "fsdp" in mesh.shape and "fsdp" not in used and sizes[c] % parts == 0:
+                axes[c] = names
+                break
+        return NamedSharding(mesh, PartitionSpec(*entries[:stack], *(axes[c] for c in letters)))
+
+    return factor(spec.a, spec.contracted), factor(spec.b, spec.produced)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def factor_shapes(
+    kernel: Array, spec: LinearSpec, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B for one kernel, stack axes in front."""
+    stack = spec.stack(kernel)
+    sizes = dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
+    sizes[spec.rank] = rank
+    a, b = (stack + tuple(sizes[c] for c in letters) for letters in (spec.a, spec.b))
+    return a, b
+
+
+def place(make: Any, sharding: Any) -> Array:
+    """Run `make()` so that its result is born with `sharding`."""
+    return jax.jit(make, out_shardings=sharding)()

@@ -1,0 +1,199 @@
+"""A Hugging Face folder to a sharded model, tensor slice by tensor slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from numpy.typing import DTypeLike
+
+from droplora_jax.errors import InputError
+from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
+from droplora_jax.models.decoder import LOGICAL_AXES
+from droplora_jax.sharding import make_mesh, named_sharding
+from droplora_jax.surgery import dotted
+from droplora_jax.weights import TensorFiles, open_folder, read_json
+
+# The files of a hub repository that are fetched: no pickles, no other frameworks' weights.
+HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    remat: Remat = "nothing",
+    revision: str | None = None,
+    ignore_config_keys: Sequence[str] = (),
+) -> Decoder:
+    """Load a Hugging Face folder or hub id straight onto the mesh.
+
+    Args:
+      path: a folder with `config.json` and safetensors, or a hub id.
+      mesh: where the weights go; default: all local devices along `fsdp`.
+      dtype: of the weights and the activations.
+      remat: what a layer's forward pass saves for its backward pass.
+      revision: branch, tag or commit of a hub id.
+      ignore_config_keys: unknown keys of `config.json` known to change nothing.
+
+    Raises:
+      InputError: a folder, key or tensor that is missing, broken or not supported.
+    """
+    folder = resolve(path, revision)
+    family, config = read_config(folder, ignore_config_keys)
+    mesh = mesh or make_mesh(devices=jax.local_devices())
+    source = Source(str(folder if Path(path).expanduser().is_dir() else path), revision)
+    model = abstract_model(config, mesh=mesh, dtype=dtype, remat=remat, source=source)
+    weights = open_folder(folder)
+    names = family.tensor_names(config)
+    check_tensors(weights, folder, names, model, family)
+
+    def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
+        leaf = parameter.get_value()
+        name = names[dotted(path)]
+        array = jax.make_array_from_callback(
+            leaf.shape,
+            leaf.sharding,
+            lambda index: _read_slice(weights, name, index, leaf.shape).astype(leaf.dtype),
+        )
+        return parameter.replace(array)
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, nnx.map_state(read, state))
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a path or hub id; a hub id is fetched into huggingface_hub's cache."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    parts = str(path).split("/")
+    if len(parts) != 2 or not all(parts) or str(path).startswith((".", "~")):
+        raise InputError(f"model.path={str(path)!r}: no such folder (a hub id is 'owner/name')")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        fetched = snapshot_download(str(path), revision=revision, allow_patterns=HUB_PATTERNS)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
+        ) from error
+    return Path(fetched)
+
+
+def source_folder(model: Decoder) -> Path:
+    """The folder that a loaded model's weights came from."""
+    if model.source is None:
+        raise InputError("the model was not loaded from a folder, so there is no base to export")
+    return resolve(model.source.path, model.source.revision)
+
+
+def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, ModelConfig]:
+    """The family and shape that a folder's `config.json` describes, every key accounted for."""
+    file = folder / "config.json"
+    hf = read_json(file)
+    model_type = hf.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"{file}: model_type={model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    family.check_keys(hf, str(file), ignore)
+    try:
+        return family, family.model_config(hf)
+    except KeyError as error:
+        raise InputError(f"{file}: lacks the key {error.args[0]!r}") from error
+
+
+def abstract_model(
+    config: ModelConfig,
+    *,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    remat: Remat = "nothing",
+    source: Source | None = None,
+) -> Decoder:
+    """The model with shapes, dtypes and shardings in place of arrays."""
+    model = nnx.eval_shape(
+        lambda: Decoder(
+            config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh, remat=remat, source=source
+        )
+    )
+
+    def place(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
+        leaf = parameter.get_value()
+        sharding = named_sharding(mesh, LOGICAL_AXES[dotted(path)], leaf.shape)
+        return parameter.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, nnx.map_state(place, state))
+
+
+def check_tensors(
+    weights: TensorFiles,
+    folder: Path,
+    names: dict[str, TensorName],
+    model: Decoder,
+    family: Family,
+) -> None:
+    """Raise InputError unless the folder holds the model's tensors, in their shapes, no others."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for path, parameter in nnx.to_flat_state(nnx.state(model)):
+        name = names[dotted(path)]
+        shape = parameter.get_value().shape
+        own_shape = shape[1:] if name.stacked else shape
+        own_shape = own_shape[::-1] if name.transposed else own_shape
+        for layer in range(shape[0] if name.stacked else 1):
+            expected[name.of_layer(layer)] = own_shape
+    found = weights.files
+    if missing := [name for name in expected if name not in found]:
+        raise InputError(
+            f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; "
+            "config.json does not describe these weights, or a shard is missing"
+        )
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise InputError(
+                f"{found[name]}: {name} has shape {list(weights.shape(name))}, "
+                f"but config.json asks for {list(shape)}"
+            )
+    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    for name in found:
+        if name not in expected and name not in tied and not name.endswith(family.buffers):
+            raise InputError(
+                f"{found[name]}: tensor {name} has no place in this model; config.json does not "
+                "describe these weights (biases, more layers, or another architecture?)"
+            )
+
+
+def _read_slice(
+    weights: TensorFiles,
+    name: TensorName,
+    index: tuple[slice, ...],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """The part `index` of a parameter, from the tensors that it is stored in."""
+    if not name.stacked:
+        return _read_tensor(weights, name.pattern, index, name.transposed)
+    layers = range(*index[0].indices(shape[0]))
+    parts = [
+        _read_tensor(weights, name.of_layer(layer), index[1:], name.transposed) for layer in layers
+    ]
+    return np.stack(parts)
+
+
+def _read_tensor(
+    weights: TensorFiles, name: str, index: tuple[slice, ...], transposed: bool
+) -> np.ndarray:
+    if transposed:
+        return weights.read(name, index[::-1]).T
+    return weights.read(name, index)

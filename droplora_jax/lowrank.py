@@ -1,0 +1,109 @@
+"""DropLoRA as pure functions: the whole method, and the file to read first.
+
+    y = x @ W + scale * ((x @ A) * m) @ B        A: [I, R]   B: [R, O]   m: mask over R
+
+While training, `rank_mask` prunes the rank dimension at random (arXiv 2508.17337, section 3), so
+that every step moves through another low-rank subspace. Evaluation and the merge have no mask:
+`W' = W + scale * A @ B`. Without a mask the branch is LoRA (arXiv 2106.09685), exactly.
+
+Letters: `B` batch rows, `T` positions, `R` rank, `I` / `O` a layer's input / output width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+from numpy.typing import DTypeLike
+
+Granularity = Literal["token", "sequence", "step"]
+Sampler = Literal["bernoulli", "exact"]
+
+
+def kept_ranks(rank: int, drop_rate: float) -> int:
+    """How many ranks the `exact` sampler keeps: round((1 - p) * R)."""
+    return round((1.0 - drop_rate) * rank)
+
+
+def rank_mask(
+    mask_key: Key[Array, "*keys"],
+    shape: tuple[int, ...],
+    *,
+    drop_rate: float,
+    granularity: Granularity,
+    sampler: Sampler,
+    rescale: bool,
+    dtype: DTypeLike,
+) -> Float[Array, "*mask"]:
+    """Draw the mask `m` that multiplies `x @ A`; 0 where a rank is dropped.
+
+    Args:
+      mask_key: one key a row, [B], at `token` and `sequence`; at `sequence` also [B, T], one a
+        position, equal within a document; [1] at `step`.
+      shape: the shape of `x @ A`, [B, ..., R].
+      drop_rate: the probability p in [0, 1) that a rank is dropped.
+      sampler: `bernoulli` keeps each rank with probability 1 - p; `exact` keeps
+        round((1 - p) * R) of them, uniformly chosen.
+      rescale: scale what is kept by 1 / (1 - p).
+
+    Returns:
+      A mask that broadcasts against `shape`.
+    """
+    own_shape = shape[1:] if granularity == "token" else shape[-1:]
+
+    def sample(key: Array) -> Array:
+        return _keep(jax.random.bits(key, own_shape, jnp.uint32), drop_rate, sampler)
+
+    for _ in range(mask_key.ndim):
+        sample = jax.vmap(sample)
+    keep = sample(mask_key)  # [*keys, *own_shape]
+
+    missing = max(len(shape) - keep.ndim, 0)
+    keep = keep.reshape(*mask_key.shape, *(1,) * missing, *own_shape)
+    kept_value = 1.0 / (1.0 - drop_rate) if rescale else 1.0
+    return jnp.where(keep, jnp.asarray(kept_value, dtype), jnp.asarray(0, dtype))
+
+
+def _keep(bits: Array, drop_rate: float, sampler: Sampler) -> Bool[Array, "... R"]:
+    if sampler == "bernoulli":
+        return bits >= jnp.uint32(min(round(drop_rate * 2**32), 2**32 - 1))
+    # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
+    order = jnp.argsort(jnp.argsort(bits, axis=-1), axis=-1)
+    return order < kept_ranks(bits.shape[-1], drop_rate)
+
+
+def lowrank_delta(
+    x: Float[Array, "..."],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    *,
+    scale: float,
+    mask: Float[Array, "..."] | None = None,
+    down: str = "...i,ir->...r",
+    up: str = "...r,ro->...o",
+) -> Float[Array, "..."]:
+    """The branch that is added to `x @ W`: `scale * ((x @ A) * m) @ B`, in the dtype of `x`.
+
+    `down` and `up` are the two products as einsums, for kernels that are not a plain [I, O].
+    """
+    h = jnp.einsum(down, x, a.astype(x.dtype))  # [..., R]
+    if mask is not None:
+        h = h * mask
+    return jnp.einsum(up, h, b.astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+
+
+def merged_kernel(
+    w: Float[Array, "..."],
+    a: Float[Array, "..."],
+    b: Float[Array, "..."],
+    *,
+    scale: float,
+    product: str = "ir,ro->io",
+) -> Float[Array, "..."]:
+    """`W + scale * A @ B` in float32, for a single cast to the final dtype by the caller."""
+    f32 = jnp.float32
+    # HIGHEST: on a TPU a float32 product would otherwise run in bfloat16 passes.
+    ab = jnp.einsum(product, a.astype(f32), b.astype(f32), precision=jax.lax.Precision.HIGHEST)
+    return w.astype(f32) + jnp.asarray(scale, f32) * ab

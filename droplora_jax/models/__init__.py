@@ -1,0 +1,9 @@
+"""Model families by Hugging Face `model_type`: a new one is one file and one line here."""
+
+from droplora_jax.models import llama
+from droplora_jax.models.decoder import Decoder, ModelConfig, Remat, Source
+from droplora_jax.models.family import Family, TensorName
+
+FAMILIES: dict[str, Family] = {"llama": llama.FAMILY}
+
+__all__ = ["FAMILIES", "Decoder", "Family", "ModelConfig", "Remat", "Source", "TensorName"]

@@ -1,0 +1,208 @@
+"""One decoder for every family: its configuration says which.
+
+Layers are stacked along a leading axis `L` and run by a scan, so compile time does not grow with
+depth and the compiler gathers sharded weights one layer at a time. Letters: `B` batch, `T`
+position, `D` width, `N` query heads, `K` key/value heads, `H` head width, `F` feed-forward width,
+`V` vocabulary, `L` layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from droplora_jax import ops, rope
+from droplora_jax.sharding import constrain
+
+# What the forward pass of a layer saves for its backward pass.
+Remat = Literal["everything", "dots", "nothing"]
+
+REMAT_POLICIES = MappingProxyType(
+    {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "nothing": jax.checkpoint_policies.nothing_saveable,
+    }
+)
+
+# The logical axes of every parameter, for `sharding.RULES`.
+LOGICAL_AXES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "embed.embedding": ("vocab", "width"),
+        "layers.attention_norm.scale": ("layers", "norm"),
+        "layers.q_proj.kernel": ("layers", "width", "heads"),
+        "layers.k_proj.kernel": ("layers", "width", "heads"),
+        "layers.v_proj.kernel": ("layers", "width", "heads"),
+        "layers.o_proj.kernel": ("layers", "heads", "width"),
+        "layers.mlp_norm.scale": ("layers", "norm"),
+        "layers.gate_proj.kernel": ("layers", "width", "ffn"),
+        "layers.up_proj.kernel": ("layers", "width", "ffn"),
+        "layers.down_proj.kernel": ("layers", "ffn", "width"),
+        "final_norm.scale": ("norm",),
+        "lm_head.kernel": ("width", "vocab"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from: a folder, or a hub id at a revision."""
+
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, and the family (`FAMILIES`) whose tensor names it has."""
+
+    family: str
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    norm_epsilon: float
+    rope: rope.RopeConfig
+    tie_embeddings: bool
+    max_positions: int
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, epsilon: float, *, dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return ops.rms_norm(x, self.scale[...], self.epsilon)
+
+
+class Head(nnx.Module):
+    """The output projection; no `nnx.Linear`, so `all-linear` leaves it alone as PEFT does."""
+
+    def __init__(self, width: int, vocab_size: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(width**-0.5)
+        self.kernel = nnx.Param(init(rngs.params(), (width, vocab_size), dtype))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return x_BTD @ self.kernel[...]
+
+
+class Layer(nnx.Module):
+    """Attention and SwiGLU, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
+        def linear(features_in: int, features_out: int) -> nnx.Linear:
+            return nnx.Linear(
+                features_in, features_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+            )
+
+        c = config
+        self.config, self.mesh = config, mesh
+        self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
+        self.q_proj = linear(c.width, c.heads * c.head_dim)
+        self.k_proj = linear(c.width, c.kv_heads * c.head_dim)
+        self.v_proj = linear(c.width, c.kv_heads * c.head_dim)
+        self.o_proj = linear(c.heads * c.head_dim, c.width)
+        self.mlp_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
+        self.gate_proj = linear(c.width, c.ffn)
+        self.up_proj = linear(c.width, c.ffn)
+        self.down_proj = linear(c.ffn, c.width)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+        segment_ids_BT: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T D"]:
+        x_BTD = x_BTD + self.attend(self.attention_norm(x_BTD), rotation, segment_ids_BT)
+        x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, ("batch", None, None), self.mesh)
+
+    def attend(self, x_BTD, rotation, segment_ids_BT):
+        heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
+        q_BTNH = rope.rotate(self.q_proj(x_BTD).reshape(heads), *rotation)
+        k_BTKH = rope.rotate(self.k_proj(x_BTD).reshape(heads), *rotation)
+        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
+
+    def feed_forward(self, x_BTD):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Decoder(nnx.Module):
+    """A causal language model: `model(tokens, *, positions=None, segment_ids=None) -> logits`.
+
+    Attributes:
+      source: where the weights came from, for the exporters.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        remat: Remat = "nothing",
+        source: Source | None = None,
+    ) -> None:
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked_layers(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs)
+
+        self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
+        self.embed = nnx.Embed(
+            config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        self.layers = stacked_layers(rngs)
+        self.final_norm = RMSNorm(config.width, config.norm_epsilon, dtype=dtype)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config.width, config.vocab_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of every next token.
+
+        Args:
+          positions: rotary positions; by default they restart at 0 with every segment.
+          segment_ids: documents that must not see each other; 0 is padding.
+        """
+        if positions is None:
+            segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            positions = ops.positions_in_segments(segments)
+        rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
+        x_BTD = constrain(self.embed(tokens), ("batch", None, None), self.mesh)
+        x_BTD = self.final_norm(self._run_layers(x_BTD, rotation, segment_ids))
+        logits_BTV = (
+            x_BTD @ self.embed.embedding[...].T
+            if self.config.tie_embeddings
+            else (self.lm_head(x_BTD))
+        )
+        return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)
+
+    def _run_layers(self, x_BTD, rotation, segment_ids):
+        graphdef, state = nnx.split(self.layers)
+
+        def run(x_BTD, layer_state):
+            layer = nnx.merge(graphdef, layer_state)
+            return layer(x_BTD, rotation, segment_ids), None
+
+        if self.remat != "everything":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x_BTD, state)[0]

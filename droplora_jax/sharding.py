@@ -1,0 +1,127 @@
+"""The mesh, the rules from logical axes to mesh axes, and shardings made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from droplora_jax.errors import InputError
+
+# A logical axis that is not listed is an error; `None` means replicated.
+RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "position": None,
+        "layers": None,
+        "width": ("fsdp",),
+        "heads": ("tensor",),
+        "ffn": ("tensor",),
+        "vocab": ("tensor",),
+        "norm": None,
+    }
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if size < 1 and size != -1:
+                raise InputError(f"mesh.{field.name}={size}: must be positive, or -1 for the rest")
+        if self.sizes.count(-1) > 1:
+            raise InputError(f"mesh={self.sizes}: only one axis may be -1 (what is left)")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh `data x fsdp x tensor` over `devices` (default: all), partitioned by the compiler.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(config.sizes)
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // known
+    names = tuple(field.name for field in fields(config))
+    if math.prod(sizes) != len(devices):
+        asked = " x ".join(f"{name}={size}" for name, size in zip(names, config.sizes, strict=True))
+        raise InputError(
+            f"mesh {asked} does not match the {len(devices)} device(s) here: the sizes must "
+            f"multiply to {len(devices)}; set one of them to -1 to take what is left"
+        )
+    axis_types = (AxisType.Auto,) * len(names)
+    return jax.make_mesh(tuple(sizes), names, axis_types=axis_types, devices=devices)
+
+
+def partition_spec(
+    axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
+    """Logical axes to a PartitionSpec.
+
+    With `shape`, a dimension that its mesh axes do not divide is left replicated.
+
+    Raises:
+      InputError: an unknown logical axis, or two that share a mesh axis.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for i, axis in enumerate(axes):
+        if axis is not None and axis not in RULES:
+            raise InputError(f"logical axis {axis!r} has no rule; known: {', '.join(RULES)}")
+        mesh_axes = RULES[axis] if axis is not None else None
+        if mesh_axes and shape is not None and shape[i] % axis_size(mesh, mesh_axes):
+            mesh_axes = None
+        entries.append(mesh_axes)
+    used = [name for entry in entries if entry for name in entry]
+    if len(used) != len(set(used)):
+        raise InputError(f"logical axes {tuple(axes)} map to one mesh axis twice: {entries}")
+    return PartitionSpec(*entries)
+
+
+def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
+    """The number of devices along `names` together."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def named_sharding(
+    mesh: Mesh, axes: Sequence[str | None] = (), shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """The sharding of an array with these logical axes; replicated without any."""
+    return NamedSharding(mesh, partition_spec(axes, mesh, shape))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """Tell the compiler how `x` lies on the mesh; no mesh, no constraint."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+
+def put(tree: dict[str, np.ndarray], axes: Sequence[str | None], mesh: Mesh) -> dict:
+    """Host arrays, the same on every process, to global arrays with these leading logical axes."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        sharding = named_sharding(mesh, [*axes, *[None] * (x.ndim - len(axes))])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

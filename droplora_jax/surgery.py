@@ -1,0 +1,182 @@
+"""Adapters into and out of any nnx module; knows no model.
+
+    model = inject(model, DropLoRA(rank=32), key=init_key)
+    graphdef, adapters, mask_keys, frozen = split(model)
+    model = nnx.merge(graphdef, adapters, draw(mask_keys, step_key, rows=row_ids), frozen)
+    plain = merge(model)
+
+All of them return new views that share arrays with their input, which is left as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int, Key
+
+from droplora_jax import prng
+from droplora_jax.adapters.base import (
+    NAMED_TARGETS,
+    Adapter,
+    AdapterConfig,
+    MaskKey,
+    Path,
+    linear_spec,
+)
+from droplora_jax.errors import InputError
+
+
+def linear_paths(model: nnx.Module) -> list[Path]:
+    """The paths of all layers that can be adapted, in the order of the module graph."""
+    return [
+        path
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Module) and linear_spec(node) is not None
+    ]
+
+
+def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
+    """All adapters by the dotted path of the layer that they wrap."""
+    return {dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, Adapter)}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def inject(model: nnx.Module, config: AdapterConfig, *, key: Key[Array, ""]) -> nnx.Module:
+    """Wrap every targeted linear layer in an adapter.
+
+    Args:
+      model: any nnx module; layers may be in a list, or stacked with leading axes.
+      config: which layers and which adapter, such as `DropLoRA`.
+      key: the root of the initial values, which depend on it, the path and the layer index only.
+
+    Raises:
+      InputError: a pattern that matches nothing (lists what there is), or a model that has
+        adapters already.
+    """
+    if present := adapters_of(model):
+        raise InputError(
+            f"the model has adapters already ({next(iter(present))}, {len(present)} in all): "
+            "merge(model) first, or inject into the plain model"
+        )
+    chosen = select(linear_paths(model), config.targets)
+
+    def wrap(path: Path, node: Any) -> Any:
+        if path not in chosen:
+            return node
+        spec = linear_spec(node)
+        assert spec is not None
+        return config.adapt(node, spec, path, key)
+
+    return nnx.recursive_map(wrap, _view(model))
+
+
+def select(paths: Sequence[Path], targets: str | Sequence[str]) -> set[Path]:
+    """The paths that the patterns match; each pattern must match at least one."""
+    chosen: set[Path] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            pattern = re.compile(NAMED_TARGETS.get(target, target))
+        except re.error as error:
+            raise InputError(
+                f"adapter.targets={target!r}: not a regular expression ({error})"
+            ) from error
+        matched = {path for path in paths if pattern.search(dotted(path))}
+        if not matched:
+            names = ", ".join(map(dotted, paths[:20])) + (", ..." if len(paths) > 20 else "")
+            raise InputError(
+                f"adapter.targets={target!r} matches no module; "
+                f"linear modules are {names or 'none'} ({len(paths)} in all)"
+            )
+        chosen |= matched
+    return chosen
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """`graphdef, adapters, mask_keys, frozen`: differentiate with respect to `adapters` only."""
+    # LoRAParam is a subclass of Param: it has to come first.
+    graphdef, adapters, mask_keys, frozen = nnx.split(model, nnx.LoRAParam, MaskKey, ...)
+    return graphdef, adapters, mask_keys, frozen
+
+
+def draw(
+    mask_keys: nnx.State,
+    step_key: Key[Array, ""],
+    *,
+    rows: Int[Array, "B"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
+) -> nnx.State:
+    """Turn the masks on for one step.
+
+    The keys depend on `step_key`, the module's path, the layer index, and, where the granularity
+    asks for it, the row and the document; never on the mesh or on any order.
+
+    Args:
+      mask_keys: the third part of `split`.
+      step_key: the run's mask key with the step folded in; another one every step.
+      rows: the index of each row in the step's whole batch. Needed at `token` and `sequence`.
+      documents: the document of each position, for packed rows at `sequence`: their segment ids.
+
+    Raises:
+      InputError: `rows` is missing.
+    """
+
+    def fill(path: Path, variable: MaskKey) -> MaskKey:
+        granularity = variable.get_metadata("granularity")
+        if granularity is None:
+            return variable
+        keys = prng.fold_path(step_key, path[:-1])
+        keys = prng.fold_stack(keys, variable[...].shape[:-1])
+        if granularity == "step":
+            return variable.replace(keys[..., None])
+        if rows is None:
+            raise InputError(
+                f"granularity {granularity!r} draws a mask per row: pass rows=, the index of each "
+                "row in the step's batch, such as jnp.arange(batch_size)"
+            )
+        keys = prng.fold_each(keys, rows)
+        if granularity == "sequence":
+            # A row that is not packed is its own first document.
+            of_row = jnp.ones_like(rows) if documents is None else documents
+            keys = prng.fold_rows(keys, of_row)
+        return variable.replace(keys)
+
+    return nnx.map_state(fill, mask_keys)
+
+
+def masked(
+    model: nnx.Module,
+    step_key: Key[Array, ""],
+    *,
+    rows: Int[Array, "B"] | None = None,
+    documents: Int[Array, "B T"] | None = None,
+) -> nnx.Module:
+    """A view of the model with its masks on for one step, for loops that hold a whole model.
+
+    The view shares its parameters with `model`: differentiate the view, update `model`.
+    """
+    graphdef, adapters, mask_keys, frozen = split(model)
+    keys = draw(mask_keys, step_key, rows=rows, documents=documents)
+    return nnx.merge(graphdef, adapters, keys, frozen)
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """The plain model, adapters folded into the kernels: same classes and paths as before `inject`.
+
+    The sum is made in float32 and cast once, to the kernel's dtype.
+    """
+
+    def unwrap(path: Path, node: Any) -> Any:
+        return node.merged() if isinstance(node, Adapter) else node
+
+    return nnx.recursive_map(unwrap, _view(model))
+
+
+def _view(model: nnx.Module) -> nnx.Module:
+    return nnx.merge(*nnx.split(model))
