@@ -49,8 +49,9 @@ def load(
     folder = resolve(path, revision)
     family, config = read_config(folder, ignore_config_keys)
     mesh = mesh or make_mesh(devices=jax.local_devices())
-    source = Source(str(folder if Path(path).expanduser().is_dir() else path), revision)
-    model = abstract_model(config, mesh=mesh, dtype=dtype, remat=remat, source=source)
+    model = abstract_model(
+        config, mesh=mesh, dtype=dtype, remat=remat, source=source(path, revision)
+    )
     weights = open_folder(folder)
     names = family.tensor_names(config)
     check_tensors(weights, folder, names, model, family)
@@ -61,7 +62,7 @@ def load(
         array = jax.make_array_from_callback(
             leaf.shape,
             leaf.sharding,
-            lambda index: _read_slice(weights, name, index, leaf.shape).astype(leaf.dtype),
+            lambda index: _read_slice(weights, name, index or (), leaf.shape).astype(leaf.dtype),
         )
         return parameter.replace(array)
 
@@ -88,6 +89,12 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
             f"model.path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
         ) from error
     return Path(fetched)
+
+
+def source(path: str | Path, revision: str | None = None) -> Source:
+    """A record of where a model comes from that holds in any working directory."""
+    folder = Path(path).expanduser()
+    return Source(str(folder.resolve() if folder.is_dir() else path), revision)
 
 
 def source_folder(model: Decoder) -> Path:
@@ -160,17 +167,17 @@ def check_tensors(
             f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; "
             "config.json does not describe these weights, or a shard is missing"
         )
-    for name, shape in expected.items():
-        if weights.shape(name) != shape:
+    for tensor, shape in expected.items():
+        if weights.shape(tensor) != shape:
             raise InputError(
-                f"{found[name]}: {name} has shape {list(weights.shape(name))}, "
+                f"{found[tensor]}: {tensor} has shape {list(weights.shape(tensor))}, "
                 f"but config.json asks for {list(shape)}"
             )
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    for name in found:
-        if name not in expected and name not in tied and not name.endswith(family.buffers):
+    for tensor in found:
+        if tensor not in expected and tensor not in tied and not tensor.endswith(family.buffers):
             raise InputError(
-                f"{found[name]}: tensor {name} has no place in this model; config.json does not "
+                f"{found[tensor]}: tensor {tensor} has no place in this model; config.json does not "
                 "describe these weights (biases, more layers, or another architecture?)"
             )
 

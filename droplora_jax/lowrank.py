@@ -11,12 +11,11 @@ Letters: `B` batch rows, `T` positions, `R` rank, `I` / `O` a layer's input / ou
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
-from numpy.typing import DTypeLike
 
 Granularity = Literal["token", "sequence", "step"]
 Sampler = Literal["bernoulli", "exact"]
@@ -35,7 +34,7 @@ def rank_mask(
     granularity: Granularity,
     sampler: Sampler,
     rescale: bool,
-    dtype: DTypeLike,
+    dtype: Any,
 ) -> Float[Array, "*mask"]:
     """Draw the mask `m` that multiplies `x @ A`; 0 where a rank is dropped.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,6 +28,8 @@ from droplora_jax.adapters.base import (
     linear_spec,
 )
 from droplora_jax.errors import InputError
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 def linear_paths(model: nnx.Module) -> list[Path]:
@@ -48,7 +50,7 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def inject(model: nnx.Module, config: AdapterConfig, *, key: Key[Array, ""]) -> nnx.Module:
+def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model:
     """Wrap every targeted linear layer in an adapter.
 
     Args:
@@ -101,8 +103,7 @@ def select(paths: Sequence[Path], targets: str | Sequence[str]) -> set[Path]:
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     """`graphdef, adapters, mask_keys, frozen`: differentiate with respect to `adapters` only."""
     # LoRAParam is a subclass of Param: it has to come first.
-    graphdef, adapters, mask_keys, frozen = nnx.split(model, nnx.LoRAParam, MaskKey, ...)
-    return graphdef, adapters, mask_keys, frozen
+    return cast(Any, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
 
 
 def draw(
@@ -127,7 +128,7 @@ def draw(
       InputError: `rows` is missing.
     """
 
-    def fill(path: Path, variable: MaskKey) -> MaskKey:
+    def fill(path: Path, variable: Any) -> Any:
         granularity = variable.get_metadata("granularity")
         if granularity is None:
             return variable
@@ -151,12 +152,12 @@ def draw(
 
 
 def masked(
-    model: nnx.Module,
+    model: Model,
     step_key: Key[Array, ""],
     *,
     rows: Int[Array, "B"] | None = None,
     documents: Int[Array, "B T"] | None = None,
-) -> nnx.Module:
+) -> Model:
     """A view of the model with its masks on for one step, for loops that hold a whole model.
 
     The view shares its parameters with `model`: differentiate the view, update `model`.
@@ -166,7 +167,7 @@ def masked(
     return nnx.merge(graphdef, adapters, keys, frozen)
 
 
-def merge(model: nnx.Module) -> nnx.Module:
+def merge(model: Model) -> Model:
     """The plain model, adapters folded into the kernels: same classes and paths as before `inject`.
 
     The sum is made in float32 and cast once, to the kernel's dtype.
@@ -178,5 +179,5 @@ def merge(model: nnx.Module) -> nnx.Module:
     return nnx.recursive_map(unwrap, _view(model))
 
 
-def _view(model: nnx.Module) -> nnx.Module:
+def _view(model: Model) -> Model:
     return nnx.merge(*nnx.split(model))

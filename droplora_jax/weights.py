@@ -128,12 +128,13 @@ def check_free(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name when the block ends well.
 
-    After an error nothing remains. `folder` may exist if it is empty.
+    After an error nothing remains. `folder` may exist if it is empty, or with `replace`.
     """
-    check_free(folder)
+    if not replace:
+        check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -141,7 +142,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.iterdir():
             _flush(path)
-        temporary.rename(folder)
+        if replace and folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from droplora_jax.errors import InputError
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # attribute names and list indices
 
 # `paper`: the layers that the published numbers adapt, not the attention output and not the gate.
 NAMED_TARGETS = {"paper": r"(^|\.)(q|k|v|up|down)_proj$", "all-linear": r""}

@@ -14,7 +14,6 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from droplora_jax import hub
-from droplora_jax.adapters import Adapter
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.surgery import adapters_of

@@ -45,12 +45,17 @@ UNDERSTOOD: dict[str, tuple[Any, ...]] = {
 
 
 def save_adapter(
-    model: Decoder, folder: str | Path, *, extra: Mapping[str, Any] | None = None
+    model: Decoder,
+    folder: str | Path,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> None:
     """Write the adapters as a PEFT folder, in float32.
 
     `droplora_config.json` keeps the adapter's own options, and `extra` (such as the template that
-    the data was written with). The folder appears under its name only when complete.
+    the data was written with). The folder appears under its name only when complete, in place of
+    an old one with `replace`.
 
     Raises:
       InputError: no adapters, an output folder that holds something, no space.
@@ -62,7 +67,7 @@ def save_adapter(
     if bad:
         raise InputError(f"{bad[0]} is not finite ({len(bad)} tensors in all); nothing was written")
     source = model.source.path if model.source else ""
-    with atomic_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder), replace=replace) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(temporary / PEFT_FILE, _peft_config(config, tensors, source))
         own = {"format_version": 1, **dataclasses.asdict(config), **(extra or {})}
@@ -107,7 +112,9 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     for path, adapter in _adapters(model).items():
         keys = [_keys(model, path, layer) for layer in range(model.config.layers)]
         expected.update(key for pair in keys for key in pair)
-        for parameter, names in zip((adapter.lora_a, adapter.lora_b), zip(*keys, strict=True)):
+        for parameter, names in zip(
+            (adapter.lora_a, adapter.lora_b), zip(*keys, strict=True), strict=True
+        ):
             _fill(parameter, tensors, names, folder)
     if extra := set(tensors.files) - expected:
         raise InputError(

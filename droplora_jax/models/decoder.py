@@ -187,7 +187,9 @@ class Decoder(nnx.Module):
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
-        x_BTD = constrain(self.embed(tokens), ("batch", None, None), self.mesh)
+        # Gathered along its width first: the compiler can't move a sharded width to the batch.
+        table_VD = constrain(self.embed.embedding[...], ("vocab", None), self.mesh)
+        x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
         x_BTD = self.final_norm(self._run_layers(x_BTD, rotation, segment_ids))
         logits_BTV = (
             x_BTD @ self.embed.embedding[...].T

@@ -1,0 +1,114 @@
+"""The command line: parse and dispatch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from droplora_jax.errors import InputError
+
+DONE, BAD_INPUT, NON_FINITE, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved).
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        return _fail(error, BAD_INPUT)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"droplora: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="droplora", description="Fine-tune LLaMA-family models with DropLoRA in JAX."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quickstart = commands.add_parser(
+        "quickstart", help="train, export and check a small model, with no input and no network"
+    )
+    quickstart.add_argument("--output", default="droplora-quickstart", metavar="DIR")
+    quickstart.set_defaults(command=_quickstart)
+
+    train = commands.add_parser(
+        "train", help="train what a YAML describes; carries on if its output holds a checkpoint"
+    )
+    train.add_argument("file", metavar="RUN.yaml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.set_defaults(command=_train)
+
+    export = commands.add_parser("export", help="write what a run trained for other tools")
+    export.add_argument("run", metavar="RUN_DIR", type=Path)
+    export.add_argument("--to", required=True, metavar="DIR", type=Path)
+    export.add_argument("--format", required=True, choices=("merged", "peft"))
+    export.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the base's")
+    export.add_argument("--step", default="last", metavar="last|best|N")
+    export.set_defaults(command=_export)
+    return parser
+
+
+# Each command imports what it needs, so that `--help` and a mistyped option answer at once.
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from droplora_jax.quickstart import quickstart
+
+    return _training(lambda console: quickstart(Path(options.output), console))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from droplora_jax import run
+    from droplora_jax.launch import train_run
+
+    config = run.read(options.file, options.overrides)
+    return _training(lambda console: train_run(config, console))
+
+
+def _training(work) -> int:
+    from rich.console import Console
+
+    from droplora_jax.train import NonFinite, Stopped
+
+    try:
+        work(Console())
+    except NonFinite as error:
+        return _fail(error, NON_FINITE)
+    except Stopped as error:
+        return _fail(error, error.exit_code)
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from droplora_jax.launch import export_run
+
+    export_run(
+        options.run,
+        options.to,
+        format=options.format,
+        step=options.step,
+        dtype=options.dtype,
+        console=Console(),
+    )
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: a progress bar, or plain lines without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Show = Callable[[int, Mapping[str, Any] | None], None]
+
+
+def say(console: Console, text: str) -> None:
+    """One line of plain text, paths whole and nothing read as markup."""
+    console.print(Text(text), soft_wrap=True)
+
+
+@contextmanager
+def progress(console: Console, *, start: int, total: int) -> Iterator[Show]:
+    """Yields `show(step, row)`, called after every step; `row` holds the numbers when logged."""
+    if not console.is_terminal:
+        yield lambda step, row: say(console, f"step {step}/{total}  {_line(row)}") if row else None
+        return
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=start, line="compiling")
+
+        def show(step: int, row: Mapping[str, Any] | None) -> None:
+            bar.update(task, completed=step)
+            if row:
+                bar.update(task, line=_line(row))
+
+        yield show
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    parts = []
+    if "eval_loss" in row:
+        parts.append(f"evaluation loss {row['eval_loss']:.4f}")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "tokens_per_second" in row:
+        parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "seconds_left" in row:
+        parts.append(f"{_clock(row['seconds_left'])} left")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def example(console: Console, spans: list[tuple[str, bool]]) -> None:
+    """One decoded example; what is trained on stands out, by marks where there is no colour."""
+    say(console, "one example, [[trained]] tokens marked:")
+    text = Text()
+    for part, trained in spans:
+        marked = f"[[{part}]]" if trained and not console.is_terminal else part
+        text.append(marked, style="bold green" if trained else "dim")
+    console.print(text, soft_wrap=True)

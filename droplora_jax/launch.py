@@ -1,0 +1,244 @@
+"""From a run's configuration to its folder: train it, and export what it trained."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from droplora_jax import data, display, export, hub, prng, run, weights
+from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.errors import InputError
+from droplora_jax.models import Decoder, ModelConfig
+from droplora_jax.sharding import make_mesh
+from droplora_jax.step import init_state
+from droplora_jax.surgery import inject, split
+from droplora_jax.train import Run, total_steps, train
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+
+# What may change when a run carries on: how long, how often to look, and on which devices.
+MAY_CHANGE = (
+    "mesh",
+    "train.steps",
+    "train.epochs",
+    "train.eval_every",
+    "train.save_every",
+    "train.log_every",
+    "train.keep",
+    "train.micro_batch",
+    "train.remat",
+)
+
+
+def train_run(config: run.RunConfig, console: Console) -> Path:
+    """Train what `config` describes, from its newest checkpoint if there is one.
+
+    Everything that can be wrong with the input is looked at before the weights are loaded.
+    Returns the folder of the adapter.
+    """
+    mesh = make_mesh(config.mesh)
+    config.train.check_mesh(mesh)
+    base = hub.resolve(config.model.path, config.model.revision)
+    _, shape = hub.read_config(base, config.model.ignore_config_keys)
+    train_rows, valid_rows = _read_data(config, _tokenizer(base), shape, console)
+    batches = _batches(config, train_rows, shuffle=True)
+    folder = prepare_folder(config)
+    adapter = folder / ADAPTER
+    if adapter.exists() and _last_step(folder) >= total_steps(config.train, batches):
+        display.say(console, f"finished already: {_after(folder)}")
+        return adapter
+    model = hub.load(
+        config.model.path,
+        mesh=mesh,
+        dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
+        remat=config.train.remat,
+        revision=config.model.revision,
+        ignore_config_keys=config.model.ignore_config_keys,
+    )
+    prepared = Run(
+        model=_inject(config, model),
+        mesh=mesh,
+        train=batches,
+        valid=None if valid_rows is None else _batches(config, valid_rows, shuffle=False),
+        optim=config.optim,
+        config=config.train,
+        seed=config.seed,
+        folder=folder,
+        record=run.as_tree(config),
+        console=console,
+    )
+    display.say(console, _describe(prepared))
+    model = train(prepared)
+    export.save_adapter(model, adapter, extra=_extra(config), replace=True)
+    display.say(console, f"done: {_after(folder)}")
+    return adapter
+
+
+def export_run(
+    folder: Path, target: Path, *, format: str, step: str, dtype: str | None, console: Console
+) -> None:
+    """Write what a run trained as a folder for other tools.
+
+    Args:
+      folder: of the run.
+      format: a name in `EXPORTERS`.
+      step: `last`, `best`, or the number of a checkpoint.
+      dtype: of a merged folder; default: the base's.
+    """
+    weights.check_free(target)
+    if not (folder / CONFIG_FILE).exists():
+        raise InputError(f"{folder}: no run of droplora in it (no {CONFIG_FILE})")
+    if dtype is not None and format != "merged":
+        raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
+    config = run.read(folder / CONFIG_FILE)
+    model = _restored(config, folder, step)
+    if format == "merged":
+        display.say(console, str(export.save_merged(model, target, dtype=dtype)))
+    else:
+        export.save_adapter(model, target, extra=_extra(config))
+        display.say(console, f"{target}: adapter in PEFT's format")
+
+
+def prepare_folder(config: run.RunConfig) -> Path:
+    """Make the run's folder, or check that what it holds is this run.
+
+    Raises:
+      InputError: it holds something else, or a run with other settings that has checkpoints.
+    """
+    folder = Path(config.output)
+    file = folder / CONFIG_FILE
+    if folder.exists() and not file.exists():
+        weights.check_free(folder)
+    if file.exists() and _last_step(folder):
+        changed = changed_keys(run.as_tree(config), run.as_tree(run.read(file)))
+        if changed:
+            raise InputError(
+                f"{folder} holds a run with other settings: {'; '.join(changed)}. Put them back to "
+                "carry on (steps, cadences and the mesh may change), or name another output"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(run.dump(config), encoding="utf-8")
+    return folder
+
+
+def changed_keys(new: Any, old: Any, path: str = "") -> list[str]:
+    """The keys whose values differ, as `key: old -> new`, except those that may change."""
+    if path in MAY_CHANGE:
+        return []
+    if isinstance(new, dict) and isinstance(old, dict):
+        below = {key: f"{path}.{key}" if path else key for key in sorted(new.keys() | old.keys())}
+        return [
+            change
+            for key, where in below.items()
+            for change in changed_keys(new.get(key), old.get(key), where)
+        ]
+    return [] if new == old else [f"{path}: {old!r} -> {new!r}"]
+
+
+def _last_step(folder: Path) -> int:
+    checkpoints = folder / CHECKPOINTS
+    return Checkpoints(checkpoints).latest or 0 if checkpoints.is_dir() else 0
+
+
+def _tokenizer(folder: Path) -> Any:
+    # transformers warns that it found no PyTorch; the tokenizers need none.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"{folder}: no tokenizer could be loaded from it ({reason})") from error
+
+
+def _read_data(
+    config: run.RunConfig, tokenizer: Any, shape: ModelConfig, console: Console
+) -> tuple[Any, Any]:
+    """Training and validation rows; says what they hold and shows one example."""
+    if config.data.max_length > shape.max_positions:
+        raise InputError(
+            f"data.max_length={config.data.max_length}: the model is made for "
+            f"{shape.max_positions} positions (max_position_embeddings in its config.json)"
+        )
+    loaded = []
+    for paths in (config.data.train, config.data.valid):
+        if paths is None:
+            loaded.append(None)
+            continue
+        rows, report = data.load(paths, tokenizer, config.data)
+        for line in report.lines():
+            display.say(console, line)
+        largest = max(int(row.ids.max()) for row in rows)
+        if largest >= shape.vocab_size:
+            raise InputError(
+                f"{paths}: token id {largest} is outside the model's vocabulary of "
+                f"{shape.vocab_size}: the tokenizer in {config.model.path} is another model's"
+            )
+        loaded.append(rows)
+    display.example(console, data.preview(loaded[0][0], tokenizer))
+    return loaded[0], loaded[1]
+
+
+def _batches(config: run.RunConfig, rows: Any, *, shuffle: bool) -> data.Batches:
+    return data.Batches(
+        rows,
+        rows_per_batch=config.train.global_batch if shuffle else config.train.rows_per_pass,
+        seed=config.seed,
+        shuffle=shuffle,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+    )
+
+
+def _inject(config: run.RunConfig, model: nnx.Module) -> Any:
+    init_key = prng.fold_name(prng.root_key(config.seed), "init")
+    return inject(model, config.adapter, key=init_key)
+
+
+def _restored(config: run.RunConfig, folder: Path, step: str) -> Decoder:
+    """The run's model with the adapters of a checkpoint; the base is shapes only."""
+    from droplora_jax import optim
+
+    base = hub.resolve(config.model.path, config.model.revision)
+    _, shape = hub.read_config(base, config.model.ignore_config_keys)
+    source = hub.source(config.model.path, config.model.revision)
+    abstract = hub.abstract_model(
+        shape, mesh=make_mesh(devices=jax.devices()[:1]), dtype="float32", source=source
+    )
+    graphdef, adapters, mask_keys, frozen = split(_inject(config, abstract))
+    tx = optim.optimizer(config.optim, lambda count: 0.0)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    state = checkpoints.restore(checkpoints.choose(step), init_state(adapters, tx))
+    return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+
+
+def _extra(config: run.RunConfig) -> dict[str, Any]:
+    return {"template": config.data.template, "seed": config.seed}
+
+
+def _describe(prepared: Run) -> str:
+    _, adapters, _, frozen = split(prepared.model)
+    trained, kept = (sum(x.size for x in jax.tree.leaves(t)) for t in (adapters, frozen))
+    device = prepared.mesh.devices.flat[0]
+    mesh = " x ".join(f"{name}={size}" for name, size in prepared.mesh.shape.items())
+    return (
+        f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
+        f"{prepared.mesh.size} x {device.device_kind} as {mesh}; {prepared.steps} steps"
+    )
+
+
+def _after(folder: Path) -> str:
+    quoted, merged = shlex.quote(str(folder)), shlex.quote(f"{folder}-merged")
+    return (
+        f"the adapter is in {folder / ADAPTER}\n"
+        f"a plain model for any tool: droplora export {quoted} --to {merged} --format merged"
+    )

@@ -1,0 +1,81 @@
+"""What a run writes down as it goes: `metrics.jsonl`, `loss.png` and TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """One JSON object a logged step, written whole, and the same numbers for TensorBoard."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        """Carry on at `step`: rows beyond it, of steps that will run again, are cut."""
+        from tensorboardX import SummaryWriter
+
+        self.file = folder / "metrics.jsonl"
+        self.plot_file = folder / "loss.png"
+        self._cut(step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def plot(self) -> None:
+        rows = read_rows(self.file)
+        if rows:
+            plot_losses(rows, self.plot_file)
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _cut(self, step: int) -> None:
+        rows = [row for row in read_rows(self.file) if row["step"] <= step]
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, self.file)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    rows: list[Row] = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def plot_losses(rows: list[Row], file: Path) -> None:
+    """Training and evaluation loss over the steps, as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (
+        ("loss", "training", {"linewidth": 1.2}),
+        ("eval_loss", "evaluation", {"marker": "o", "markersize": 4}),
+    ):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss per trained token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    os.replace(temporary, file)

@@ -1,0 +1,169 @@
+"""A run's configuration: it composes the parts' own, and is read strictly from one YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from droplora_jax.adapters import DropLoRA
+from droplora_jax.data import DataConfig
+from droplora_jax.errors import InputError
+from droplora_jax.optim import OptimConfig
+from droplora_jax.sharding import MeshConfig
+from droplora_jax.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """The base model.
+
+    Attributes:
+      path: a folder, or a hub id.
+      dtype: `bfloat16`, `float32`, or `auto`: bfloat16 on accelerators, float32 on CPU.
+      revision: branch, tag or commit of a hub id.
+      ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
+    """
+
+    path: str
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    revision: str | None = None
+    ignore_config_keys: tuple[str, ...] = ()
+
+    def jax_dtype(self, platform: str) -> Any:
+        automatic = "float32" if platform == "cpu" else "bfloat16"
+        return jnp.dtype(automatic if self.dtype == "auto" else self.dtype)
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class RunConfig:
+    """One run, as its YAML describes it."""
+
+    model: LoadConfig
+    output: str
+    data: DataConfig
+    seed: int = 0
+    adapter: DropLoRA = field(default_factory=DropLoRA)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def read(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, then `section.key=value` overrides.
+
+    Raises:
+      InputError: names the file, the key, the value, the rule and the nearest right name.
+    """
+    file = Path(file)
+    try:
+        tree = _yaml().load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: no such file") from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise InputError(f"{file}: can't be read as YAML ({_first_lines(error)})") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: must hold keys and values, such as 'model:' and 'output:'")
+    for override in overrides:
+        _override(tree, override)
+    return _checked(tree, str(file), {override.partition("=")[0] for override in overrides})
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved, complete YAML of a run."""
+    text = io.StringIO()
+    _yaml().dump(as_tree(config), text)
+    return text.getvalue()
+
+
+def as_tree(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain dicts, lists and scalars."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _yaml() -> YAML:
+    # YAML 1.2: 3e-4 is a number, `no` and `on` are words, a key given twice is an error.
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False  # type: ignore[assignment]
+    yaml.sort_base_mapping_type_on_output = False
+    return yaml
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"command line: {override!r}: an override is section.key=value")
+    try:
+        value = _yaml().load(text) if text else None
+    except YAMLError as error:
+        raise InputError(f"command line: {override}: not a YAML value") from error
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"command line: {override}: {section} is not a section")
+    tree[last] = value
+
+
+def _checked(tree: Mapping[str, Any], file: str, overridden: set[str]) -> RunConfig:
+    try:
+        # By way of JSON, where a list may stand for a tuple and nothing else is converted.
+        return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        messages = [_message(detail, file, overridden) for detail in error.errors()]
+        raise InputError("\n".join(dict.fromkeys(messages))) from error
+
+
+def _message(detail: Any, file: str, overridden: set[str]) -> str:
+    path = _keys(detail["loc"])
+    key = ".".join(path)
+    where = "command line" if key in overridden else file
+    value = detail["input"]
+    if detail["type"] == "value_error":
+        return f"{where}: {detail['ctx']['error']}"
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{file}: {key} is missing"
+    if detail["type"] == "unexpected_keyword_argument":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{where}: {key}={value!r}: unknown key; {hint}"
+    rule = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
+    return f"{where}: {key}={value!r}: must be {rule}"
+
+
+def _keys(location: tuple[Any, ...]) -> list[str]:
+    """The path of keys in an error's location, which also names alternatives of a union."""
+    keys: list[str] = []
+    for part in location:
+        if part not in _known_keys(keys) and keys and _known_keys(keys[:-1]):
+            if not _known_keys(keys):
+                break
+        keys.append(str(part))
+    return keys
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """The keys that may stand below `path`; none below a value."""
+    cls: Any = RunConfig
+    for part in path:
+        cls = typing.get_type_hints(cls).get(part)
+        if not dataclasses.is_dataclass(cls):
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]

@@ -1,0 +1,305 @@
+"""The loop: data in, steps, guard, evaluation, checkpoints, and what a person sees."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from droplora_jax import display, optim, prng
+from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.data import Batches
+from droplora_jax.errors import InputError
+from droplora_jax.metrics import MetricsLog
+from droplora_jax.models import Decoder, Remat
+from droplora_jax.sharding import axis_size, put
+from droplora_jax.step import Batch, TrainState, compile_train_step, eval_step, init_state
+from droplora_jax.surgery import split
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what portions, and how often to look.
+
+    Attributes:
+      steps: optimizer steps; or
+      epochs: passes over the training rows (3 if neither is given).
+      global_batch: rows (lines, with packing) of one optimizer step, over all devices.
+      micro_batch: rows of one forward and backward pass, over all devices; the gradients of the
+        passes are summed. Default: the whole batch at once.
+      eval_every: steps between evaluations on `data.valid`.
+      save_every: steps between checkpoints.
+      log_every: steps between rows of metrics.jsonl.
+      keep: how many of the newest checkpoints to keep, beside the best.
+      remat: what a layer saves for its backward pass: `everything`, `dots` or `nothing`.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    global_batch: int = 128
+    micro_batch: int | None = None
+    eval_every: int = 100
+    save_every: int = 100
+    log_every: int = 10
+    keep: int = 2
+    remat: Remat = "nothing"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"train.{name}={value}: must be at least 1")
+        for name in ("log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise InputError(f"train.epochs={self.epochs}: must be positive")
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("train.steps and train.epochs are both given: give one of them")
+        if self.global_batch % self.rows_per_pass:
+            raise InputError(
+                f"train.global_batch={self.global_batch} is not divisible by "
+                f"train.micro_batch={self.micro_batch}"
+            )
+
+    @property
+    def rows_per_pass(self) -> int:
+        return self.micro_batch or self.global_batch
+
+    def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
+        """Raise InputError unless every device gets the same number of rows."""
+        parts = axis_size(mesh, ("data", "fsdp"))
+        if self.rows_per_pass % parts:
+            name = "micro_batch" if self.micro_batch else "global_batch"
+            raise InputError(
+                f"train.{name}={self.rows_per_pass} is not divisible by the {parts} parts that the "
+                f"mesh splits rows into (data x fsdp); make it a multiple of {parts}, or change "
+                "the mesh"
+            )
+
+
+class NonFinite(Exception):
+    """The loss or the gradient stopped being a number."""
+
+    def __init__(self, step: int, metrics: Mapping[str, float], good: int | None) -> None:
+        kept = f"the last good checkpoint, step {good}, is kept" if good else "no checkpoint yet"
+        super().__init__(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: stopped; "
+            f"{kept}. A lower optim.learning_rate or a longer warm-up usually helps"
+        )
+        self.step = step
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it saved first."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: step {step} is saved")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Run:
+    """Everything that one run consists of, loaded and checked."""
+
+    model: Decoder
+    mesh: jax.sharding.Mesh
+    train: Batches
+    valid: Batches | None
+    optim: optim.OptimConfig
+    config: TrainConfig
+    seed: int
+    folder: Path
+    record: Mapping[str, Any]
+    console: Console
+
+    def __post_init__(self) -> None:
+        self.steps = total_steps(self.config, self.train)
+        self.schedule = optim.learning_rate(self.optim, self.steps)
+        self.mask_root = prng.fold_name(prng.root_key(self.seed), "mask")
+
+    def batch(self, n: int) -> Batch:
+        """The global batch of step `n`, on the mesh, as microbatches [k, m, T]."""
+        config = self.config
+        k = config.global_batch // config.rows_per_pass
+        parts = {
+            name: rows.reshape(k, config.rows_per_pass, -1) for name, rows in self.train[n].items()
+        }
+        return put(parts, (None, "batch"), self.mesh)
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.steps
+
+
+def total_steps(config: TrainConfig, batches: Batches) -> int:
+    """The optimizer steps of a whole run."""
+    return config.steps or batches.steps(config.epochs or 3.0)
+
+
+def train(run: Run) -> Decoder:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Raises:
+      NonFinite: the loss or the gradient is not a number; no later state was saved.
+      Stopped: SIGINT or SIGTERM; the state was saved.
+      InputError: a file could not be written.
+    """
+    run.config.check_mesh(run.mesh)
+    graphdef, adapters, mask_keys, frozen = split(run.model)
+    tx = optim.optimizer(run.optim, run.schedule)
+    state = init_state(adapters, tx)
+    step_fn = compile_train_step(graphdef, tx, adapters)
+    evaluate = _evaluator(run, graphdef, mask_keys, frozen)
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(checkpoints.latest, state)
+        display.say(run.console, f"carrying on from the checkpoint of step {int(state.step)}")
+    start = int(state.step)
+    log = MetricsLog(run.folder, step=start)
+    try:
+        with (
+            _signals() as stop,
+            display.progress(run.console, start=start, total=run.steps) as show,
+        ):
+            watch = _Watch(run, log, checkpoints, show)
+            for n in range(start, run.steps):
+                state, metrics = step_fn(state, mask_keys, frozen, run.batch(n), run.mask_root)
+                watch.after(n + 1, metrics)
+                _look_and_save(run, watch, evaluate, state, n + 1, stop)
+        checkpoints.wait()
+    finally:
+        log.plot()
+        log.close()
+        checkpoints.close()
+    return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+
+
+def _look_and_save(
+    run: Run, watch: _Watch, evaluate: Any, state: TrainState, step: int, stop: list[int]
+) -> None:
+    """Whatever is due after `step`: evaluation, a checkpoint, and the stop that a signal asks."""
+    config, checkpoints = run.config, watch.checkpoints
+    eval_loss = None
+    save = run.due(step, config.save_every) or bool(stop)
+    if evaluate is not None and run.due(step, config.eval_every):
+        watch.settle()
+        eval_loss = evaluate(state.adapters)
+        watch.write({"step": step, "eval_loss": eval_loss})
+        save |= checkpoints.best_loss is None or eval_loss < checkpoints.best_loss
+    if save:
+        watch.settle()
+        checkpoints.save(state, run.record, eval_loss)
+    if stop and step < run.steps:
+        checkpoints.wait()
+        raise Stopped(stop[0], step)
+
+
+def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
+    """A function from adapters to the mean loss over all validation rows, or None."""
+    if run.valid is None:
+        return None
+    step = jax.jit(partial(eval_step, graphdef))
+
+    def evaluate(adapters: Any) -> float:
+        sums = [
+            step(adapters, mask_keys, frozen, put(batch, ("batch",), run.mesh))
+            for batch in run.valid.once()
+        ]
+        losses, counts = zip(*jax.device_get(sums), strict=True)
+        return float(np.sum(losses, dtype=np.float64) / np.sum(counts))
+
+    return evaluate
+
+
+class _Watch:
+    """Follows the steps: the guard, the log, the speed.
+
+    A step's numbers are read when the next step has been sent off, so that the device never waits
+    for the guard; before anything is saved they are read at once.
+    """
+
+    def __init__(
+        self, run: Run, log: MetricsLog, checkpoints: Checkpoints, show: display.Show
+    ) -> None:
+        self.run, self.log, self.checkpoints, self.show = run, log, checkpoints, show
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._tokens = 0
+        self._since: float | None = None  # None while the first step compiles
+
+    def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self.settle()
+        self._pending = (step, metrics)
+        if self._since is None or self.run.due(step, self.run.config.log_every):
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the last step's numbers, stop if they are no numbers, log them if it is time."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+            self.checkpoints.wait()
+            raise NonFinite(step, metrics, self.checkpoints.latest)
+        self._tokens += int(metrics["tokens"])
+        row = self._row(step, metrics) if self.run.due(step, self.run.config.log_every) else None
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), 0
+        if row:
+            self.write(row)
+        else:
+            self.show(step, None)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
+        self.show(row["step"], row)
+        if "eval_loss" in row:
+            self.log.plot()
+
+    def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        row = {
+            "step": step,
+            "loss": float(metrics["loss"]),
+            "learning_rate": float(self.run.schedule(step - 1)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens": int(metrics["tokens"]),
+        }
+        if self._since is not None and self._tokens:
+            now = time.perf_counter()
+            row["tokens_per_second"] = self._tokens / (now - self._since)
+            per_step = row["tokens_per_second"] / max(row["tokens"], 1)
+            row["seconds_left"] = (self.run.steps - step) / per_step
+            self._since, self._tokens = now, 0
+        return row
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM while the block runs; a second SIGINT acts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    handlers = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
