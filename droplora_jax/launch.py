@@ -169,7 +169,7 @@ def _read_data(
             f"data.max_length={config.data.max_length}: the model is made for "
             f"{shape.max_positions} positions (max_position_embeddings in its config.json)"
         )
-    loaded = []
+    loaded: list[data.Rows | None] = []
     for paths in (config.data.train, config.data.valid):
         if paths is None:
             loaded.append(None)
@@ -177,7 +177,7 @@ def _read_data(
         rows, report = data.load(paths, tokenizer, config.data)
         for line in report.lines():
             display.say(console, line)
-        largest = max(int(row.ids.max()) for row in rows)
+        largest = int(rows.ids.max())
         if largest >= shape.vocab_size:
             raise InputError(
                 f"{paths}: token id {largest} is outside the model's vocabulary of "

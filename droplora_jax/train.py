@@ -130,7 +130,7 @@ class Run:
         self.schedule = optim.learning_rate(self.optim, self.steps)
         self.mask_root = prng.fold_name(prng.root_key(self.seed), "mask")
 
-    def batch(self, n: int) -> Batch:
+    def batch(self, n: int) -> Any:
         """The global batch of step `n`, on the mesh, as microbatches [k, m, T]."""
         config = self.config
         k = config.global_batch // config.rows_per_pass

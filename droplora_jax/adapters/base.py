@@ -10,7 +10,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +180,7 @@ class Adapter(nnx.Module):
         return layer
 
 
+@runtime_checkable
 class AdapterConfig(Protocol):
     """What `inject` needs of an adapter's configuration."""
 

@@ -1,0 +1,12 @@
+"""How an example is written out for the model, one file each."""
+
+from droplora_jax.data.templates import alpaca, chat, none
+from droplora_jax.data.templates.base import Document, Piece, Template
+
+TEMPLATES: dict[str, Template] = {
+    "alpaca": alpaca.render,
+    "chat": chat.render,
+    "none": none.render,
+}
+
+__all__ = ["TEMPLATES", "Document", "Piece", "Template"]

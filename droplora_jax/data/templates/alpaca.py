@@ -1,0 +1,42 @@
+"""The Alpaca prompt, as DropLoRA's published results used it (no chat template)."""
+
+from __future__ import annotations
+
+from droplora_jax.data.formats.base import Example
+from droplora_jax.data.templates.base import Document, Piece, Tokenizer, one_exchange
+from droplora_jax.errors import InputError
+
+TASK = "Below is an instruction that describes a task"
+WITHOUT_INPUT = (
+    TASK + ". Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n"
+    "### Response:\n"
+)
+WITH_INPUT = (
+    TASK + ", paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n"
+    "### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+
+
+def prompt(instruction: str, input: str = "") -> str:
+    """The text that stands before the response."""
+    template = WITH_INPUT if input else WITHOUT_INPUT
+    return template.format(instruction=instruction, input=input)
+
+
+def render(example: Example, tokenizer: Tokenizer) -> Document:
+    """The wrapped instruction, untrained, and the response.
+
+    Raises:
+      InputError: the example is not one exchange, or its instruction is wrapped already.
+    """
+    instruction, response = one_exchange(example, "alpaca")
+    if instruction.lstrip().startswith(TASK):
+        raise InputError(
+            f"the instruction starts with {TASK!r} already and would be wrapped twice; "
+            "set data.template=none"
+        )
+    return Document((Piece(prompt(instruction, example.input), False), Piece(response, True)))

@@ -1,0 +1,65 @@
+"""What a template makes of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from droplora_jax.data.formats.base import ASSISTANT, USER, Example
+from droplora_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer: TypeAlias = object
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is tokenised by itself, and trained on or not."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Document:
+    """An example, written out.
+
+    Attributes:
+      pieces: its text, in order.
+      add_special: BOS, if the tokenizer adds one, goes before and a trained EOS behind. Without
+        it the text has all its special tokens already.
+      split: where it is too long, it is split and never cut.
+    """
+
+    pieces: tuple[Piece, ...]
+    add_special: bool = True
+    split: bool = False
+
+
+Template = Callable[[Example, Tokenizer], Document]
+
+
+def one_exchange(example: Example, template: str) -> tuple[str, str]:
+    """The prompt and the response of an example that has one of each.
+
+    Raises:
+      InputError: it is plain text or a longer conversation.
+    """
+    roles = [turn.role for turn in example.turns]
+    if roles == [USER, ASSISTANT]:
+        return example.turns[0].content, example.turns[1].content
+    if not roles:
+        raise InputError(f"data.template={template} needs a prompt; plain text goes with none")
+    raise InputError(
+        f"data.template={template} takes one message of the {USER} and one of the {ASSISTANT}, "
+        f"and here they are from {', '.join(roles)}; data.template=chat takes any"
+    )
+
+
+def shared_prefix(a: str, b: str) -> int:
+    """How many characters two texts begin with in common."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))

@@ -1,0 +1,179 @@
+"""The adapter contract: a layer as an einsum, where the factors lie, and what the options allow."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from oracles import primitives, relative
+
+from droplora_jax import DropLoRA, InputError, LinearSpec, linear_spec, prng
+from droplora_jax.adapters import ADAPTERS, Adapter
+from droplora_jax.adapters.base import factor_shapes, factor_shardings
+from droplora_jax.sharding import MeshConfig, make_mesh
+
+KEY = prng.root_key(0)
+
+# A kernel's sharding, and what A [I, R] and B [R, O] are to have on a mesh 2 x 2 x 2.
+FACTOR_SHARDINGS = [
+    # q, k, v, gate, up: input on fsdp, output on tensor; B takes fsdp on its long dimension too.
+    (P("fsdp", "tensor"), P("fsdp", None), P(None, ("tensor", "fsdp"))),
+    # o, down: the other way round, and A takes it.
+    (P("tensor", "fsdp"), P(("tensor", "fsdp"), None), P(None, "fsdp")),
+    (P(None, "tensor"), P("fsdp", None), P(None, ("tensor", "fsdp"))),
+    (P(), P("fsdp", None), P(None, "fsdp")),
+]
+
+
+@pytest.mark.parametrize(("kernel_spec", "a_spec", "b_spec"), FACTOR_SHARDINGS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_factors_lie_as_the_kernel_does_and_none_is_replicated(
+    kernel_spec, a_spec, b_spec, stacked
+):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    front: tuple[int, ...] = (3,) if stacked else ()
+    lead = (None,) if stacked else ()
+    kernel = jax.device_put(
+        jnp.zeros((*front, 16, 32)), NamedSharding(mesh, P(*lead, *kernel_spec))
+    )
+    layer = nnx.Linear(16, 32, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(kernel)
+    adapter = DropLoRA(rank=4).adapt(layer, linear_spec(layer), ("q_proj",), KEY)
+    for factor, spec in [(adapter.lora_a, a_spec), (adapter.lora_b, b_spec)]:
+        value = factor.get_value()
+        expected = NamedSharding(mesh, P(*lead, *spec))
+        assert value.sharding.is_equivalent_to(expected, value.ndim), value.sharding
+    assert adapter.lora_a.get_value().shape == (*front, 16, 4)
+    assert adapter.lora_b.get_value().shape == (*front, 4, 32)
+
+
+def test_a_dimension_that_fsdp_does_not_divide_is_left_alone():
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    kernel = jax.device_put(jnp.zeros((16, 12)), NamedSharding(mesh, P("fsdp", None)))
+    spec = LinearSpec("...i", "io", "...o")
+    a, b = factor_shardings(kernel, spec)
+    assert a.is_equivalent_to(NamedSharding(mesh, P("fsdp", None)), 2)
+    assert b.is_equivalent_to(NamedSharding(mesh, P()), 2)
+
+
+def test_factors_of_kernels_with_several_dimensions():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    layout = NamedSharding(mesh, P(None, "fsdp", "tensor", None))
+    kernel = jax.device_put(jnp.zeros((3, 16, 4, 8)), layout)
+    spec = LinearSpec("...i", "inh", "...nh")  # stacked once
+    a, b = factor_shardings(kernel, spec)
+    assert factor_shapes(kernel, spec, 5) == ((3, 16, 5), (3, 5, 4, 8))
+    assert a.is_equivalent_to(NamedSharding(mesh, P(None, "fsdp", None)), 3)
+    assert b.is_equivalent_to(NamedSharding(mesh, P(None, None, "tensor", "fsdp")), 4)
+
+
+def test_no_mesh_no_sharding():
+    assert factor_shardings(jnp.zeros((4, 4)), LinearSpec("...i", "io", "...o")) == (None, None)
+
+
+SPECS = [
+    (LinearSpec("...i", "io", "...o"), (2, 3, 5), (5, 4)),
+    (LinearSpec("...ab", "abcd", "...cd"), (2, 3, 4), (3, 4, 2, 5)),
+    (LinearSpec("bti", "io", "bto"), (2, 3, 5), (5, 4)),
+    (LinearSpec("bei", "eio", "beo"), (2, 3, 5), (3, 5, 4)),
+    (LinearSpec("btr", "ro", "bto"), (2, 3, 5), (5, 4)),  # "r" is taken
+    (LinearSpec("btd", "nhd", "btnh"), (2, 3, 5), (4, 2, 5)),  # contracted letter last
+]
+
+
+@pytest.mark.parametrize(("spec", "x_shape", "kernel_shape"), SPECS)
+def test_two_products_of_the_factors_equal_one_with_their_product(spec, x_shape, kernel_shape):
+    """x (A B) = (x A) B, for every way of writing a linear layer."""
+    rng = np.random.default_rng(0)
+    rank = 3
+    a_shape, b_shape = factor_shapes(jnp.zeros(kernel_shape), spec, rank)
+    assert np.prod(a_shape) / rank * np.prod(b_shape) / rank == np.prod(kernel_shape) * np.prod(
+        [n for c, n in zip(spec.kernel, kernel_shape, strict=True) if c in spec.batched]
+    )
+    x, a, b = (rng.normal(size=shape) for shape in (x_shape, a_shape, b_shape))
+    kernel = np.einsum(spec.product, a, b)
+    assert kernel.shape == kernel_shape
+    hidden = np.einsum(spec.down, x, a)
+    assert hidden.shape[-1] == rank
+    expected = np.einsum(f"{spec.inputs},{spec.kernel}->{spec.outputs}", x, kernel)
+    assert relative(np.einsum(spec.up, hidden, b), expected) < 1e-12
+
+
+def test_what_is_not_linear_has_no_spec():
+    for layer in [nnx.Embed(4, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0)), object()]:
+        assert linear_spec(layer) is None
+
+
+def adapter_of(features_in: int = 64, features_out: int = 48, **options) -> Adapter:
+    layer = nnx.Linear(features_in, features_out, rngs=nnx.Rngs(0))
+    return DropLoRA(**options).adapt(layer, linear_spec(layer), ("q_proj",), KEY)
+
+
+def test_a_starts_as_a_linear_layer_of_pytorch_does_and_b_at_zero():
+    a = np.asarray(adapter_of(256, 8, rank=128).lora_a[...])
+    theirs = torch.nn.Linear(256, 128).weight.detach().numpy()  # PEFT's lora_A
+    assert a.dtype == np.float32
+    assert np.abs(a).max() == pytest.approx(np.abs(theirs).max(), rel=2e-3)
+    assert a.std() == pytest.approx(theirs.std(), rel=2e-2)
+    assert abs(a.mean()) < 5 * a.std() / np.sqrt(a.size)
+    assert not np.asarray(adapter_of().lora_b[...]).any()
+
+
+def test_the_initial_a_depends_on_seed_and_path_only():
+    layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    other = nnx.Linear(8, 8, rngs=nnx.Rngs(5))
+
+    def a(layer, path=("q_proj",), seed=0, **options):
+        config = DropLoRA(rank=4, **options)
+        adapter = config.adapt(layer, linear_spec(layer), path, prng.root_key(seed))
+        return np.asarray(adapter.lora_a[...])
+
+    first = a(layer)
+    np.testing.assert_array_equal(first, a(other))
+    np.testing.assert_array_equal(first, a(layer, drop_rate=0.0, granularity="step"))
+    for different in [a(layer, path=("k_proj",)), a(layer, seed=1)]:
+        assert not np.any(first == different)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, r"adapter\.rank=0"),
+        ({"alpha": 0.0}, r"adapter\.alpha=0\.0"),
+        ({"alpha": -1.0}, r"adapter\.alpha=-1\.0"),
+        ({"alpha": float("inf")}, r"adapter\.alpha=inf"),
+        ({"alpha": float("nan")}, r"adapter\.alpha=nan"),
+        ({"drop_rate": 1.0}, r"adapter\.drop_rate=1\.0"),
+        ({"drop_rate": -0.1}, r"adapter\.drop_rate=-0\.1"),
+        ({"drop_rate": float("nan")}, r"adapter\.drop_rate=nan"),
+        ({"rank": 2, "drop_rate": 0.9, "sampler": "exact"}, r"drop_rate=0\.9.*no rank of 2"),
+    ],
+)
+def test_impossible_options_name_the_key_and_the_value(options, message):
+    with pytest.raises(InputError, match=message):
+        DropLoRA(**options)
+
+
+def test_kinds_are_listed_under_their_own_names():
+    for name, kind in ADAPTERS.items():
+        assert kind().kind == name
+        assert hash(kind()) == hash(kind())
+
+
+def test_the_branch_computes_in_the_dtype_of_the_layer(strict):
+    layer = nnx.Linear(8, 8, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    adapter = DropLoRA(rank=4).adapt(layer, linear_spec(layer), ("q_proj",), KEY)
+    assert adapter.lora_a[...].dtype == adapter.lora_b[...].dtype == jnp.float32
+    assert adapter(jnp.ones((2, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_an_empty_mask_key_draws_nothing():
+    adapter = adapter_of(drop_rate=0.5)
+    assert adapter.mask_key[...].size == 0
+    jaxpr = jax.make_jaxpr(adapter)(jnp.ones((2, 3, 64)))
+    assert not any("random" in name or "threefry" in name for name in primitives(jaxpr))

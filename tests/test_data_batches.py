@@ -1,0 +1,234 @@
+"""Batches: nothing lost, nothing doubled, and a function of rows, seed and index alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from data_fixtures import make_tokenizer, random_rows, write_json
+
+from droplora_jax.data import Batches, DataConfig, Row, Rows, load
+from droplora_jax.data.batches import collate
+from droplora_jax.data.packing import first_fit, one_row_a_line, packed
+from droplora_jax.errors import InputError
+
+T = 16
+BOTH = pytest.mark.parametrize("packing", [False, True])
+
+
+def make(rows, *, rows_per_batch=4, seed=0, shuffle=True, max_length=T, packing=False):
+    return Batches(
+        rows,
+        rows_per_batch=rows_per_batch,
+        seed=seed,
+        shuffle=shuffle,
+        max_length=max_length,
+        packing=packing,
+    )
+
+
+def labels(rows):
+    """The targets of all rows, by a loop."""
+    return sorted(int(row.ids[i]) for row in rows for i in range(1, len(row)) if row.trained[i])
+
+
+def lines(batches, epoch):
+    """The token lines of one epoch, across its batches."""
+    count, size = batches.lines_per_epoch, batches[0]["tokens"].shape[0]
+    start, stop = epoch * count, (epoch + 1) * count
+    found = [
+        (n * size + g, {name: array[g] for name, array in batches[n].items()})
+        for n in range(start // size, math.ceil(stop / size))
+        for g in range(size)
+    ]
+    return [line for at, line in found if start <= at < stop]
+
+
+def equal(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@BOTH
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 13, 40])
+def test_an_epoch_holds_every_label_once(count, shuffle, packing):
+    rows = Rows(random_rows(count, T, seed=count))
+    batches = make(rows, shuffle=shuffle, packing=packing)
+    for epoch in (0, 1, 7):
+        targets = np.concatenate([line["targets"] for line in lines(batches, epoch)])
+        assert sorted(targets[targets >= 0].tolist()) == labels(rows)
+
+
+@BOTH
+def test_once_holds_every_label_once_in_order(packing):
+    rows = random_rows(13, T, seed=1)
+    batches = make(rows, shuffle=False, packing=packing)
+    found = list(batches.once())
+    assert {array.shape for batch in found for array in batch.values()} == {(4, T)}
+    assert len(found) == math.ceil(batches.lines_per_epoch / 4)
+    targets = np.concatenate([batch["targets"] for batch in found])
+    assert sorted(targets[targets >= 0].tolist()) == labels(rows)
+    filled = [bool(line.any()) for batch in found for line in batch["segment_ids"]]
+    empty = -batches.lines_per_epoch % 4
+    assert filled == [True] * batches.lines_per_epoch + [False] * empty
+    if not packing:
+        firsts = [line[0] for batch in found for line in batch["tokens"] if line[0]]
+        assert firsts == [row.ids[0] for row in rows]
+        assert empty
+
+
+@BOTH
+def test_labels_are_the_next_token_of_the_same_document(packing):
+    rows = {int(row.ids[0]): row for row in random_rows(40, T, seed=2)}
+    for line in lines(make(list(rows.values()), packing=packing), 0):
+        tokens, targets, segments = (line[k].tolist() for k in ("tokens", "targets", "segment_ids"))
+        for number, group in itertools.groupby(range(T), key=lambda t: segments[t]):
+            at = list(group)
+            if number == 0:
+                assert [tokens[t] for t in at] == [0] * len(at)
+                assert [targets[t] for t in at] == [-1] * len(at)
+                assert at[-1] == T - 1  # padding stands at the end alone
+                continue
+            row = rows[tokens[at[0]]]
+            assert [tokens[t] for t in at] == row.ids.tolist()
+            for i, t in enumerate(at):
+                learnt = i + 1 < len(row) and row.trained[i + 1]
+                assert targets[t] == (row.ids[i + 1] if learnt else -1)
+        used = [n for n in dict.fromkeys(segments) if n]
+        assert used == list(range(1, len(used) + 1))
+        assert packing or used == [1]
+
+
+@BOTH
+def test_a_batch_is_a_function_of_rows_seed_and_index(packing):
+    rows = random_rows(23, T, seed=3)
+    batches = make(rows, packing=packing)
+    indices = [5, 0, 10**7, 3, 5, 0, 10**12]
+    jumped = {n: batches[n] for n in indices}
+    fresh = make(Rows(rows), packing=packing)
+    for n, batch in jumped.items():
+        assert equal(batch, fresh[n])
+        assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
+        assert {array.shape for array in batch.values()} == {(4, T)}
+    for n in range(6):
+        assert n not in jumped or equal(fresh[np.int64(n)], jumped[n])
+    assert not equal(batches[0], make(rows, seed=1, packing=packing)[0])
+
+
+def test_every_epoch_has_an_order_of_its_own_and_of_its_seed():
+    rows = random_rows(50, T, seed=4)
+    orders = {
+        (seed, epoch): tuple(int(line["tokens"][0]) for line in lines(make(rows, seed=seed), epoch))
+        for seed in (0, 1, 2**40)
+        for epoch in (0, 1, 2)
+    }
+    assert len(set(orders.values())) == len(orders)
+    assert {frozenset(order) for order in orders.values()} == {
+        frozenset(int(row.ids[0]) for row in rows)
+    }
+
+
+def test_without_shuffling_the_order_is_that_of_the_rows():
+    rows = random_rows(5, T, seed=5)
+    firsts = [int(row.ids[0]) for row in rows]
+    batches = make(rows, shuffle=False)
+    seen = [int(line[0]) for n in range(5) for line in batches[n]["tokens"]]
+    assert seen == firsts * 4
+
+
+def test_batches_go_on_over_the_end_of_an_epoch_and_before_the_first_there_is_none():
+    batches = make(random_rows(3, T, seed=6), rows_per_batch=8)
+    assert (batches[0]["segment_ids"][:, 0] == 1).all()
+    with pytest.raises(IndexError, match="counted from 0"):
+        batches[-1]
+
+
+def test_steps():
+    batches = make(random_rows(10, T, seed=7), rows_per_batch=4)
+    assert batches.lines_per_epoch == 10
+    assert [batches.steps(e) for e in (1.0, 2.0, 3.0, 0.4, 0.41, 1e-3)] == [3, 5, 8, 1, 2, 1]
+    assert make(random_rows(10, T, seed=7), rows_per_batch=11).steps(1.1) == 1
+    packed_lines = make(random_rows(10, T, seed=7), packing=True).lines_per_epoch
+    assert packed_lines < 10
+
+
+def test_first_fit_against_a_plain_loop():
+    random = np.random.default_rng(0)
+    for count in (1, 2, 5, 33, 200):
+        sizes = random.integers(1, T + 1, count).tolist()
+        room: list[int] = []
+        expected = []
+        for size in sizes:
+            at = next((i for i, left in enumerate(room) if left >= size), len(room))
+            room += [T] if at == len(room) else []
+            room[at] -= size
+            expected.append(at)
+        assert first_fit(sizes, T) == expected
+    with pytest.raises(ValueError, match="17 does not fit"):
+        first_fit([T + 1], T)
+
+
+def test_packing_places_every_row_once_and_fills_no_line_too_far():
+    random = np.random.default_rng(1)
+    lengths = random.integers(1, T + 1, 500)
+    found = packed(lengths, random.permutation(500), T)
+    assert sorted(found.rows.tolist()) == list(range(500))
+    parts = [found[line].tolist() for line in range(len(found))]
+    assert list(itertools.chain(*parts)) == found.rows.tolist()
+    assert all(0 < sum(lengths[part]) <= T for part in parts)
+    assert len(found) < 1.15 * lengths.sum() / T
+    assert [one_row_a_line(3)[line].tolist() for line in range(3)] == [[0], [1], [2]]
+
+
+def test_packing_follows_the_seed_only_when_shuffled():
+    rows = random_rows(60, T, seed=8)
+
+    def first_line(seed, shuffle):
+        return next(make(rows, seed=seed, shuffle=shuffle, packing=True).once())["tokens"][0]
+
+    assert not np.array_equal(first_line(0, True), first_line(1, True))
+    assert np.array_equal(first_line(0, False), first_line(1, False))
+
+
+def test_many_rows_pack_in_seconds():
+    lengths = np.random.default_rng(2).integers(20, 1025, 100_000)
+    start = time.perf_counter()
+    found = packed(lengths, np.arange(len(lengths)), 1024)
+    assert time.perf_counter() - start < 10  # half a second where nothing else runs
+    assert len(found.rows) == len(lengths)
+
+
+@BOTH
+def test_eos_is_learnt_and_padding_never_is_where_both_are_one_token(tmp_path, packing):
+    tokenizer = make_tokenizer(pad="</s>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    data = [{"prompt": "0", "completion": "true" * i} for i in range(1, 8)]
+    path = write_json(tmp_path / "a.json", data)
+    rows, _ = load(path, tokenizer, DataConfig(train=path, max_length=64))
+    batches = make(rows, max_length=64, packing=packing)
+    batch = collate([[row] for row in rows], len(rows), 64)
+    assert (batch["targets"] == tokenizer.eos_token_id).sum(axis=1).tolist() == [1] * 7
+    seen = [line for n in range(4) for line in zip(*batches[n].values(), strict=True)]
+    for tokens, targets, segments in seen:
+        assert (targets[segments == 0] == -1).all()
+        documents = segments.max()
+        assert (targets == tokenizer.eos_token_id).sum() == documents
+        assert (targets[(segments != 0) & (tokens == tokenizer.eos_token_id)] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "message"),
+    [
+        ([], {}, "there is no row"),
+        (random_rows(3, T, seed=9), {"max_length": 2}, r"row \d has \d+ tokens: must be from 1 to"),
+        ([Row(np.zeros(0, np.int32), np.zeros(0, bool))], {}, "row 0 has 0 tokens"),
+        (random_rows(3, T, seed=9), {"rows_per_batch": 0}, "rows_per_batch=0: must be at least 1"),
+        (random_rows(3, T, seed=9), {"seed": -1}, "seed=-1: must be at least 0"),
+    ],
+)
+def test_batches_that_can_not_be(rows, values, message):
+    with pytest.raises(InputError, match=message):
+        make(rows, **values)

@@ -1,0 +1,192 @@
+"""Files and formats: what is read, and what a person is told about what can't be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import pytest
+from data_fixtures import make_tokenizer, write_json, write_jsonl
+
+from droplora_jax.data import FORMATS, DataConfig, Example, Turn, load
+from droplora_jax.data.files import content, records
+from droplora_jax.errors import InputError
+
+ROW = {"instruction": "add", "input": "1 2", "output": "3"}
+
+
+def read(path):
+    return list(records(str(path), content(str(path))))
+
+
+def fails(path, config=None, *, match):
+    config = config or DataConfig(train=str(path))
+    with pytest.raises(InputError, match=match) as info:
+        load(config.train, make_tokenizer(), config)
+    assert str(path) in str(info.value)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_json_and_json_lines_say_where_a_row_stands(tmp_path, packed, mark):
+    rows = [{"text": "één"}, {"text": "a\u2028b"}]
+    texts = {"a.json": json.dumps(rows, ensure_ascii=False, indent=1)}
+    texts["a.jsonl"] = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
+    where = {"a.json": ["{}, row 1", "{}, row 2"], "a.jsonl": ["{}:1", "{}:3"]}
+    for name, text in texts.items():
+        raw = mark + text.encode()
+        path = tmp_path / (name + ".gz" if packed else name)
+        path.write_bytes(gzip.compress(raw) if packed else raw)
+        assert read(path) == [
+            (place.format(path), row) for place, row in zip(where[name], rows, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2: broken JSON"),
+        ("a.jsonl", b'[\n{"text": "a"}]', r"a\.jsonl:1: broken JSON.*goes into a \.json file"),
+        ("a.jsonl", b'{"text": "a"}\n3\n', r"a\.jsonl:2: must be an object with keys, is 3"),
+        ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: broken JSON"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', r"a\.json:2: .* is named \.jsonl"),
+        ("a.json", b'{"data": []}', "must be a list of objects, is an object"),
+        ("a.json", b'[{"text": "a"}, null]', "row 2: must be an object with keys, is null"),
+        ("a.json", b"[]", "the list is empty"),
+        ("a.json", b"[" * 100_000, "broken JSON"),
+        ("a.json", b"", "the file is empty"),
+        ("a.jsonl", b" \n\n", "the file is empty"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"a\.jsonl:2: not UTF-8 \(byte 0xe9\)"),
+        ("a.json.gz", b"[]", "not a whole gzip file"),
+        ("a.json.gz", gzip.compress(b"[]" * 99)[:-9], "not a whole gzip file"),
+        ("a.csv", b"text\na", r"must be a \.json or \.jsonl file"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: text holds half of a surrogate pair"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path, name, raw, message):
+    (tmp_path / name).write_bytes(raw)
+    fails(tmp_path / name, match=message)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    fails(tmp_path / "none.json", match="no such file")
+    (tmp_path / "folder.json").mkdir()
+    fails(tmp_path / "folder.json", match="can't be read")
+
+
+EXAMPLES = {
+    "alpaca": (ROW, Example((Turn("user", "add"), Turn("assistant", "3")), input="1 2")),
+    "prompt_completion": (
+        {"prompt": "", "completion": " x"},
+        Example((Turn("user", ""), Turn("assistant", " x"))),
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        Example((Turn("user", "a"), Turn("assistant", "b"))),
+    ),
+    "text": ({"text": " a "}, Example(text=" a ")),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_knows_its_own_records(name):
+    record, example = EXAMPLES[name]
+    record = {**record, "extra": 1}
+    assert [n for n, format in FORMATS.items() if format.matches(record)] == [name]
+    assert FORMATS[name].convert(record) == example
+    for key in FORMATS[name].required:
+        without = {k: v for k, v in record.items() if k != key}
+        assert not FORMATS[name].matches(without)
+        with pytest.raises(InputError, match=key):
+            FORMATS[name].convert(without)
+
+
+def test_null_is_no_input():
+    assert FORMATS["alpaca"].convert({**ROW, "input": None}).input == ""
+
+
+def test_the_telling_keys_win_over_text(tmp_path):
+    path = write_json(tmp_path / "a.json", [{**ROW, "text": "all of it"}])
+    _, report = load(path, make_tokenizer(), DataConfig(train=path))
+    assert report.sources[0].format == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "input": ""}, "output is missing"),
+        ({**ROW, "output": " \n"}, "output is empty"),
+        ({**ROW, "output": 3}, "output must be text, is 3"),
+        ({**ROW, "input": ["a"]}, r"input must be text, is \['a'\]"),
+        ({**ROW, "output": None}, "output must be text, is None"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_the_keys_expected(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [ROW, row])
+    text = fails(path, match=rf"a\.jsonl:2: {message}")
+    assert text.endswith("the format alpaca has the keys instruction, output, optional input")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "must be a list of objects"),
+        ([], "must be a list of objects"),
+        ([{"role": "user", "content": "a"}], "no message whose role is assistant"),
+        (["a"], "message 1 must be an object"),
+        ([{"content": "a"}], "message 1: role is missing"),
+        ([{"role": "assistant", "content": ""}], "message 1: content is empty"),
+        ([{"role": "assistant", "content": None}], "message 1: content must be text"),
+    ],
+)
+def test_messages_that_do_not_fit(tmp_path, messages, message):
+    path = write_json(tmp_path / "a.json", [{"messages": messages}])
+    fails(path, match=rf"row 1: .*{message}.*format messages has the keys messages")
+
+
+def test_keys_of_no_format_list_the_formats(tmp_path):
+    path = write_json(tmp_path / "a.json", [{"question": "a", "answer": "b"}])
+    text = fails(path, match="row 1: no format has the keys question, answer")
+    assert all(name in text for name in FORMATS)
+
+
+def test_a_format_that_is_named_is_not_guessed(tmp_path):
+    path = write_json(tmp_path / "a.json", [{**ROW, "text": "all of it"}])
+    config = DataConfig(train=path, format="text")
+    _, report = load(path, make_tokenizer(), config)
+    assert report.sources[0].format == "text"
+    fails(path, DataConfig(train=path, format="messages"), match="row 1: messages must be a list")
+
+
+def test_several_files_each_of_its_own_format(tmp_path):
+    paths = (
+        write_json(tmp_path / "a.json", [ROW, ROW]),
+        write_jsonl(tmp_path / "b.jsonl", [{"text": "plain"}]),
+    )
+    rows, report = load(paths, make_tokenizer(), DataConfig(train=paths))
+    assert len(rows) == report.read == 3
+    assert [(s.path, s.format, s.template, s.records) for s in report.sources] == [
+        (paths[0], "alpaca", "alpaca", 2),
+        (paths[1], "text", "none", 1),
+    ]
+    assert len({s.sha256 for s in report.sources}) == 2
+    assert len(load(tmp_path / "a.json", make_tokenizer(), DataConfig(train="x"))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_length": 1}, "data.max_length=1: must be at least 2"),
+        ({"train": ""}, "data.train='': must be a file"),
+        ({"train": ()}, "data.train=(): must be a file"),
+        ({"valid": ("a.json", "")}, "data.valid=('a.json', ''): must be a file"),
+        ({"format": "alpca"}, "data.format='alpca': must be one of auto, messages, alpaca, "),
+        ({"template": "alpacca"}, "did you mean alpaca?"),
+        ({"too_long": "skip"}, "data.too_long='skip': must be one of cut, drop, error"),
+    ],
+)
+def test_a_configuration_that_can_not_be(values, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        DataConfig(**{"train": "a.json", **values})

@@ -1,0 +1,315 @@
+"""Hugging Face folders onto a mesh, and what is said about folders that are broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from oracles import Folder, llama_folder
+from safetensors.numpy import load_file, save_file
+
+import droplora_jax as dl
+from droplora_jax import hub
+from droplora_jax.models import FAMILIES, Family
+from droplora_jax.models.family import rope_config
+from droplora_jax.models.llama import FAMILY
+from droplora_jax.sharding import MeshConfig, make_mesh
+
+
+def load(path: Path, **options) -> nnx.Module:
+    options = {"mesh": make_mesh(devices=jax.devices()[:1]), "dtype": jnp.float32, **options}
+    return dl.load(path, **options)
+
+
+@pytest.fixture
+def copy(untied: Folder, tmp_path: Path) -> Path:
+    """A copy of the folder that a test may break."""
+    return Path(shutil.copytree(untied.path, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, *without: str, **changes) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in without}))
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][tensor]
+
+
+def edit_tensors(file: Path, **changes) -> None:
+    """Tensors by name with dots as `__`; None removes one."""
+    tensors = load_file(file) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({k: v for k, v in tensors.items() if v is not None}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2)])
+def test_values_equal_transformers_and_every_device_has_its_part(either, config):
+    mesh = make_mesh(config)
+    model = load(either.path, mesh=mesh)
+    theirs = either.torch.state_dict()
+    names = FAMILY.tensor_names(model.config)
+    seen = set()
+    for path, parameter in nnx.to_flat_state(nnx.state(model)):
+        name, value = names[".".join(path)], parameter[...]
+        layers = range(3) if name.stacked else [None]
+        for layer in layers:
+            tensor = theirs[name.of_layer(layer)].numpy()
+            ours = np.asarray(value if layer is None else value[layer])
+            np.testing.assert_array_equal(ours.T if name.transposed else ours, tensor)
+            seen.add(name.of_layer(layer))
+        if "norm" not in ".".join(path):
+            part = value.addressable_shards[0].data.size
+            assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == value.size, path
+        assert value.sharding.mesh == mesh
+    assert seen == {n for n in theirs if not (n == "lm_head.weight" and model.config.tie_embeddings)}
+
+
+def test_no_mesh_means_every_device_along_fsdp(untied):
+    model = dl.load(untied.path)
+    kernel = model.layers.q_proj.kernel[...]
+    assert kernel.sharding.mesh.shape == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert kernel.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_file_in_any_float_dtype(stored, tmp_path):
+    folder = llama_folder(tmp_path, dtype=stored, num_hidden_layers=1)
+    folder.torch.save_pretrained(tmp_path / "one")
+    assert [file.name for file in shards(tmp_path / "one")] == ["model.safetensors"]
+    for path in (tmp_path, tmp_path / "one"):
+        kernel = np.asarray(load(path).layers.up_proj.kernel[...][0]).T
+        expected = folder.torch.model.layers[0].mlp.up_proj.weight.detach().float()
+        np.testing.assert_array_equal(kernel, expected)
+
+
+def test_a_stored_copy_of_tied_embeddings_and_old_buffers_are_no_surprise(tied, tmp_path):
+    folder = Path(shutil.copytree(tied.path, tmp_path / "copy"))
+    merged = {}
+    for file in shards(folder):
+        merged |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    merged["lm_head.weight"] = merged["model.embed_tokens.weight"]
+    merged["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not hasattr(load(folder), "lm_head")
+
+
+# Errors: each names the file, the key, and what is wrong.
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c"])
+def test_missing_folder(path):
+    with pytest.raises(dl.InputError, match=rf"model\.path='{path}'.*no such folder"):
+        load(path)
+
+
+def test_a_hub_id_that_is_not_to_be_had(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dl.InputError, match=r"model\.path='nobody/nothing'.*hub"):
+        load("nobody/nothing")
+
+
+def test_a_file_in_place_of_a_folder(copy):
+    with pytest.raises(dl.InputError, match=r"config\.json"):
+        load(copy / "config.json")
+
+
+def test_config_missing(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(dl.InputError, match=r"copy/config\.json: missing"):
+        load(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_config_that_is_no_json_object(copy, text):
+    (copy / "config.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(dl.InputError, match=r"copy/config\.json: (not valid JSON|holds list)"):
+        load(copy)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", None])
+def test_model_type(copy, model_type):
+    edit_config(copy, model_type=model_type)
+    message = rf"config\.json: model_type={model_type!r}.*supported: {', '.join(FAMILIES)}"
+    with pytest.raises(dl.InputError, match=message):
+        load(copy)
+
+
+def test_an_unknown_key_and_the_way_out(copy):
+    edit_config(copy, attention_scaling=2.0)
+    with pytest.raises(
+        dl.InputError, match=r"config\.json.*'attention_scaling'.*2\.0.*model\.ignore_config_keys"
+    ):
+        load(copy)
+    assert load(copy, ignore_config_keys=["attention_scaling"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_a_refused_value(copy, key, value):
+    edit_config(copy, **{key: value})
+    with pytest.raises(dl.InputError, match=rf"config\.json: {key}=.*not supported; supported: "):
+        load(copy)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "vocab_size"])
+def test_a_missing_key(copy, key):
+    edit_config(copy, key)
+    with pytest.raises(dl.InputError, match=rf"config\.json: lacks the key '{key}'"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", None), ("num_hidden_layers", "three"), ("rms_norm_eps", None), ("vocab_size", -4)],
+)
+def test_a_value_of_the_wrong_kind(copy, key, value):
+    edit_config(copy, **{key: value})
+    with pytest.raises(dl.InputError, match=rf"config\.json.*{key}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "yarn", "rope_theta": 1e4}, "'yarn'.*supported: default, linear, llama3"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "'dynamic'.*supported"),
+        ({"rope_type": "linear", "rope_theta": 1e4}, "'linear' lacks factor"),
+        (
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "beta": 1.0},
+            "'linear' has unknown keys beta",
+        ),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": "two"}, "factor='two'"),
+    ],
+)
+def test_rotary_settings(copy, parameters, message):
+    edit_config(copy, rope_parameters=parameters)
+    with pytest.raises(dl.InputError, match=rf"copy/config\.json.*{message}"):
+        load(copy)
+
+
+def test_rotary_settings_default_to_the_first_llama():
+    assert rope_config({}) == rope_config({"rope_scaling": None, "rope_theta": 1e4})
+
+
+def test_pickled_weights_only(copy):
+    for file in [*shards(copy), copy / "model.safetensors.index.json"]:
+        file.unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(dl.InputError, match=r"pickled.*pytorch_model\.bin.*save_pretrained"):
+        load(copy)
+
+
+def test_no_weights_at_all(copy):
+    for file in [*shards(copy), copy / "model.safetensors.index.json"]:
+        file.unlink()
+    with pytest.raises(dl.InputError, match=r"copy: neither model\.safetensors nor"):
+        load(copy)
+
+
+@pytest.mark.parametrize("size", [0, 5, -100])
+def test_a_shard_that_is_cut_short(copy, size):
+    file = shards(copy)[1]
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(dl.InputError, match=rf"{file.name}: broken or cut short.*again"):
+        load(copy)
+
+
+def test_a_shard_that_the_index_names_and_that_is_missing(copy):
+    file = shards(copy)[1]
+    file.unlink()
+    with pytest.raises(dl.InputError, match=rf"{file.name}: missing"):
+        load(copy)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}'])
+def test_an_index_without_a_table(copy, text):
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(dl.InputError, match=r"model\.safetensors\.index\.json.*weight_map"):
+        load(copy)
+
+
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor(copy):
+    file = copy / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    del index["weight_map"][TENSOR]
+    file.write_text(json.dumps(index))
+    with pytest.raises(dl.InputError, match=rf"copy: 1 tensor\(s\) missing, such as {TENSOR}"):
+        load(copy)
+
+
+def test_a_tensor_that_its_shard_does_not_hold(copy):
+    file = shard_of(copy, TENSOR)
+    edit_tensors(file, **{TENSOR.replace(".", "__"): None})
+    with pytest.raises(dl.InputError, match=rf"{file.name}: does not hold {TENSOR}"):
+        load(copy)
+
+
+def test_a_tensor_too_many(copy):
+    file = copy / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.layers.0.mlp.up_proj.bias"] = shards(copy)[0].name
+    file.write_text(json.dumps(index))
+    edit_tensors(shards(copy)[0], model__layers__0__mlp__up_proj__bias=np.zeros(48, np.float32))
+    with pytest.raises(dl.InputError, match=r"\.safetensors: tensor .*up_proj\.bias has no place"):
+        load(copy)
+
+
+def test_fewer_layers_in_the_configuration_than_in_the_weights(copy):
+    edit_config(copy, num_hidden_layers=2)
+    with pytest.raises(dl.InputError, match=r"model\.layers\.2\..* has no place"):
+        load(copy)
+
+
+def test_a_wrong_shape(copy):
+    file = shard_of(copy, TENSOR)
+    edit_tensors(file, **{TENSOR.replace(".", "__"): np.zeros((48, 31), np.float32)})
+    with pytest.raises(dl.InputError, match=rf"{file.name}: {TENSOR}.*\[48, 31\].*\[48, 32\]"):
+        load(copy)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, ml_dtypes.float8_e4m3fn])
+def test_a_stored_dtype_that_is_not_read(copy, dtype):
+    file = shard_of(copy, TENSOR)
+    edit_tensors(file, **{TENSOR.replace(".", "__"): np.zeros((48, 32), np.float32).astype(dtype)})
+    with pytest.raises(dl.InputError, match=rf"{file.name}: {TENSOR} is stored as (I8|F8)"):
+        load(copy)
+
+
+def test_the_source_holds_in_any_working_directory(untied, monkeypatch):
+    monkeypatch.chdir(untied.path.parent)
+    model = load(Path(untied.path.name))
+    monkeypatch.chdir("/")
+    assert hub.source_folder(model) == untied.path.resolve()
+
+
+def test_every_family_accounts_for_its_keys_once():
+    for family in FAMILIES.values():
+        assert isinstance(family, Family)
+        groups = [family.read, family.harmless, frozenset(family.refused)]
+        assert sum(map(len, groups)) == len(frozenset().union(*groups))
