@@ -44,13 +44,14 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     Everything that can be wrong with the input is looked at before the weights are loaded.
     Returns the folder of the adapter.
     """
+    folder = Path(config.output)
+    check_folder(config, folder)
     mesh = make_mesh(config.mesh)
     config.train.check_mesh(mesh)
     base = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(base, config.model.ignore_config_keys)
     train_rows, valid_rows = _read_data(config, _tokenizer(base), shape, console)
     batches = _batches(config, train_rows, shuffle=True)
-    folder = prepare_folder(config)
     adapter = folder / ADAPTER
     if adapter.exists() and _last_step(folder) >= total_steps(config.train, batches):
         display.say(console, f"finished already: {_after(folder)}")
@@ -63,6 +64,8 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(run.dump(config), encoding="utf-8")
     prepared = Run(
         model=_inject(config, model),
         mesh=mesh,
@@ -107,13 +110,11 @@ def export_run(
         display.say(console, f"{target}: adapter in PEFT's format")
 
 
-def prepare_folder(config: run.RunConfig) -> Path:
-    """Make the run's folder, or check that what it holds is this run.
+def check_folder(config: run.RunConfig, folder: Path) -> None:
+    """Raise InputError if the folder holds something that is not this run.
 
-    Raises:
-      InputError: it holds something else, or a run with other settings that has checkpoints.
+    A run with other settings but without a checkpoint may start over.
     """
-    folder = Path(config.output)
     file = folder / CONFIG_FILE
     if folder.exists() and not file.exists():
         weights.check_free(folder)
@@ -124,9 +125,6 @@ def prepare_folder(config: run.RunConfig) -> Path:
                 f"{folder} holds a run with other settings: {'; '.join(changed)}. Put them back to "
                 "carry on (steps, cadences and the mesh may change), or name another output"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(run.dump(config), encoding="utf-8")
-    return folder
 
 
 def changed_keys(new: Any, old: Any, path: str = "") -> list[str]:

@@ -25,6 +25,7 @@ from droplora_jax.adapters.base import (
     AdapterConfig,
     MaskKey,
     Path,
+    is_linear,
     linear_spec,
 )
 from droplora_jax.errors import InputError
@@ -34,11 +35,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def linear_paths(model: nnx.Module) -> list[Path]:
     """The paths of all layers that can be adapted, in the order of the module graph."""
-    return [
-        path
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Module) and linear_spec(node) is not None
-    ]
+    return [path for path, node in nnx.iter_graph(model) if is_linear(node)]
 
 
 def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
@@ -72,9 +69,7 @@ def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model
     def wrap(path: Path, node: Any) -> Any:
         if path not in chosen:
             return node
-        spec = linear_spec(node)
-        assert spec is not None
-        return config.adapt(node, spec, path, key)
+        return config.adapt(node, linear_spec(node), path, key)
 
     return nnx.recursive_map(wrap, _view(model))
 
@@ -133,7 +128,7 @@ def draw(
         if granularity is None:
             return variable
         keys = prng.fold_path(step_key, path[:-1])
-        keys = prng.fold_stack(keys, variable[...].shape[:-1])
+        keys = prng.fold_stack(keys, variable.get_metadata("stack"))
         if granularity == "step":
             return variable.replace(keys[..., None])
         if rows is None:

@@ -75,7 +75,9 @@ def test_values_equal_transformers_and_every_device_has_its_part(either, config)
             part = value.addressable_shards[0].data.size
             assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == value.size, path
         assert value.sharding.mesh == mesh
-    assert seen == {n for n in theirs if not (n == "lm_head.weight" and model.config.tie_embeddings)}
+    assert seen == {
+        n for n in theirs if not (n == "lm_head.weight" and model.config.tie_embeddings)
+    }
 
 
 def test_no_mesh_means_every_device_along_fsdp(untied):
@@ -183,7 +185,12 @@ def test_a_missing_key(copy, key):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", None), ("num_hidden_layers", "three"), ("rms_norm_eps", None), ("vocab_size", -4)],
+    [
+        ("hidden_size", None),
+        ("num_hidden_layers", "three"),
+        ("rms_norm_eps", None),
+        ("vocab_size", -4),
+    ],
 )
 def test_a_value_of_the_wrong_kind(copy, key, value):
     edit_config(copy, **{key: value})

@@ -125,9 +125,10 @@ def test_sequence_masks_of_a_packed_row_are_one_a_document(sampler):
     for row in range(2):
         for position in range(6):
             document = (row, int(documents[row, position]))
-            assert seen.setdefault(document, mask[row, position].tobytes()) == mask[
-                row, position
-            ].tobytes()
+            assert (
+                seen.setdefault(document, mask[row, position].tobytes())
+                == mask[row, position].tobytes()
+            )
     assert len(set(seen.values())) == len(seen) == 6
 
 
@@ -179,8 +180,7 @@ def test_branch_has_the_dtype_of_its_input(strict):
 def test_merged_kernel_is_float32_and_equals_the_branch():
     rng = np.random.default_rng(0)
     x, w, a, b = (
-        rng.normal(size=shape).astype(np.float32)
-        for shape in [(5, 12), (12, 7), (12, 4), (4, 7)]
+        rng.normal(size=shape).astype(np.float32) for shape in [(5, 12), (12, 7), (12, 4), (4, 7)]
     )
     w = jnp.asarray(w, jnp.bfloat16)
     merged = merged_kernel(w, jnp.asarray(a), jnp.asarray(b), scale=2.0)

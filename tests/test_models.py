@@ -352,7 +352,9 @@ def test_the_head_is_no_target_as_in_peft(untied):
         AutoModelForCausalLM.from_pretrained(untied.path),
         peft.LoraConfig(r=4, target_modules="all-linear"),
     )
-    modules = {n.split(".lora_A")[0].split(".")[-1] for n, _ in theirs.named_parameters() if "lora_A" in n}
+    modules = {
+        n.split(".lora_A")[0].split(".")[-1] for n, _ in theirs.named_parameters() if "lora_A" in n
+    }
     assert {path.split(".")[-1] for path in adapters_of(model)} == modules
 
 

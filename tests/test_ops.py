@@ -43,7 +43,11 @@ def test_positions_restart_with_every_segment():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention_equals_pytorch(kv_heads, packed):
-    q, k, v = normal(2, 7, 4, 8), normal(2, 7, kv_heads, 8, seed=1), normal(2, 7, kv_heads, 8, seed=2)
+    q, k, v = (
+        normal(2, 7, 4, 8),
+        normal(2, 7, kv_heads, 8, seed=1),
+        normal(2, 7, kv_heads, 8, seed=2),
+    )
     segments = np.asarray([[1, 1, 1, 2, 2, 2, 2], [3, 3, 1, 1, 1, 0, 0]], np.int32)
     allowed = np.tril(np.ones((7, 7), bool))[None, None]
     if packed:
@@ -60,11 +64,16 @@ def test_attention_equals_pytorch(kv_heads, packed):
 
 
 def test_cross_entropy_equals_pytorch():
-    logits, targets = normal(2, 6, 11) * 4, np.asarray([[3, -1, 10, 0, 2, -1], [-1, -1, -1, 4, 5, 6]])
+    logits, targets = (
+        normal(2, 6, 11) * 4,
+        np.asarray([[3, -1, 10, 0, 2, -1], [-1, -1, -1, 4, 5, 6]]),
+    )
     loss, count = ops.cross_entropy(jnp.asarray(logits), jnp.asarray(targets, jnp.int32))
     expected = torch.nn.functional.cross_entropy(
-        torch.tensor(logits).flatten(0, 1), torch.tensor(targets).flatten(),
-        ignore_index=-1, reduction="sum",
+        torch.tensor(logits).flatten(0, 1),
+        torch.tensor(targets).flatten(),
+        ignore_index=-1,
+        reduction="sum",
     )
     assert int(count) == 7
     assert loss.dtype == jnp.float32

@@ -41,7 +41,9 @@ def test_a_mesh_of_some_devices():
     assert list(make_mesh(devices=jax.devices()[:1]).devices.flat) == jax.devices()[:1]
 
 
-@pytest.mark.parametrize("config", [MeshConfig(3, -1, 1), MeshConfig(2, 2, 1), MeshConfig(16, -1, 1)])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(3, -1, 1), MeshConfig(2, 2, 1), MeshConfig(16, -1, 1)]
+)
 def test_sizes_that_do_not_multiply_say_what_was_asked_and_what_there_is(config):
     with pytest.raises(InputError, match=rf"data={config.data}.*8 device"):
         make_mesh(config)

@@ -290,9 +290,7 @@ def test_only_adapters_have_gradients(case):
     assert len(trained) == 2 * case.layers
     assert len(jax.tree.leaves(mask_keys)) == case.layers
     assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(nnx.state(model)))
-    again = jax.grad(
-        lambda a: jnp.sum(nnx.merge(graphdef, a, mask_keys, frozen)(x) ** 2)
-    )(adapters)
+    again = jax.grad(lambda a: jnp.sum(nnx.merge(graphdef, a, mask_keys, frozen)(x) ** 2))(adapters)
     for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -477,7 +475,9 @@ def test_targets(targets, expected):
 
 @pytest.mark.parametrize("targets", ["q_porj", ("q_proj", "q_porj")])
 def test_a_pattern_that_matches_nothing_lists_the_linear_modules(targets):
-    with pytest.raises(dl.InputError, match=r"adapter\.targets='q_porj'.*down_proj, gate_proj.*7 in all"):
+    with pytest.raises(
+        dl.InputError, match=r"adapter\.targets='q_porj'.*down_proj, gate_proj.*7 in all"
+    ):
         dl.inject(Attention(nnx.Rngs(0)), lora(targets=targets), key=KEY)
 
 

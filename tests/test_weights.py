@@ -79,7 +79,9 @@ def test_an_empty_folder_may_be_there(tmp_path):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no"), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ValueError("no"), OSError(errno.ENOSPC, "full")]
+)
 def test_after_an_error_nothing_of_it_remains(tmp_path, error, replace):
     target = tmp_path / "out"
     target.mkdir()
@@ -92,7 +94,9 @@ def test_after_an_error_nothing_of_it_remains(tmp_path, error, replace):
             raise error
 
     expected = InputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected, match=r"out: could not be written \(full\)" if isinstance(error, OSError) else ""):
+    with pytest.raises(
+        expected, match=r"out: could not be written \(full\)" if isinstance(error, OSError) else ""
+    ):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == (["old"] if replace else [])

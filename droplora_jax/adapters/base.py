@@ -29,8 +29,8 @@ NAMED_TARGETS = {"paper": r"(^|\.)(q|k|v|up|down)_proj$", "all-linear": r""}
 class MaskKey(nnx.Variable):
     """The keys of one adapter's rank mask, [*stack, n]; n = 0 means no mask (evaluation).
 
-    Filled for one step by `droplora_jax.draw`. The metadata `granularity` is None where the
-    adapter never draws.
+    Filled for one step by `droplora_jax.draw`. Its metadata: `stack`, the leading axes of stacked
+    layers, and `granularity`, None where the adapter never draws.
     """
 
 
@@ -105,13 +105,21 @@ class LinearSpec:
 
 
 @singledispatch
-def linear_spec(layer: Any) -> LinearSpec | None:
-    """How to read a layer as an einsum; None for anything that is not linear.
+def linear_spec(layer: Any) -> LinearSpec:
+    """How to read a layer as an einsum.
 
     Register another linear type with
     `@linear_spec.register(MyLinear)` on a function from the layer to its `LinearSpec`.
+
+    Raises:
+      InputError: not a linear layer, or one that can't be adapted as it is.
     """
-    return None
+    raise InputError(f"{type(layer).__name__} is no linear layer; see linear_spec.register")
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer's type is registered with `linear_spec`."""
+    return linear_spec.dispatch(type(layer)) is not linear_spec.dispatch(object)
 
 
 @linear_spec.register(nnx.Linear)
@@ -175,7 +183,8 @@ class Adapter(nnx.Module):
         layer = nnx.merge(*nnx.split(self.base))
         kernel = getattr(layer, self.spec.attribute)
         value = kernel.get_value()
-        merged = jax.jit(self.merged_kernel, out_shardings=value.sharding)(value)
+        sharding = getattr(value, "sharding", None)  # a tracer has none
+        merged = jax.jit(self.merged_kernel, out_shardings=sharding)(value)
         setattr(layer, self.spec.attribute, kernel.replace(merged.astype(value.dtype)))
         return layer
 

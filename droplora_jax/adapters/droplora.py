@@ -89,6 +89,7 @@ class DropLoRALinear(base.Adapter):
         self.lora_b = nnx.LoRAParam(base.place(lambda: jnp.zeros(b_shape), b_sharding))
         self.mask_key = base.MaskKey(
             jnp.broadcast_to(prng.root_key(0), (*stack, 0)),
+            stack=stack,
             granularity=config.granularity if config.drop_rate > 0 else None,
         )
 

@@ -106,9 +106,7 @@ def chosen_sides(args: argparse.Namespace) -> dict[str, Ours | Peft]:
     if args.variants:
         for granularity in ("sequence", "step"):
             sides[f"DropLoRA {granularity}"] = Ours(granularity=granularity, remat=args.remat)
-        sides["DropLoRA step exact"] = Ours(
-            granularity="step", sampler="exact", remat=args.remat
-        )
+        sides["DropLoRA step exact"] = Ours(granularity="step", sampler="exact", remat=args.remat)
     return sides
 
 
@@ -146,9 +144,7 @@ def report(rounds: dict[str, list], args: argparse.Namespace) -> None:
         ratio = float(np.median(reference)) / median
         by_round = np.median(reference, axis=1) / np.median(seconds, axis=1)
         low, high = float(by_round.min()), float(by_round.max())
-        print(
-            f"{name:22}{median:8.3f}{tokens / median:10.0f}{ratio:8.2f}  ({low:.2f}..{high:.2f})"
-        )
+        print(f"{name:22}{median:8.3f}{tokens / median:10.0f}{ratio:8.2f}  ({low:.2f}..{high:.2f})")
         figures[name] = {
             "seconds": seconds,
             "median_seconds": median,
