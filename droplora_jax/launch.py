@@ -50,7 +50,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     config.train.check_mesh(mesh)
     base = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(base, config.model.ignore_config_keys)
-    train_rows, valid_rows = _read_data(config, _tokenizer(base), shape, console)
+    train_rows, valid_rows = _read_data(config, load_tokenizer(base), shape, console)
     batches = _batches(config, train_rows, shuffle=True)
     adapter = folder / ADAPTER
     if adapter.exists() and _last_step(folder) >= total_steps(config.train, batches):
@@ -146,7 +146,8 @@ def _last_step(folder: Path) -> int:
     return Checkpoints(checkpoints).latest or 0 if checkpoints.is_dir() else 0
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer in a folder."""
     # transformers warns that it found no PyTorch; the tokenizers need none.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoTokenizer

@@ -138,10 +138,8 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o777 & ~_umask())
         yield temporary
-        for path in temporary.iterdir():
-            _flush(path)
+        _finish(temporary)
         if replace and folder.exists():
             old = temporary.with_name(temporary.name + ".old")
             folder.rename(old)
@@ -159,14 +157,12 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
-def _flush(path: Path) -> None:
-    """Ask for the bytes to be on disk before the rename makes them visible."""
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _umask() -> int:
+def _finish(folder: Path) -> None:
+    """The usual permissions, and the bytes on disk before a rename makes them visible."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from oracles import primitives, relative
 
 from droplora_jax import DropLoRA, InputError, LinearSpec, linear_spec, prng
 from droplora_jax.adapters import ADAPTERS, Adapter
-from droplora_jax.adapters.base import factor_shapes, factor_shardings
+from droplora_jax.adapters.base import factor_shapes, factor_shardings, is_linear
 from droplora_jax.sharding import MeshConfig, make_mesh
 
 KEY = prng.root_key(0)
@@ -106,7 +106,10 @@ def test_two_products_of_the_factors_equal_one_with_their_product(spec, x_shape,
 
 def test_what_is_not_linear_has_no_spec():
     for layer in [nnx.Embed(4, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(0)), object()]:
-        assert linear_spec(layer) is None
+        assert not is_linear(layer)
+        with pytest.raises(InputError, match="is no linear layer"):
+            linear_spec(layer)
+    assert is_linear(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
 
 
 def adapter_of(features_in: int = 64, features_out: int = 48, **options) -> Adapter:

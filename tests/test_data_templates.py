@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_json
 
-from droplora_jax.data import TEMPLATES, DataConfig, Example, Piece, Turn, load
+from droplora_jax.data import FORMATS, TEMPLATES, DataConfig, Example, Piece, Turn, load
 from droplora_jax.data.formats.base import exchange
 from droplora_jax.errors import InputError
 
@@ -165,3 +165,14 @@ def test_chat_needs_a_template(tmp_path):
 def test_chat_templates_that_can_not_be_used(template, message):
     with pytest.raises(InputError, match=message):
         chat(CONVERSATION, template)
+
+
+def test_mathematics_asks_for_steps_as_the_paper_does():
+    row = {"instruction": "What is 2 + 2?", "output": "The answer is: 4"}
+    pieces = TEMPLATES["alpaca_steps"](FORMATS["alpaca"].convert(row), None).pieces
+    assert [piece.text for piece in pieces] == [
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nWhat is 2 + 2?\n\n"
+        "### Response: Let's think step by step.",
+        "The answer is: 4",
+    ]

@@ -51,7 +51,7 @@ class MergeReport:
         )
         if self.rounding:
             name, worst = self.rounding[0]
-            text += f"; rounding took at most {worst:.2%} of the adapter ({name})"
+            text += f"; rounding took at most {worst:.1e} of the adapter (relative; {name})"
         return text
 
 

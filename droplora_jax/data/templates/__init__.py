@@ -5,6 +5,7 @@ from droplora_jax.data.templates.base import Document, Piece, Template
 
 TEMPLATES: dict[str, Template] = {
     "alpaca": alpaca.render,
+    "alpaca_steps": alpaca.render_steps,
     "chat": chat.render,
     "none": none.render,
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from droplora_jax.data.formats.base import Example
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer, one_exchange
 from droplora_jax.errors import InputError
 
+STEPS = " Let's think step by step."
 TASK = "Below is an instruction that describes a task"
 WITHOUT_INPUT = (
     TASK + ". Write a response that appropriately completes the request.\n\n"
@@ -33,6 +36,15 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
     Raises:
       InputError: the example is not one exchange, or its instruction is wrapped already.
     """
+    return _wrapped(example, prompt)
+
+
+def render_steps(example: Example, tokenizer: Tokenizer) -> Document:
+    """The same for mathematics: the response is begun with a request to think step by step."""
+    return _wrapped(example, lambda *given: prompt(*given).rstrip("\n") + STEPS)
+
+
+def _wrapped(example: Example, prompt: Callable[[str, str], str]) -> Document:
     instruction, response = one_exchange(example, "alpaca")
     if instruction.lstrip().startswith(TASK):
         raise InputError(
