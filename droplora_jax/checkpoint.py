@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs what it raises, with a traceback from each of its threads.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
         newest = policies.LatestN(keep)
         best = policies.BestN(
@@ -80,12 +83,14 @@ class Checkpoints:
     ) -> None:
         """Start saving `state` under its step; raises what went wrong with the save before."""
         step = int(state.step)
+        flat = _flatten(state)
+        self._check_space(sum(leaf.nbytes for leaf in flat.values()))
         run = {"data": {"next_batch": step}, "config": dict(config)}
         with _SaveErrors(self):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_flatten(state)), run=ocp.args.JsonSave(run)
+                    state=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(run)
                 ),
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
                 force=True,
@@ -112,7 +117,24 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        # What a save in the background raises is `wait`'s to tell.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def _check_space(self, size: int) -> None:
+        """A full disk is better told before than half-way."""
+        needed = int(1.1 * size) + 2**16
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise self._failed(f"it needs {needed:,} bytes and the disk has {free:,} left")
+
+    def _failed(self, reason: str) -> InputError:
+        good = _complete(self.folder)
+        kept = f"the newest good one is step {good[-1]}" if good else "there is no earlier one"
+        return InputError(
+            f"{self.folder}: a checkpoint could not be written ({reason}); {kept}. Make room and "
+            "run the same command again"
+        )
 
 
 class _SaveErrors:
@@ -127,13 +149,8 @@ class _SaveErrors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        good = _complete(self.checkpoints.folder)
-        kept = f"the newest good one is step {good[-1]}" if good else "there is no earlier one"
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise InputError(
-            f"{self.checkpoints.folder}: a checkpoint could not be written ({reason}); {kept}. "
-            "Make room and run the same command again"
-        ) from error
+        raise self.checkpoints._failed(reason) from error
 
 
 def _complete(folder: Path) -> list[int]:

@@ -12,7 +12,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -36,9 +35,8 @@ def progress(console: Console, *, start: int, total: int) -> Iterator[Show]:
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("{task.fields[line]}"),
-        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total, completed=start, line="compiling")
@@ -46,7 +44,7 @@ def progress(console: Console, *, start: int, total: int) -> Iterator[Show]:
         def show(step: int, row: Mapping[str, Any] | None) -> None:
             bar.update(task, completed=step)
             if row:
-                bar.update(task, line=_line(row))
+                bar.update(task, line=_line({**row, "seconds_left": None}))
 
         yield show
 
@@ -59,7 +57,7 @@ def _line(row: Mapping[str, Any]) -> str:
         parts.append(f"loss {row['loss']:.4f}")
     if "tokens_per_second" in row:
         parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
-    if "seconds_left" in row:
+    if row.get("seconds_left") is not None:
         parts.append(f"{_clock(row['seconds_left'])} left")
     return "  ".join(parts)
 

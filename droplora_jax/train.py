@@ -179,8 +179,11 @@ def train(run: Run) -> Decoder:
                 watch.after(n + 1, metrics)
                 _look_and_save(run, watch, evaluate, state, n + 1, stop)
         checkpoints.wait()
-    finally:
         log.plot()
+    except (NonFinite, Stopped):
+        log.plot()
+        raise
+    finally:
         log.close()
         checkpoints.close()
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
@@ -195,7 +198,8 @@ def _look_and_save(
     save = run.due(step, config.save_every) or bool(stop)
     if evaluate is not None and run.due(step, config.eval_every):
         watch.settle()
-        eval_loss = evaluate(state.adapters)
+        with watch.pause():
+            eval_loss = evaluate(state.adapters)
         watch.write({"step": step, "eval_loss": eval_loss})
         save |= checkpoints.best_loss is None or eval_loss < checkpoints.best_loss
     if save:
@@ -261,6 +265,14 @@ class _Watch:
             self.write(row)
         else:
             self.show(step, None)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not the training's, and does not count in its speed."""
+        start = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - start
 
     def write(self, row: Mapping[str, Any]) -> None:
         self.log.write({name: value for name, value in row.items() if name != "seconds_left"})

@@ -149,10 +149,9 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | SafetensorError):
             raise InputError(
-                f"{folder}: could not be written ({error.strerror or error}); "
-                "nothing of it was kept"
+                f"{folder}: could not be written ({error}); nothing of it was kept"
             ) from error
         raise
 
