@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +41,14 @@ class Batch(TypedDict):
 )
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step, and all that a checkpoint has to hold."""
+    """All that changes from step to step, and all that a checkpoint has to hold.
 
-    step: Int[Array, ""]
-    adapters: nnx.State
+    Its leaves are arrays: `step` int32 [], `adapters` an `nnx.State`, `opt_state` as optax made
+    it; or, in the same places, what is said of them, such as shardings.
+    """
+
+    step: Any
+    adapters: Any
     opt_state: Any
 
 
@@ -75,7 +79,7 @@ def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> An
         of_adapters,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(cast(Any, replicated), of_adapters, of_moments)
+    return TrainState(replicated, of_adapters, of_moments)
 
 
 def loss_sum(model: nnx.Module, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:

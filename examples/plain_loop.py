@@ -1,6 +1,6 @@
 """DropLoRA in a training loop of your own: nnx and optax, nothing else.
 
-    python examples/plain_loop.py MODEL_DIR OUTPUT_DIR
+python examples/plain_loop.py MODEL_DIR OUTPUT_DIR
 """
 
 import sys

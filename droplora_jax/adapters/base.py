@@ -93,8 +93,8 @@ class LinearSpec:
         """`A @ B` in the kernel's own order, whatever axes are stacked in front."""
         return f"...{self.a},...{self.b}->...{self.kernel}"
 
-    def stack(self, kernel: Array) -> tuple[int, ...]:
-        """The leading axes of a stacked kernel."""
+    def stack(self, kernel: Any) -> tuple[int, ...]:
+        """The leading axes of a stacked kernel, an array or only its shape."""
         return kernel.shape[: kernel.ndim - len(self.kernel)]
 
     def arrange(self, x: Array) -> Array:
@@ -201,7 +201,7 @@ class AdapterConfig(Protocol):
         ...
 
 
-def factor_shardings(kernel: Array, spec: LinearSpec) -> tuple[Any, Any]:
+def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
     """Where A and B lie: A as the kernel's input dimensions, B as its output dimensions.
 
     The factor that is left without the mesh axis `fsdp` takes it on its long dimension, so that
@@ -240,7 +240,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def factor_shapes(
-    kernel: Array, spec: LinearSpec, rank: int
+    kernel: Any, spec: LinearSpec, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for one kernel, stack axes in front."""
     stack = spec.stack(kernel)

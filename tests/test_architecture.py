@@ -1,0 +1,94 @@
+"""A floor imports only lower floors."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import droplora_jax
+
+ROOT = Path(droplora_jax.__file__).parent
+
+# A module, or a folder as a whole, and its floor. A new module is a new line.
+FLOORS = {
+    "errors": 0,
+    "lowrank": 0,
+    "ops": 0,
+    "prng": 0,
+    "rope": 0,
+    "sharding": 0,
+    "weights": 0,
+    "adapters": 1,
+    "data": 1,
+    "models": 1,
+    "hub": 2,
+    "surgery": 2,
+    "checkpoint": 3,
+    "export": 3,
+    "generate": 3,
+    "step": 3,
+    "evaluate": 4,
+    "train": 5,
+    "run": 6,
+    "plan": 7,
+    "quickstart": 7,
+    "cli": 8,
+}
+
+# Imports within a floor that are allowed: `errors` is what everything raises.
+WITHIN = {
+    ("hub", "surgery"),
+    ("sharding", "errors"),
+    ("weights", "errors"),
+}
+
+MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def part(path: Path) -> str:
+    """The line of the table that a file belongs to."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported_parts(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full, from droplora_jax"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = {tuple(name.split(".")) for name in names}
+    return {name[1] for name in parts if name[0] == "droplora_jax" and len(name) > 1}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_floor_imports_only_lower_floors(path):
+    own = part(path)
+    assert own in FLOORS, f"{own} has no floor: add it to FLOORS in {Path(__file__).name}"
+    for other in imported_parts(path) - {own}:
+        assert other in FLOORS, (
+            f"{path.name} imports {other!r}: import from the module, not from droplora_jax itself; "
+            f"or add it to FLOORS in {Path(__file__).name}"
+        )
+        assert FLOORS[other] < FLOORS[own] or (own, other) in WITHIN, (
+            f"{own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})"
+        )
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    assert part(ROOT / "models" / "llama.py") == "models"
+    file = tmp_path / "x.py"
+    file.write_text("import droplora_jax.train\nfrom droplora_jax import ops\n")
+    file.write_text(file.read_text() + "def f():\n    from droplora_jax.data.rows import x\n")
+    assert imported_parts(file) == {"train", "ops", "data"}
+
+
+def test_importing_a_module_calls_nothing_for_its_effect():
+    """No module reads the environment or changes jax's settings when it is imported."""
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            call = node.value if isinstance(node, ast.Expr) else None
+            assert not isinstance(call, ast.Call), f"{path}:{node.lineno}: a call at import"
