@@ -47,7 +47,7 @@ class LoadConfig:
         return jnp.dtype(automatic if self.dtype == "auto" else self.dtype)
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class RunConfig:
     """One run, as its YAML describes it."""
 
@@ -59,6 +59,10 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")
 
 
 def read(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -122,36 +126,57 @@ def _checked(tree: Mapping[str, Any], file: str, overridden: set[str]) -> RunCon
         # By way of JSON, where a list may stand for a tuple and nothing else is converted.
         return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        messages = [_message(detail, file, overridden) for detail in error.errors()]
-        raise InputError("\n".join(dict.fromkeys(messages))) from error
+        raise InputError("\n".join(_messages(error, tree, file, overridden))) from error
 
 
-def _message(detail: Any, file: str, overridden: set[str]) -> str:
-    path = _keys(detail["loc"])
-    key = ".".join(path)
-    where = "command line" if key in overridden else file
-    value = detail["input"]
+def _messages(
+    error: ValidationError, tree: Mapping[str, Any], file: str, overridden: set[str]
+) -> list[str]:
+    """One line a mistake; the alternatives of a union are one mistake."""
+    rules: dict[tuple[str, str], list[str]] = {}
+    for detail in error.errors():
+        path = _keys(detail["loc"], tree)
+        key, rule = ".".join(path), _rule(detail, path)
+        if detail["type"] == "value_error":  # one of ours, which names its key itself
+            key = rule.partition("=")[0]
+        where = "command line" if _touches(key, overridden) else file
+        start = "" if detail["type"] == "value_error" else f"{key}{_shown(detail)}"
+        rules.setdefault((where, start), []).append(rule)
+    return [f"{where}: {start}{' or '.join(rule)}" for (where, start), rule in rules.items()]
+
+
+def _rule(detail: Any, path: list[str]) -> str:
+    """What is wrong, in words."""
     if detail["type"] == "value_error":
-        return f"{where}: {detail['ctx']['error']}"
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{file}: {key} is missing"
+        return str(detail["ctx"]["error"])
+    if "missing" in detail["type"]:
+        return "is missing"
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        return f"{where}: {key}={value!r}: unknown key; {hint}"
+        return f"unknown key; {hint}"
     rule = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
-    return f"{where}: {key}={value!r}: must be {rule}"
+    return f"must be {rule}"
 
 
-def _keys(location: tuple[Any, ...]) -> list[str]:
-    """The path of keys in an error's location, which also names alternatives of a union."""
+def _shown(detail: Any) -> str:
+    return " " if "missing" in detail["type"] else f"={detail['input']!r}: "
+
+
+def _touches(key: str, overridden: set[str]) -> bool:
+    return any(key == other or other.startswith(f"{key}.") for other in overridden)
+
+
+def _keys(location: tuple[Any, ...], tree: Any) -> list[str]:
+    """The keys in an error's location, which also names the alternatives of a union."""
     keys: list[str] = []
-    for part in location:
-        if part not in _known_keys(keys) and keys and _known_keys(keys[:-1]):
-            if not _known_keys(keys):
-                break
+    for i, part in enumerate(location):
+        is_key = isinstance(tree, dict) and (part in tree or i == len(location) - 1)
+        if not is_key and not (isinstance(tree, list) and isinstance(part, int)):
+            continue
         keys.append(str(part))
+        tree = tree.get(part) if isinstance(tree, dict) else tree[part]
     return keys
 
 

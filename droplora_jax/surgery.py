@@ -71,7 +71,7 @@ def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model
             return node
         return config.adapt(node, linear_spec(node), path, key)
 
-    return nnx.recursive_map(wrap, _view(model))
+    return nnx.recursive_map(wrap, view(model))
 
 
 def select(paths: Sequence[Path], targets: str | Sequence[str]) -> set[Path]:
@@ -171,8 +171,9 @@ def merge(model: Model) -> Model:
     def unwrap(path: Path, node: Any) -> Any:
         return node.merged() if isinstance(node, Adapter) else node
 
-    return nnx.recursive_map(unwrap, _view(model))
+    return nnx.recursive_map(unwrap, view(model))
 
 
-def _view(model: Model) -> Model:
+def view(model: Model) -> Model:
+    """New modules over the same variables: what is set on one is not set on the other."""
     return nnx.merge(*nnx.split(model))

@@ -63,6 +63,13 @@ def test_attention_equals_pytorch(kv_heads, packed):
     assert relative(ours, expected) < 1e-5
 
 
+def test_attention_in_bfloat16_is_close_and_stays_bfloat16():
+    q, k, v = (jnp.asarray(normal(1, 7, 2, 8, seed=i)) for i in range(3))
+    y = ops.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert y.dtype == jnp.bfloat16
+    assert relative(y, ops.attention(q, k, v)) < 1e-2
+
+
 def test_cross_entropy_equals_pytorch():
     logits, targets = (
         normal(2, 6, 11) * 4,

@@ -128,12 +128,13 @@ def _merged_shard(
             yield name, np.ascontiguousarray(stored.astype(target))
             continue
         merged = merges[name](stored)
-        if not np.isfinite(merged).all():
+        with np.errstate(over="ignore"):
+            out = np.ascontiguousarray(merged.astype(target))
+        if not np.isfinite(out).all():
             raise InputError(
-                f"{base.files[name]}: {name} is not finite once the adapter is merged; the base "
-                "or the adapter holds NaN or infinity"
+                f"{base.files[name]}: {name} is not finite once the adapter is merged into "
+                f"{target.name}; the base or the adapter holds NaN, infinity or values too large"
             )
-        out = np.ascontiguousarray(merged.astype(target))
         rounding[name] = _rounding_loss(stored, merged, out)
         yield name, out
 

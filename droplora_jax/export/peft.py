@@ -17,31 +17,46 @@ from droplora_jax.adapters import ADAPTERS, DropLoRA
 from droplora_jax.adapters.droplora import DropLoRALinear
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder
-from droplora_jax.surgery import adapters_of, inject
-from droplora_jax.weights import atomic_folder, open_file, read_json, write_json
+from droplora_jax.surgery import adapters_of, inject, view
+from droplora_jax.weights import TensorFiles, atomic_folder, open_file, read_json, write_json
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"
 OWN_FILE = "droplora_config.json"
 PREFIX = "base_model.model."
 
-# Fields of adapter_config.json that change what an adapter computes, with what is understood.
-UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+# Fields of adapter_config.json that are read, or that do not change what a loaded adapter computes.
+READ = frozenset({"peft_type", "r", "lora_alpha"})
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
+)
+# Any other field must say that its option is off, or have one of these values.
+ACCEPTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
+OFF = (None, False, [], {})
 
 
 def save_adapter(
@@ -106,16 +121,16 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     _check_fields(peft, folder / PEFT_FILE)
     tensors = open_file(folder / WEIGHTS_FILE)
     config = config or _own_config(folder, peft, list(tensors.files))
-    if not adapters_of(model):
-        model = inject(model, config, key=prng.root_key(0))
+    injected = bool(adapters_of(model))
+    model = view(model) if injected else inject(model, config, key=prng.root_key(0))
     expected: set[str] = set()
     for path, adapter in _adapters(model).items():
+        _check_scale(peft, adapter.config, folder / PEFT_FILE)
         keys = [_keys(model, path, layer) for layer in range(model.config.layers)]
         expected.update(key for pair in keys for key in pair)
-        for parameter, names in zip(
-            (adapter.lora_a, adapter.lora_b), zip(*keys, strict=True), strict=True
-        ):
-            _fill(parameter, tensors, names, folder)
+        of_a, of_b = zip(*keys, strict=True)
+        adapter.lora_a = _filled(adapter.lora_a, tensors, of_a, folder)
+        adapter.lora_b = _filled(adapter.lora_b, tensors, of_b, folder)
     if extra := set(tensors.files) - expected:
         raise InputError(
             f"{folder / WEIGHTS_FILE}: {sorted(extra)[0]} has no place in the model "
@@ -124,7 +139,9 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     return model
 
 
-def _fill(parameter: nnx.LoRAParam, tensors: Any, names: tuple[str, ...], folder: Path) -> None:
+def _filled(
+    parameter: nnx.LoRAParam, tensors: TensorFiles, names: tuple[str, ...], folder: Path
+) -> Any:
     value = parameter.get_value()
     shape = value.shape[1:]
     for name in names:
@@ -138,7 +155,7 @@ def _fill(parameter: nnx.LoRAParam, tensors: Any, names: tuple[str, ...], folder
     stacked = np.stack([tensors.read(name).astype(np.float32).T for name in names])
     if not np.isfinite(stacked).all():
         raise InputError(f"{folder / WEIGHTS_FILE}: {names[0]} or a later layer is not finite")
-    parameter.set_value(
+    return parameter.replace(
         jax.make_array_from_callback(stacked.shape, value.sharding, lambda index: stacked[index])
     )
 
@@ -176,15 +193,25 @@ def _peft_config(config: DropLoRA, tensors: Mapping[str, Any], source: str) -> d
 
 
 def _check_fields(peft: Mapping[str, Any], file: Path) -> None:
-    for field, accepted in UNDERSTOOD.items():
-        if field in peft and peft[field] not in accepted:
-            raise InputError(
-                f"{file}: {field}={peft[field]!r} can't be represented; understood: "
-                f"{', '.join(map(repr, accepted))}"
-            )
-    for field in ("peft_type", "r", "lora_alpha"):
+    for field in sorted(READ):
         if field not in peft:
             raise InputError(f"{file}: lacks the field {field!r}")
+    for field, value in peft.items():
+        accepted = ACCEPTED.get(field, OFF)
+        if (field in ACCEPTED or field not in READ | HARMLESS) and value not in accepted:
+            raise InputError(
+                f"{file}: {field}={value!r} can't be represented; understood: "
+                f"{', '.join(map(repr, accepted))}"
+            )
+
+
+def _check_scale(peft: Mapping[str, Any], config: DropLoRA, file: Path) -> None:
+    """Raise InputError where the factors would mean another function."""
+    if (peft["r"], peft["lora_alpha"]) != (config.rank, config.alpha):
+        raise InputError(
+            f"{file}: r={peft['r']}, lora_alpha={peft['lora_alpha']}, but the model's adapters "
+            f"have rank={config.rank}, alpha={config.alpha:g}: give them the adapter's own"
+        )
 
 
 def _own_config(folder: Path, peft: Mapping[str, Any], names: list[str]) -> DropLoRA:
