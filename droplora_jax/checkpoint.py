@@ -79,13 +79,16 @@ class Checkpoints:
         return int(which)
 
     def save(
-        self, state: TrainState, config: Mapping[str, Any], eval_loss: float | None = None
+        self, state: TrainState, record: Mapping[str, Any], eval_loss: float | None = None
     ) -> None:
-        """Start saving `state` under its step; raises what went wrong with the save before."""
+        """Start saving `state` under its step, with a JSON `record` of the run.
+
+        Raises what went wrong with the save before.
+        """
         step = int(state.step)
         flat = _flatten(state)
         self._check_space(sum(leaf.nbytes for leaf in flat.values()))
-        run = {"data": {"next_batch": step}, "config": dict(config)}
+        run = {"data": {"next_batch": step}, **record}
         with _SaveErrors(self):
             self._manager.save(
                 step,
@@ -106,10 +109,10 @@ class Checkpoints:
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The resolved configuration of the run when it saved `step`."""
+    def record(self, step: int) -> dict[str, Any]:
+        """What was recorded of the run when it saved `step`, and its place in the data."""
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["run"]["config"]
+        return self._manager.restore(step, args=args)["run"]
 
     def wait(self) -> None:
         """Return when everything is on disk; raises what went wrong."""

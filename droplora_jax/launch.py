@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import data, display, export, hub, prng, run, weights
+from droplora_jax import data, display, export, hub, optim, prng, run, weights
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder, ModelConfig
@@ -41,46 +44,37 @@ MAY_CHANGE = (
 def train_run(config: run.RunConfig, console: Console) -> Path:
     """Train what `config` describes, from its newest checkpoint if there is one.
 
-    Everything that can be wrong with the input is looked at before the weights are loaded.
-    Returns the folder of the adapter.
+    Everything that can be wrong with the input is looked at before the weights are loaded, and
+    nothing is written before everything is loaded. Returns the folder of the adapter.
     """
     folder = Path(config.output)
+    adapter = folder / ADAPTER
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
     config.train.check_mesh(mesh)
-    base = hub.resolve(config.model.path, config.model.revision)
-    _, shape = hub.read_config(base, config.model.ignore_config_keys)
-    train_rows, valid_rows = _read_data(config, load_tokenizer(base), shape, console)
-    batches = _batches(config, train_rows, shuffle=True)
-    adapter = folder / ADAPTER
-    if adapter.exists() and _last_step(folder) >= total_steps(config.train, batches):
+    batches, valid, record = _read_data(config, console)
+    steps = total_steps(config.train, batches)
+    optim.learning_rate(config.optim, steps)
+    if adapter.exists() and _last_step(folder) >= steps:
         display.say(console, f"finished already: {_after(folder)}")
         return adapter
-    model = hub.load(
-        config.model.path,
-        mesh=mesh,
-        dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
-        remat=config.train.remat,
-        revision=config.model.revision,
-        ignore_config_keys=config.model.ignore_config_keys,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(run.dump(config), encoding="utf-8")
     prepared = Run(
-        model=_inject(config, model),
+        model=_load(config, mesh),
         mesh=mesh,
         train=batches,
-        valid=None if valid_rows is None else _batches(config, valid_rows, shuffle=False),
+        valid=valid,
         optim=config.optim,
         config=config.train,
         seed=config.seed,
         folder=folder,
-        record=run.as_tree(config),
+        record=record,
         console=console,
     )
     display.say(console, _describe(prepared))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(run.dump(config), encoding="utf-8")
     model = train(prepared)
-    export.save_adapter(model, adapter, extra=_extra(config), replace=True)
+    export.save_adapter(model, adapter, extra=_extra(record), replace=True)
     display.say(console, f"done: {_after(folder)}")
     return adapter
 
@@ -102,11 +96,11 @@ def export_run(
     if dtype is not None and format != "merged":
         raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
     config = run.read(folder / CONFIG_FILE)
-    model = _restored(config, folder, step)
+    model, record = _restored(config, folder, step)
     if format == "merged":
         display.say(console, str(export.save_merged(model, target, dtype=dtype)))
     else:
-        export.save_adapter(model, target, extra=_extra(config))
+        export.save_adapter(model, target, extra=_extra(record))
         display.say(console, f"{target}: adapter in PEFT's format")
 
 
@@ -160,68 +154,92 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _read_data(
-    config: run.RunConfig, tokenizer: Any, shape: ModelConfig, console: Console
-) -> tuple[Any, Any]:
-    """Training and validation rows; says what they hold and shows one example."""
+    config: run.RunConfig, console: Console
+) -> tuple[data.Batches, data.Batches | None, dict[str, Any]]:
+    """Training and validation batches, and what to record of the run; shows one example."""
+    base = hub.resolve(config.model.path, config.model.revision)
+    _, shape = hub.read_config(base, config.model.ignore_config_keys)
     if config.data.max_length > shape.max_positions:
         raise InputError(
             f"data.max_length={config.data.max_length}: the model is made for "
             f"{shape.max_positions} positions (max_position_embeddings in its config.json)"
         )
-    loaded: list[data.Rows | None] = []
-    for paths in (config.data.train, config.data.valid):
-        if paths is None:
-            loaded.append(None)
-            continue
-        rows, report = data.load(paths, tokenizer, config.data)
-        for line in report.lines():
-            display.say(console, line)
-        largest = int(rows.ids.max())
-        if largest >= shape.vocab_size:
-            raise InputError(
-                f"{paths}: token id {largest} is outside the model's vocabulary of "
-                f"{shape.vocab_size}: the tokenizer in {config.model.path} is another model's"
-            )
-        loaded.append(rows)
-    display.example(console, data.preview(loaded[0][0], tokenizer))
-    return loaded[0], loaded[1]
+    tokenizer = load_tokenizer(base)
+    read = partial(_read_rows, config=config, tokenizer=tokenizer, shape=shape, console=console)
+    rows, report = read(config.data.train)
+    valid = _batches(config, read(config.data.valid)[0], False) if config.data.valid else None
+    display.example(console, data.preview(rows[0], tokenizer))
+    record = {"config": run.as_tree(config), "template": report.sources[0].template}
+    return _batches(config, rows, True), valid, record
 
 
-def _batches(config: run.RunConfig, rows: Any, *, shuffle: bool) -> data.Batches:
+def _read_rows(
+    paths: str | tuple[str, ...],
+    config: run.RunConfig,
+    tokenizer: Any,
+    shape: ModelConfig,
+    console: Console,
+) -> tuple[data.Rows, data.Report]:
+    """The rows of some files; says what they hold."""
+    rows, report = data.load(paths, tokenizer, config.data)
+    for line in report.lines():
+        display.say(console, line)
+    largest = int(rows.ids.max())
+    if largest >= shape.vocab_size:
+        raise InputError(
+            f"{paths}: token id {largest} is outside the model's vocabulary of "
+            f"{shape.vocab_size}: the tokenizer in {config.model.path} is another model's"
+        )
+    return rows, report
+
+
+def _batches(config: run.RunConfig, rows: data.Rows, training: bool) -> data.Batches:
     return data.Batches(
         rows,
-        rows_per_batch=config.train.global_batch if shuffle else config.train.rows_per_pass,
+        rows_per_batch=config.train.global_batch if training else config.train.rows_per_pass,
         seed=config.seed,
-        shuffle=shuffle,
+        shuffle=training,
         max_length=config.data.max_length,
         packing=config.data.packing,
     )
 
 
-def _inject(config: run.RunConfig, model: nnx.Module) -> Any:
+def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
+    """The base on the mesh, with fresh adapters."""
+    model = hub.load(
+        config.model.path,
+        mesh=mesh,
+        dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
+        remat=config.train.remat,
+        revision=config.model.revision,
+        ignore_config_keys=config.model.ignore_config_keys,
+    )
+    return _inject(config, model)
+
+
+def _inject(config: run.RunConfig, model: Decoder) -> Decoder:
     init_key = prng.fold_name(prng.root_key(config.seed), "init")
     return inject(model, config.adapter, key=init_key)
 
 
-def _restored(config: run.RunConfig, folder: Path, step: str) -> Decoder:
-    """The run's model with the adapters of a checkpoint; the base is shapes only."""
-    from droplora_jax import optim
-
+def _restored(config: run.RunConfig, folder: Path, which: str) -> tuple[Decoder, dict[str, Any]]:
+    """The run's model with the adapters of a checkpoint, the base as shapes only; its record."""
     base = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(base, config.model.ignore_config_keys)
     source = hub.source(config.model.path, config.model.revision)
-    abstract = hub.abstract_model(
-        shape, mesh=make_mesh(devices=jax.devices()[:1]), dtype="float32", source=source
-    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    abstract = hub.abstract_model(shape, mesh=mesh, dtype="float32", source=source)
     graphdef, adapters, mask_keys, frozen = split(_inject(config, abstract))
     tx = optim.optimizer(config.optim, lambda count: 0.0)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    state = checkpoints.restore(checkpoints.choose(step), init_state(adapters, tx))
-    return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+    step = checkpoints.choose(which)
+    state = checkpoints.restore(step, init_state(adapters, tx))
+    return nnx.merge(graphdef, state.adapters, mask_keys, frozen), checkpoints.record(step)
 
 
-def _extra(config: run.RunConfig) -> dict[str, Any]:
-    return {"template": config.data.template, "seed": config.seed}
+def _extra(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `droplora_config.json` says beside the adapter's own options."""
+    return {"template": record["template"], "seed": record["config"]["seed"]}
 
 
 def _describe(prepared: Run) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,7 +118,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> ja
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
-def put(tree: dict[str, np.ndarray], axes: Sequence[str | None], mesh: Mesh) -> dict:
+def put(tree: Mapping[str, Any], axes: Sequence[str | None], mesh: Mesh) -> dict:
     """Host arrays, the same on every process, to global arrays with these leading logical axes."""
 
     def place(x: np.ndarray) -> jax.Array:

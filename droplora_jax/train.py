@@ -134,10 +134,10 @@ class Run:
         """The global batch of step `n`, on the mesh, as microbatches [k, m, T]."""
         config = self.config
         k = config.global_batch // config.rows_per_pass
-        parts = {
-            name: rows.reshape(k, config.rows_per_pass, -1) for name, rows in self.train[n].items()
-        }
-        return put(parts, (None, "batch"), self.mesh)
+        batch = jax.tree.map(
+            lambda rows: rows.reshape(k, config.rows_per_pass, -1), dict(self.train[n])
+        )
+        return put(batch, (None, "batch"), self.mesh)
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.steps
@@ -212,14 +212,15 @@ def _look_and_save(
 
 def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
     """A function from adapters to the mean loss over all validation rows, or None."""
-    if run.valid is None:
+    valid = run.valid
+    if valid is None:
         return None
     step = jax.jit(partial(eval_step, graphdef))
 
     def evaluate(adapters: Any) -> float:
         sums = [
-            step(adapters, mask_keys, frozen, put(batch, ("batch",), run.mesh))
-            for batch in run.valid.once()
+            step(adapters, mask_keys, frozen, put(dict(batch), ("batch",), run.mesh))
+            for batch in valid.once()
         ]
         losses, counts = zip(*jax.device_get(sums), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(counts))

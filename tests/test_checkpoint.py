@@ -89,7 +89,7 @@ def test_another_process_sees_the_same(checkpoints, state):
         save(checkpoints, state, step, loss)
     again = Checkpoints(checkpoints.folder, keep=2)
     assert (again.steps, again.best, again.best_loss) == ([1, 2, 3], 1, 1.0)
-    assert again.config(3) == CONFIG
+    assert again.record(3) == {"data": {"next_batch": 3}, **CONFIG}
     again.close()
 
 

@@ -56,7 +56,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 }
-OFF = (None, False, [], {})
+OFF: tuple[Any, ...] = (None, False, [], {})
 
 
 def save_adapter(
