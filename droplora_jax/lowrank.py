@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from droplora_jax import ops
+
 Granularity = Literal["token", "sequence", "step"]
 Sampler = Literal["bernoulli", "exact"]
 
@@ -87,10 +89,10 @@ def lowrank_delta(
 
     `down` and `up` are the two products as einsums, for kernels that are not a plain [I, O].
     """
-    h = jnp.einsum(down, x, a.astype(x.dtype))  # [..., R]
+    h = ops.product(down, x, a)  # [..., R]
     if mask is not None:
         h = h * mask
-    return jnp.einsum(up, h, b.astype(x.dtype)) * jnp.asarray(scale, x.dtype)
+    return ops.product(up, h * jnp.asarray(scale, h.dtype), b)
 
 
 def merged_kernel(

@@ -100,8 +100,8 @@ def as_tree(config: RunConfig) -> dict[str, Any]:
 def _yaml() -> YAML:
     # YAML 1.2: 3e-4 is a number, `no` and `on` are words, a key given twice is an error.
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False  # type: ignore[assignment]
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
 
 

@@ -45,6 +45,7 @@ FLOORS = {
 WITHIN = {
     ("checkpoint", "step"),
     ("hub", "surgery"),
+    ("lowrank", "ops"),
     ("optim", "errors"),
     ("sharding", "errors"),
     ("weights", "errors"),

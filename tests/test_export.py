@@ -53,6 +53,10 @@ def adapted(folder: Path, dtype=jnp.float32, devices: int = 8, **options) -> nnx
     return randomized(dl.inject(dl.load(folder, mesh=mesh, dtype=dtype), config, key=KEY), size=0.2)
 
 
+def plain(folder: Path) -> nnx.Module:
+    return dl.load(folder, mesh=make_mesh(devices=jax.devices()[:1]), dtype=jnp.float32)
+
+
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -95,7 +99,7 @@ def test_bfloat16_tensors_are_the_float32_merge_cast_once(bfloat16, devices, tmp
     model = adapted(bfloat16.path, jnp.bfloat16, devices)
     report = dl.save_merged(model, tmp_path / "out")
     base, out = tensors_of(bfloat16.path), tensors_of(tmp_path / "out")
-    plain = dl.merge(model)
+    merge = dl.merge(model)
     names = adapted_names(model)
     assert base.keys() == out.keys() > names.keys()
     for name, value in out.items():
@@ -105,7 +109,7 @@ def test_bfloat16_tensors_are_the_float32_merge_cast_once(bfloat16, devices, tmp
             continue
         path, layer = names[name]
         adapter = adapters_of(model)[path]
-        kernel = plain
+        kernel = merge
         for part in path.split("."):
             kernel = getattr(kernel, part)
         in_memory = np.asarray(kernel.kernel[...][layer]).T
@@ -252,8 +256,8 @@ def test_a_model_from_no_folder_has_no_base_to_export(model, tmp_path):
 
 
 def in_peft(base: Path, adapter: Path) -> peft.PeftModel:
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return peft.PeftModel.from_pretrained(plain, adapter).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, adapter).eval()
 
 
 @pytest.mark.parametrize("targets", ["paper", "all-linear"])
@@ -315,7 +319,7 @@ def test_export_and_import_are_bit_identical_options_included(untied, options, t
 
 def test_loading_into_a_model_with_adapters_leaves_that_model_alone(untied, model, tmp_path):
     dl.save_adapter(model, tmp_path / "out")
-    other = dl.inject(dl.load(untied.path, dtype=jnp.float32), dl.DropLoRA(**OPTIONS), key=KEY)
+    other = dl.inject(plain(untied.path), dl.DropLoRA(**OPTIONS), key=KEY)
     before = snapshot(other)
     loaded = dl.load_adapter(other, tmp_path / "out")
     np.testing.assert_array_equal(forward(loaded, TOKENS), forward(model, TOKENS))
@@ -329,7 +333,7 @@ def test_another_scale_than_the_adapter_was_trained_with_is_refused(
     """It would be another function, silently."""
     dl.save_adapter(model, tmp_path / "out")
     config = dl.DropLoRA(rank=4, alpha=12.0)
-    base = dl.load(untied.path, dtype=jnp.float32)
+    base = plain(untied.path)
     options = {"config": config} if through == "config" else {}
     if through == "model":
         base = dl.inject(base, config, key=KEY)
@@ -340,9 +344,7 @@ def test_another_scale_than_the_adapter_was_trained_with_is_refused(
 def test_other_training_options_may_be_given(untied, model, tmp_path):
     dl.save_adapter(model, tmp_path / "out")
     config = dl.DropLoRA(**OPTIONS, drop_rate=0.1, granularity="step")
-    loaded = dl.load_adapter(
-        dl.load(untied.path, dtype=jnp.float32), tmp_path / "out", config=config
-    )
+    loaded = dl.load_adapter(plain(untied.path), tmp_path / "out", config=config)
     assert {adapter.config for adapter in adapters_of(loaded).values()} == {config}
     np.testing.assert_array_equal(forward(loaded, TOKENS), forward(model, TOKENS))
 
@@ -369,7 +371,7 @@ def trained_by_peft(untied, tmp_path_factory) -> tuple[Path, np.ndarray]:
 
 def test_an_adapter_that_peft_trained(untied, trained_by_peft):
     path, expected = trained_by_peft
-    base = dl.load(untied.path, dtype=jnp.float32)
+    base = plain(untied.path)
     model = dl.load_adapter(base, path)
     assert relative(forward(base, TOKENS), expected) > 1e-2
     assert relative(forward(model, TOKENS), expected) < 1e-4
@@ -409,7 +411,7 @@ def test_fields_that_are_not_understood_are_named(field, untied, trained_by_peft
     config[field] = UNSUPPORTED[field]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(dl.InputError, match=rf"adapter_config\.json.*{field}"):
-        dl.load_adapter(dl.load(untied.path, dtype=jnp.float32), folder)
+        dl.load_adapter(plain(untied.path), folder)
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha", "peft_type"])
@@ -419,11 +421,11 @@ def test_fields_that_are_missing_are_named(field, untied, trained_by_peft, tmp_p
     del config[field]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(dl.InputError, match=rf"adapter_config\.json.*{field}"):
-        dl.load_adapter(dl.load(untied.path, dtype=jnp.float32), folder)
+        dl.load_adapter(plain(untied.path), folder)
 
 
 def test_an_adapter_of_another_base_or_a_folder_without_one(untied, model, tmp_path):
-    base = dl.load(untied.path, dtype=jnp.float32)
+    base = plain(untied.path)
     with pytest.raises(dl.InputError, match=r"adapter_config\.json: missing"):
         dl.load_adapter(base, tmp_path)
     dl.save_adapter(model, tmp_path / "out")

@@ -14,7 +14,7 @@ from oracles import relative
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig, learning_rate, optimizer
 
-COMMON = {"adamw", "adam", "lion", "sgd", "adafactor", "lamb", "rmsprop", "radam", "nadamw"}
+COMMON = {"adamw", "adam", "lion", "sgd", "adafactor", "lamb", "rmsprop", "radam"}
 
 
 def rates(steps: int, **options) -> np.ndarray:

@@ -71,7 +71,7 @@ def test_logical_axes_to_mesh_axes():
 
 def test_unknown_axes_and_collisions_are_errors():
     mesh = make_mesh()
-    with pytest.raises(InputError, match="'wdith'.*width"):
+    with pytest.raises(InputError, match=r"'wdith'.*width"):
         partition_spec(("wdith",), mesh)
     with pytest.raises(InputError, match="twice"):
         partition_spec(("heads", "ffn"), mesh)

@@ -74,6 +74,13 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
 
+def gradients_of(split, batch, step: int = 0):
+    """Loss and gradients of a microbatched batch, compiled."""
+    graphdef, adapters, mask_keys, frozen = split
+    compute = jax.jit(partial(loss_and_gradients, graphdef))
+    return compute(adapters, mask_keys, frozen, batch, key_of(step))
+
+
 def key_of(step: int):
     return jax.random.fold_in(ROOT, step)
 

@@ -136,7 +136,7 @@ class Layer(nnx.Module):
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class Decoder(nnx.Module):
