@@ -119,6 +119,8 @@ def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, Model
         return family, family.model_config(hf)
     except KeyError as error:
         raise InputError(f"{file}: lacks the key {error.args[0]!r}") from error
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def abstract_model(

@@ -74,15 +74,27 @@ def _attend(
     """Attention in float32 softmax; the G query heads of a key head are one matrix product."""
     batch, kv_heads, groups, queries, width = q_BKGTH.shape
     q_BKQH = q_BKGTH.reshape(batch, kv_heads, -1, width)
-    scores = jnp.einsum("bkqh,bksh->bkqs", q_BKQH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = _einsum_f32("bkqh,bksh->bkqs", q_BKQH, k_BKSH)
     scores = scores.reshape(batch, kv_heads, groups, queries, -1) * width**-0.5
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v_BKSH.dtype).reshape(*q_BKQH.shape[:3], -1)
-    y_BKQH = jnp.einsum("bkqs,bksh->bkqh", weights, v_BKSH, preferred_element_type=jnp.float32)
+    y_BKQH = _einsum_f32("bkqs,bksh->bkqh", weights, v_BKSH)
     # Divided after the product: [T, H] numbers, not [T, S].
     return (y_BKQH.reshape(q_BKGTH.shape) / total).astype(q_BKGTH.dtype)
+
+
+def _einsum_f32(spec: str, x: Array, y: Array) -> Array:
+    """An einsum with a float32 result, without float32 copies where the platform has such a one."""
+    if x.dtype == jnp.float32:
+        return jnp.einsum(spec, x, y)
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        cpu=lambda x, y: jnp.einsum(spec, x.astype(jnp.float32), y.astype(jnp.float32)),
+        default=lambda x, y: jnp.einsum(spec, x, y, preferred_element_type=jnp.float32),
+    )
 
 
 @partial(jax.checkpoint, prevent_cse=False)
@@ -96,7 +108,7 @@ def product(spec: str, x: Array, factor: Array) -> Array:
     """`einsum(spec, x, factor)` in the dtype of `x`, with a gradient that is cheap for a factor.
 
     The sum over all rows takes the narrow operand first, since compilers transpose that one: [R]
-    wide, not [I] or [O]. It is accumulated in the factor's own dtype.
+    wide, not [I] or [O]. It is accumulated in float32.
     """
     return jnp.einsum(spec, x, factor.astype(x.dtype))
 
@@ -113,9 +125,7 @@ def _product_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple
     sides = [(inputs, x), (outputs, dy)]
     (narrow, first), (wide, second) = sorted(sides, key=lambda side: side[1].size)
     order = "".join(dict.fromkeys(c for c in narrow + wide if c in kernel))
-    gradient = jnp.einsum(
-        f"{narrow},{wide}->{order}", first, second, preferred_element_type=factor.dtype
-    )
+    gradient = _einsum_f32(f"{narrow},{wide}->{order}", first, second).astype(factor.dtype)
     return dx, jnp.einsum(f"{order}->{kernel}", gradient)
 
 

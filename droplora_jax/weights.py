@@ -135,9 +135,10 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         _finish(temporary)
         if replace and folder.exists():
@@ -148,7 +149,8 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         else:
             temporary.rename(folder)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise InputError(
                 f"{folder}: could not be written ({error}); nothing of it was kept"

@@ -97,5 +97,7 @@ def test_importing_a_module_calls_nothing_for_its_effect():
     """No module reads the environment or changes jax's settings when it is imported."""
     for path in MODULES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            call = node.value if isinstance(node, ast.Expr) else None
-            assert not isinstance(call, ast.Call), f"{path}:{node.lineno}: a call at import"
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                # `f.defvjp(...)` is how jax completes the definition of a function above it.
+                called = ast.unparse(node.value.func)
+                assert called.endswith(".defvjp"), f"{path}:{node.lineno}: {called} at import"

@@ -166,7 +166,7 @@ def test_branch_and_gradients_equal_pytorch(masked, strict):
     def forward(x, a, b):
         return x @ w + lowrank_delta(x, a, b, scale=scale, mask=jnp.asarray(m) if masked else None)
 
-    y, vjp = jax.vjp(forward, x, a, b)
+    y, vjp = jax.vjp(forward, *map(jnp.asarray, (x, a, b)))
     assert relative(y, expected.detach()) < 1e-5
     for ours, tensor in zip(vjp(jnp.asarray(weight)), tensors, strict=True):
         assert relative(ours, tensor.grad) < 1e-5

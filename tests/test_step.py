@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracles import RANDOM, Folder, primitives, random_tokens, randomized, raw, relative
+from oracles import RANDOM, Folder, llama_folder, primitives, random_tokens, randomized, raw, relative
 
 import droplora_jax as dl
+from droplora_jax.lowrank import rank_mask
 from droplora_jax.sharding import MeshConfig, make_mesh, put
 from droplora_jax.step import (
     compile_train_step,
@@ -21,7 +21,6 @@ from droplora_jax.step import (
     init_state,
     loss_and_gradients,
     loss_sum,
-    train_step,
 )
 
 ROOT = dl.root_key(11)
@@ -29,20 +28,78 @@ G, T = 8, 24
 ONE = MeshConfig(fsdp=1)
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 EIGHT = MeshConfig(data=8, fsdp=1)
+GRANULARITIES = ("token", "sequence", "step")
 
 
-def mesh_of(config: MeshConfig):
-    count = int(np.prod(config.sizes))
-    return make_mesh(config, jax.devices()[:count])
+class Trainable:
+    """A model with adapters that do something, split, and the step compiled for it."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        mesh: MeshConfig = ONE,
+        *,
+        dtype=jnp.float32,
+        remat="everything",
+        size: float = 0.2,
+        tx: optax.GradientTransformation | None = None,
+        **options,
+    ) -> None:
+        self.mesh = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
+        model = dl.load(folder.path, mesh=self.mesh, dtype=dtype, remat=remat)
+        options = {"rank": 6, "alpha": 6.0, "targets": ("q_proj$", "down_proj$"), **options}
+        model = dl.inject(model, dl.DropLoRA(**options), key=dl.root_key(3))
+        self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(
+            randomized(model, size=size)
+        )
+        # The trace keeps the gradient in the optimizer's state, where a test can see it.
+        self.tx = tx or optax.chain(optax.trace(decay=0.0), optax.sgd(0.5))
+        self.compiled = compile_train_step(self.graphdef, self.tx, self.adapters)
+
+    def start(self, step: int = 0):
+        """A state of its own, since a step takes it away."""
+        state = init_state(jax.tree.map(jnp.copy, self.adapters), self.tx)
+        return _at(state, step)
+
+    def step(self, batch, k: int = 2, *, state=None):
+        state = self.start() if state is None else state
+        return self.compiled(
+            state, self.mask_keys, self.frozen, micro(batch, k, self.mesh), ROOT
+        )
+
+    def gradients(self, batch, k: int = 2, *, step: int = 0):
+        """Loss and gradients of one step, the gradients as one vector."""
+        state, metrics = self.step(batch, k, state=self.start(step))
+        return float(metrics["loss"]), flat(state.opt_state[0].trace)
+
+    def loss(self, batch, **options) -> float:
+        return self.gradients(batch, **options)[0]
 
 
-def parts(folder: Folder, mesh=ONE, *, dtype=jnp.float32, remat="nothing", **options):
-    """A model with adapters that do something, split."""
-    mesh = mesh_of(mesh)
-    model = dl.load(folder.path, mesh=mesh, dtype=dtype, remat=remat)
-    config = dl.DropLoRA(**{"rank": 6, "alpha": 6.0, **options})
-    model = dl.inject(model, config, key=dl.root_key(3))
-    return mesh, dl.split(randomized(model, size=0.2))
+def _at(state, step: int):
+    return type(state)(
+        jax.device_put(jnp.int32(step), state.step.sharding), state.adapters, state.opt_state
+    )
+
+
+@pytest.fixture(scope="module")
+def token(untied) -> Trainable:
+    return Trainable(untied)
+
+
+@pytest.fixture(scope="module")
+def sequence(untied) -> Trainable:
+    return Trainable(untied, granularity="sequence")
+
+
+@pytest.fixture(scope="module")
+def step(untied) -> Trainable:
+    return Trainable(untied, granularity="step")
+
+
+@pytest.fixture(params=GRANULARITIES)
+def each(request) -> Trainable:
+    return request.getfixturevalue(request.param)
 
 
 def ragged(seed: int = 0, documents: int = 1) -> dict[str, np.ndarray]:
@@ -74,13 +131,6 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
 
-def gradients_of(split, batch, step: int = 0):
-    """Loss and gradients of a microbatched batch, compiled."""
-    graphdef, adapters, mask_keys, frozen = split
-    compute = jax.jit(partial(loss_and_gradients, graphdef))
-    return compute(adapters, mask_keys, frozen, batch, key_of(step))
-
-
 def key_of(step: int):
     return jax.random.fold_in(ROOT, step)
 
@@ -88,55 +138,41 @@ def key_of(step: int):
 # --- accumulation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence", "step"])
-def test_microbatches_make_one_batch(untied, granularity):
-    _, split = parts(untied, granularity=granularity)
-    graphdef, adapters, mask_keys, frozen = split
-    tx = optax.sgd(0.5)
-    step = jax.jit(partial(train_step, graphdef, tx))
-    compute = jax.jit(partial(loss_and_gradients, graphdef))
+def test_microbatches_make_one_batch(each):
     batch = ragged()
     counts = (batch["targets"] >= 0).sum(axis=1)
     assert len(set(counts.tolist())) > 3  # so that a mean of means would be another number
 
     def run(k):
-        loss, gradients = compute(adapters, mask_keys, frozen, micro(batch, k), key_of(0))
-        state, metrics = step(init_state(adapters, tx), mask_keys, frozen, micro(batch, k), ROOT)
-        moved = flat(state.adapters) - flat(adapters)
-        return float(loss), flat(gradients), moved, float(metrics["loss"])
+        state, metrics = each.step(batch, k)
+        moved = flat(state.adapters) - flat(each.adapters)
+        return float(metrics["loss"]), flat(state.opt_state[0].trace), moved
 
-    loss, gradients, moved, logged = run(1)
+    loss, gradients, moved = run(1)
     assert np.linalg.norm(moved) > 0.01
-    for k in (2, 4, 8):
+    for k in (2, 4):
         again = run(k)
         np.testing.assert_allclose(again[0], loss, rtol=1e-6)
-        np.testing.assert_allclose(again[3], logged, rtol=1e-6)
         assert relative(again[1], gradients) < 5e-6
-        # The parameters themselves are stored in float32; the update is what is compared.
         assert relative(again[2], moved) < 5e-6
 
 
 def test_the_loss_is_the_mean_over_all_targets_of_the_batch(untied):
-    """Row by row with the masks off, each by itself, padding cut off."""
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied, drop_rate=0.0)
+    """Against transformers, every row by itself and without its padding."""
     batch = ragged()
-    loss, _ = loss_and_gradients(graphdef, adapters, mask_keys, frozen, micro(batch, 4), key_of(0))
-    model = nnx.merge(graphdef, adapters, mask_keys, frozen)
     total, count = 0.0, 0
-    for g in range(G):
-        length = int((batch["segment_ids"][g] > 0).sum())
-        logits = np.asarray(model(batch["tokens"][g : g + 1, :length]))[0].astype(np.float64)
-        for t in range(length):
-            if (target := batch["targets"][g, t]) >= 0:
-                total += np.log(np.exp(logits[t] - logits[t].max()).sum()) + logits[t].max()
-                total -= logits[t, target]
-                count += 1
-    np.testing.assert_allclose(float(loss), total / count, rtol=1e-5)
+    for tokens, targets, segments in zip(*batch.values(), strict=True):
+        length = int((segments > 0).sum())
+        logits = untied.logits(tokens[None, :length])[0].astype(np.float64)
+        for t in np.flatnonzero(targets >= 0):
+            total += np.log(np.exp(logits[t]).sum()) - logits[t, targets[t]]
+            count += 1
+    # Adapters of zeros and no masks: the base alone.
+    plain = Trainable(untied, size=0.0, drop_rate=0.0)
+    np.testing.assert_allclose(plain.loss(batch), total / count, rtol=1e-5)
 
 
-def test_a_microbatch_without_a_target_changes_nothing(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    compute = jax.jit(partial(loss_and_gradients, graphdef))
+def test_a_microbatch_without_a_target_changes_nothing(token):
     half = {name: x[: G // 2] for name, x in ragged().items()}
     ignored = {
         "tokens": np.zeros((G // 2, T), np.int32),
@@ -144,215 +180,173 @@ def test_a_microbatch_without_a_target_changes_nothing(untied):
         "segment_ids": np.zeros((G // 2, T), np.int32),
     }
     filled = {name: np.concatenate([x, ignored[name]]) for name, x in half.items()}
-    one = compute(adapters, mask_keys, frozen, micro(half, 1), key_of(0))
-    two = compute(adapters, mask_keys, frozen, micro(filled, 2), key_of(0))
-    np.testing.assert_allclose(float(two[0]), float(one[0]), rtol=1e-6)
-    assert relative(flat(two[1]), flat(one[1])) < 5e-6
+    loss, gradients = token.gradients(half, 1)
+    filled_loss, filled_gradients = token.gradients(filled, 2)
+    np.testing.assert_allclose(filled_loss, loss, rtol=1e-6)
+    assert relative(filled_gradients, gradients) < 5e-6
 
 
-def test_a_batch_without_a_target_is_no_nan(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
+def test_a_batch_without_a_target_is_no_nan(token):
     batch = ragged()
     batch["targets"] = np.full_like(batch["targets"], -1)
-    loss, gradients = loss_and_gradients(
-        graphdef, adapters, mask_keys, frozen, micro(batch, 2), key_of(0)
-    )
-    assert float(loss) == 0
-    np.testing.assert_array_equal(flat(gradients), 0)
+    loss, gradients = token.gradients(batch)
+    assert loss == 0
+    np.testing.assert_array_equal(gradients, 0)
 
 
-def test_tokens_that_are_no_target_have_no_loss(untied):
-    """What stands behind the last target of a row is seen by no target."""
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
+def test_tokens_behind_the_last_target_have_no_loss(token):
     batch = ragged()
     changed = {name: x.copy() for name, x in batch.items()}
-    for g in range(G):
-        last = int(np.flatnonzero(batch["targets"][g] >= 0).max(initial=0))
-        changed["tokens"][g, last + 1 :] = 5
+    for tokens, targets in zip(changed["tokens"], changed["targets"], strict=True):
+        tokens[np.flatnonzero(targets >= 0).max() + 1 :] = 5
     assert np.any(changed["tokens"] != batch["tokens"])
-    losses = [
-        loss_and_gradients(graphdef, adapters, mask_keys, frozen, micro(b, 2), key_of(0))[0]
-        for b in (batch, changed)
-    ]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+    np.testing.assert_allclose(token.loss(changed), token.loss(batch), rtol=1e-6)
 
 
-def test_tokens_counts_what_is_no_padding(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    tx = optax.sgd(0.1)
+def test_what_is_reported_beside_the_loss(token):
     batch = ragged()
-    _, metrics = train_step(
-        graphdef, tx, init_state(adapters, tx), mask_keys, frozen, micro(batch, 2), ROOT
-    )
+    state, metrics = token.step(batch)
     assert int(metrics["tokens"]) == (batch["segment_ids"] > 0).sum()
-
-
-def test_grad_norm_is_the_norm_of_the_whole_gradient(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    tx = optax.sgd(1.0)
-    batch = micro(ragged(), 2)
-    _, metrics = train_step(graphdef, tx, init_state(adapters, tx), mask_keys, frozen, batch, ROOT)
-    _, gradients = loss_and_gradients(graphdef, adapters, mask_keys, frozen, batch, key_of(0))
-    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(flat(gradients)), rtol=1e-6)
+    norm = np.linalg.norm(flat(state.opt_state[0].trace))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
+    assert norm > 0
 
 
 # --- masks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence", "step"])
-def test_every_step_draws_other_masks_and_a_step_the_same_ones_again(untied, granularity):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied, granularity=granularity)
-    compute = jax.jit(partial(loss_and_gradients, graphdef))
-    batch = micro(ragged(), 2)
-
-    def gradients(step):
-        return flat(compute(adapters, mask_keys, frozen, batch, key_of(step))[1])
-
-    first, second = gradients(0), gradients(1)
+def test_every_step_draws_other_masks_and_a_step_the_same_ones_again(each):
+    batch = ragged()
+    _, first = each.gradients(batch, step=0)
+    _, second = each.gradients(batch, step=1)
     assert relative(second, first) > 0.1
-    np.testing.assert_array_equal(gradients(0), first)
+    np.testing.assert_array_equal(each.gradients(batch, step=0)[1], first)
 
 
-def test_the_step_counts_itself_on(untied):
-    """The compiled step at a rate of nothing: only the masks differ from call to call."""
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    tx = optax.sgd(0.0)
-    step = compile_train_step(graphdef, tx, adapters)
-    state, batch = init_state(adapters, tx), micro(ragged(), 2)
+def test_the_step_counts_itself_on(token):
+    """Only the masks differ from call to call, since the batch and the parameters are the same."""
+    batch = ragged()
     losses = []
     for n in range(3):
-        assert int(state.step) == n
-        state, metrics = step(state, mask_keys, frozen, batch, ROOT)
+        state, metrics = token.step(batch, state=token.start(n))
+        assert int(state.step) == n + 1
         losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
-    again, metrics = step(
-        replace(init_state(state.adapters, tx), step=jnp.int32(1)), mask_keys, frozen, batch, ROOT
-    )
-    assert float(metrics["loss"]) == losses[1]
-    assert int(again.step) == 2
 
 
-def test_the_same_step_twice_is_the_same_bit_for_bit(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    tx = optax.adamw(1e-2)
-    step = compile_train_step(graphdef, tx, adapters)
-    batch = micro(ragged(), 2)
-    results = [
-        step(init_state(jax.tree.map(jnp.copy, adapters), tx), mask_keys, frozen, batch, ROOT)
-        for _ in range(2)
-    ]
-    one, two = (jax.tree.leaves(result) for result in results)
-    assert len(one) > 20
+def test_the_same_step_twice_is_the_same_bit_for_bit(token):
+    one, two = (jax.tree.leaves(token.step(ragged())) for _ in range(2))
+    assert len(one) > 10
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_documents_in_one_row_have_masks_of_their_own(untied):
-    _, (_, _, mask_keys, _) = parts(untied, granularity="sequence")
+def test_documents_in_one_row_have_masks_of_their_own(sequence):
     documents = jnp.array([[1, 1, 2, 2, 0], [1, 1, 1, 2, 3]])
-    keys = dl.draw(mask_keys, key_of(0), rows=jnp.arange(2), documents=documents)
+    keys = dl.draw(sequence.mask_keys, key_of(0), rows=jnp.arange(2), documents=documents)
+    numbers = np.asarray(documents)
     for leaf in jax.tree.leaves(keys):
         for layer in raw(leaf):  # [rows, positions, words of a key]
-            per_document = {
-                (row, int(documents[row, t])): tuple(layer[row, t])
-                for row in range(2)
-                for t in range(5)
-            }
-            assert len(set(per_document.values())) == len(per_document) == 6
-            for row in range(2):
-                for t in range(5):
-                    expected = per_document[row, int(documents[row, t])]
-                    assert tuple(layer[row, t]) == expected
+            seen = {}
+            for row, t in np.ndindex(2, 5):
+                seen.setdefault((row, numbers[row, t]), set()).add(tuple(layer[row, t]))
+            assert [len(found) for found in seen.values()] == [1] * 6
+            assert len(set.union(*seen.values())) == 6
 
 
-def test_a_packed_row_is_trained_with_the_masks_of_its_documents(untied):
-    """The step passes the documents on: the second document of a row meets another mask."""
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied, granularity="sequence")
-    half = random_tokens(1, T // 2)
+def test_a_packed_row_is_trained_with_the_masks_of_its_documents(sequence):
+    """The same text twice in every row: only the mask of the document can make a difference."""
+    half = random_tokens(G, T // 2)
     batch = {
         "tokens": np.concatenate([half, half], axis=1),
-        "segment_ids": np.repeat([[1, 2]], T // 2, axis=1).astype(np.int32),
+        "segment_ids": np.tile(np.repeat([1, 2], T // 2), (G, 1)).astype(np.int32),
     }
 
     def loss(document):
-        targets = np.full((1, T), -1, np.int32)
+        targets = np.full((G, T), -1, np.int32)
         start = T // 2 * (document - 1)
-        targets[0, start : start + T // 2 - 1] = half[0, 1:]
-        whole = micro(batch | {"targets": targets}, 1)
-        return float(loss_and_gradients(graphdef, adapters, mask_keys, frozen, whole, key_of(0))[0])
+        targets[:, start : start + T // 2 - 1] = half[:, 1:]
+        return sequence.loss(batch | {"targets": targets})
 
-    # The same text, the same positions, the same weights: only the mask can differ.
     assert abs(loss(1) - loss(2)) > 1e-3
 
 
-@pytest.mark.parametrize("mesh", [CUBE, EIGHT], ids=["2x2x2", "8x1x1"])
-@pytest.mark.parametrize("granularity", ["token", "sequence", "step"])
-def test_masks_are_the_same_bits_on_every_mesh(untied, mesh, granularity):
-    """The gradient of B is zero exactly where a mask is: seen through the compiled step."""
-
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_masks_are_the_same_bits_on_every_mesh(untied, granularity):
     def drawn(config):
-        mesh, (_, _, mask_keys, _) = parts(untied, config, granularity=granularity)
-        batch = micro(ragged(documents=3), 1, mesh)
-        keys = jax.jit(dl.draw)(
-            mask_keys,
-            key_of(4),
-            rows=jnp.arange(G, dtype=jnp.int32),
-            documents=batch["segment_ids"][0],
-        )
+        model = Trainable(untied, config, granularity=granularity, targets="paper", rank=16)
+        segments = micro(ragged(documents=3), 1, model.mesh)["segment_ids"][0]
 
         @jax.jit
-        def bits(keys):
+        def masks(mask_keys, segments):
+            rows = jnp.arange(G, dtype=jnp.int32)
+            keys = dl.draw(mask_keys, key_of(4), rows=rows, documents=segments)
             return [
-                jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (16,)))(key.reshape(-1))
-                for key in jax.tree.leaves(keys)
+                rank_mask(
+                    layer,
+                    (G, T, 16),
+                    drop_rate=0.5,
+                    granularity=granularity,
+                    sampler="bernoulli",
+                    rescale=False,
+                    dtype=jnp.float32,
+                )
+                for stacked in jax.tree.leaves(keys)
+                for layer in stacked
             ]
 
-        return [raw(key) for key in jax.tree.leaves(keys)], bits(keys)
+        return [np.asarray(mask) for mask in masks(model.mask_keys, segments)]
 
-    (keys, bits), (other_keys, other_bits) = drawn(ONE), drawn(mesh)
-    assert len(keys) == 5
-    for one, other in zip([*keys, *bits], [*other_keys, *other_bits], strict=True):
-        np.testing.assert_array_equal(other, one)
+    one = drawn(ONE)
+    assert len(one) == 15  # five modules of three layers, no two of them alike
+    assert len({mask.tobytes() for mask in one}) == 15
+    for mesh in (CUBE, EIGHT):
+        for mask, expected in zip(drawn(mesh), one, strict=True):
+            np.testing.assert_array_equal(mask, expected)
+
+
+def five_losses(folder, mesh: MeshConfig) -> list[float]:
+    model = Trainable(folder, mesh, tx=optax.adamw(3e-3), targets="paper")
+    state, losses = model.start(), []
+    for n in range(5):
+        state, metrics = model.step(ragged(seed=n), 1, state=state)
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.fixture(scope="module")
+def losses_on_one(untied) -> list[float]:
+    return five_losses(untied, ONE)
 
 
 @pytest.mark.parametrize("mesh", [CUBE, EIGHT], ids=["2x2x2", "8x1x1"])
-def test_five_steps_are_the_same_on_every_mesh(untied, mesh):
-    def losses(config):
-        mesh, (graphdef, adapters, mask_keys, frozen) = parts(untied, config)
-        tx = optax.adamw(3e-3)
-        step = compile_train_step(graphdef, tx, adapters)
-        state = init_state(adapters, tx)
-        seen = []
-        for n in range(5):
-            batch = micro(ragged(seed=n), 1, mesh)
-            state, metrics = step(state, mask_keys, frozen, batch, ROOT)
-            seen.append(float(metrics["loss"]))
-        return seen
-
-    one = losses(ONE)
-    np.testing.assert_allclose(losses(mesh), one, rtol=1e-5)
-    assert one[0] != one[1]
+def test_five_steps_are_the_same_on_every_mesh(untied, losses_on_one, mesh):
+    np.testing.assert_allclose(five_losses(untied, mesh), losses_on_one, rtol=1e-5)
+    assert len(set(losses_on_one)) == 5
 
 
-def test_evaluation_has_no_random_number_in_it(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
+def test_evaluation_has_no_random_number_in_it(token):
     batch = ragged()
-    step = partial(eval_step, graphdef)
-    assert not primitives(jax.make_jaxpr(step)(adapters, mask_keys, frozen, batch)) & RANDOM
-    train = partial(loss_and_gradients, graphdef)
-    found = primitives(
-        jax.make_jaxpr(train)(adapters, mask_keys, frozen, micro(batch, 2), key_of(0))
+    parts = token.adapters, token.mask_keys, token.frozen
+    evaluation = jax.make_jaxpr(partial(eval_step, token.graphdef))(*parts, batch)
+    assert not primitives(evaluation) & RANDOM
+    training = jax.make_jaxpr(partial(loss_and_gradients, token.graphdef))(
+        *parts, micro(batch, 2), key_of(0)
     )
-    assert found & RANDOM  # the same look does find those of training
+    assert primitives(training) & RANDOM  # the same look does find those of training
 
 
-def test_evaluation_is_the_merged_model(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
+def test_evaluation_is_the_merged_model(token):
     batch = ragged()
-    loss, count = eval_step(graphdef, adapters, mask_keys, frozen, batch)
-    merged = dl.merge(nnx.merge(graphdef, adapters, mask_keys, frozen))
-    expected, expected_count = loss_sum(merged, batch)
-    assert int(count) == int(expected_count) == (batch["targets"] >= 0).sum()
+    loss, count = jax.jit(partial(eval_step, token.graphdef))(
+        token.adapters, token.mask_keys, token.frozen, batch
+    )
+    model = nnx.merge(token.graphdef, token.adapters, token.mask_keys, token.frozen)
+    graphdef, state = nnx.split(dl.merge(model))
+    expected, _ = jax.jit(lambda state, batch: loss_sum(nnx.merge(graphdef, state), batch))(
+        state, batch
+    )
+    assert int(count) == (batch["targets"] >= 0).sum()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -360,46 +354,39 @@ def test_evaluation_is_the_merged_model(untied):
 
 
 @pytest.mark.parametrize("mesh", [ONE, CUBE], ids=["1", "2x2x2"])
-def test_only_adapters_have_gradients_and_moments_which_lie_as_they_do(untied, mesh):
-    mesh, (graphdef, adapters, mask_keys, frozen) = parts(untied, mesh)
-    tx = optax.adamw(1e-3)
-    state = init_state(adapters, tx)
-    paths = {path for path, _ in nnx.to_flat_state(adapters)}
+def test_only_adapters_have_moments_which_lie_as_they_do(untied, mesh):
+    model = Trainable(untied, mesh, tx=optax.adamw(3e-3), targets="paper")
+    paths = {path for path, _ in nnx.to_flat_state(model.adapters)}
     assert {path[-1] for path in paths} == {"lora_a", "lora_b"}
-    step = compile_train_step(graphdef, tx, adapters)
-    new, _ = step(state, mask_keys, frozen, micro(ragged(), 1, mesh), ROOT)
-    scale = next(part for part in new.opt_state if hasattr(part, "mu"))
-    for moments in (scale.mu, scale.nu, new.adapters):
-        assert {path for path, _ in nnx.to_flat_state(moments)} == paths
-        for moment, adapter in zip(
-            jax.tree.leaves(moments), jax.tree.leaves(adapters), strict=True
-        ):
-            assert moment.shape == adapter.shape
-            assert moment.sharding.is_equivalent_to(adapter.sharding, adapter.ndim)
-    _, gradients = loss_and_gradients(
-        graphdef, adapters, mask_keys, frozen, micro(ragged(), 1, mesh), key_of(0)
-    )
-    assert {path for path, _ in nnx.to_flat_state(gradients)} == paths
+    assert len(paths) == 10
+    new, _ = model.step(ragged(), 1)
+    moments = new.opt_state[0]
+    for tree in (moments.mu, moments.nu, new.adapters):
+        assert {path for path, _ in nnx.to_flat_state(tree)} == paths
+        for leaf, adapter in zip(*map(jax.tree.leaves, (tree, model.adapters)), strict=True):
+            assert leaf.shape == adapter.shape
+            assert leaf.sharding.is_equivalent_to(adapter.sharding, adapter.ndim)
+    others = [leaf for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim]
+    assert len(others) == 2 * len(paths)
 
 
 def nbytes(tree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def test_the_frozen_base_is_not_copied_and_the_state_is_reused(tmp_path):
     """A base far larger than the activations and the adapters: a copy of it would be seen."""
-    from oracles import llama_folder
-
     folder = llama_folder(
-        tmp_path, vocab_size=64, hidden_size=256, intermediate_size=1024, num_hidden_layers=4
+        tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4
     )
-    _, (graphdef, adapters, mask_keys, frozen) = parts(folder, rank=2)
-    tx = optax.adamw(1e-3)
-    state = init_state(adapters, tx)
+    model = Trainable(folder, tx=optax.adamw(1e-3), rank=2, remat="nothing")
     batch = {name: x[:2, :8] for name, x in ragged().items()}
-    step = compile_train_step(graphdef, tx, adapters)
-    memory = step.lower(state, mask_keys, frozen, micro(batch, 2), ROOT).compile().memory_analysis()
-    base = nbytes(frozen)
+    state = model.start()
+    lowered = model.compiled.lower(
+        state, model.mask_keys, model.frozen, micro(batch, 2, model.mesh), ROOT
+    )
+    memory = lowered.compile().memory_analysis()
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(model.frozen))
     assert memory.argument_size_in_bytes >= base > 16 * nbytes(state)
     # One layer of four may be sliced out for the scan, in the forward and in the backward pass.
     assert memory.temp_size_in_bytes < 0.75 * base
@@ -407,55 +394,52 @@ def test_the_frozen_base_is_not_copied_and_the_state_is_reused(tmp_path):
     assert memory.alias_size_in_bytes >= nbytes(state)
 
 
-def test_the_state_is_donated_and_the_base_is_not(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    tx = optax.adamw(1e-3)
-    step = compile_train_step(graphdef, tx, adapters)
-    state = init_state(adapters, tx)
-    step(state, mask_keys, frozen, micro(ragged(), 2), ROOT)
+def test_the_state_is_donated_and_the_base_stays_as_it_was(token):
+    frozen = jax.tree.leaves(token.frozen)
+    before = [np.array(leaf) for leaf in frozen]
+    state = token.start()
+    token.step(ragged(), state=state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((mask_keys, frozen)))
+    for leaf, value in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(leaf, value)
 
 
-def test_the_base_stays_as_it_was(untied):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(untied)
-    before = [np.array(leaf) for leaf in jax.tree.leaves(frozen)]
-    tx = optax.sgd(0.1)
-    compile_train_step(graphdef, tx, adapters)(
-        init_state(adapters, tx), mask_keys, frozen, micro(ragged(), 2), ROOT
+def test_a_bfloat16_base_has_float32_adapters_gradients_and_moments(bfloat16):
+    """Model and loss are traced without any implicit promotion, by the step itself."""
+    model = Trainable(bfloat16, dtype=jnp.bfloat16, tx=optax.adamw(1e-2))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.frozen)} == {jnp.dtype(jnp.bfloat16)}
+    new, metrics = model.step(ragged())
+    floats = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in [*floats, metrics["loss"]]} == {jnp.dtype(jnp.float32)}
+    assert len(floats) == 3 * len(jax.tree.leaves(model.adapters))
+    assert relative(flat(new.adapters), flat(model.adapters)) > 1e-4
+    shapes = jax.eval_shape(
+        partial(loss_and_gradients, model.graphdef),
+        model.adapters,
+        model.mask_keys,
+        model.frozen,
+        micro(ragged(), 2),
+        key_of(0),
     )
-    for a, b in zip(jax.tree.leaves(frozen), before, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.usefixtures("strict")
-def test_a_bfloat16_base_has_float32_adapters_gradients_and_moments(bfloat16):
-    _, (graphdef, adapters, mask_keys, frozen) = parts(bfloat16, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
-    batch = micro(ragged(), 2)
-    loss, gradients = loss_and_gradients(graphdef, adapters, mask_keys, frozen, batch, key_of(0))
-    assert loss.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
-    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic mixes
-        tx = optax.adamw(1e-2)
-        state = init_state(adapters, tx)
-        before = flat(adapters)
-        new, _ = compile_train_step(graphdef, tx, adapters)(state, mask_keys, frozen, batch, ROOT)
-    floats = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
-    assert len(floats) == 3 * len(jax.tree.leaves(gradients))
-    assert relative(flat(new.adapters), before) > 1e-4
+def test_loss_and_gradients_promote_nothing(bfloat16):
+    model = Trainable(bfloat16, dtype=jnp.bfloat16)
+    jax.eval_shape(
+        partial(loss_and_gradients, model.graphdef),
+        model.adapters,
+        model.mask_keys,
+        model.frozen,
+        micro(ragged(), 2),
+        key_of(0),
+    )
 
 
-@pytest.mark.parametrize("remat", ["everything", "dots"])
-def test_what_is_saved_for_the_backward_pass_changes_no_mask(untied, remat):
-    results = []
-    for policy in ("nothing", remat):
-        _, (graphdef, adapters, mask_keys, frozen) = parts(untied, remat=policy)
-        results.append(
-            jax.jit(partial(loss_and_gradients, graphdef))(
-                adapters, mask_keys, frozen, micro(ragged(), 2), key_of(0)
-            )
-        )
-    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-6)
-    assert relative(flat(results[1][1]), flat(results[0][1])) < 5e-6
+@pytest.mark.parametrize("remat", ["dots", "nothing"])
+def test_what_is_saved_for_the_backward_pass_changes_no_mask(untied, token, remat):
+    loss, gradients = Trainable(untied, remat=remat).gradients(ragged())
+    expected, expected_gradients = token.gradients(ragged())
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert relative(gradients, expected_gradients) < 5e-6

@@ -74,21 +74,38 @@ class Family:
                 )
 
 
-def rope_config(hf: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
+def whole(hf: Mapping[str, Any], key: str) -> int:
+    """A configuration value that must be a positive whole number."""
+    value = hf[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{key}={value!r}: must be a positive whole number")
+    return value
+
+
+def positive(hf: Mapping[str, Any], key: str) -> float:
+    """A configuration value that must be a positive number."""
+    value = hf[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise InputError(f"{key}={value!r}: must be a positive number")
+    return float(value)
+
+
+def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
     """The rotary settings, in the old spelling (`rope_theta` + `rope_scaling`) or the new one."""
     settings = dict(hf.get("rope_parameters") or {})
     settings |= hf.get("rope_scaling") or {}
-    theta = settings.pop("rope_theta", hf.get("rope_theta", 10_000.0))
+    theta = positive({"rope_theta": 10_000.0, **hf, **settings}, "rope_theta")
+    settings.pop("rope_theta", None)
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
     if kind not in SCALINGS:
         raise InputError(
-            f"{where}: rotary scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}"
+            f"rotary scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}"
         )
     required = SCALINGS[kind].required
     if missing := [name for name in required if name not in settings]:
-        raise InputError(f"{where}: rotary scaling {kind!r} lacks {', '.join(missing)}")
+        raise InputError(f"rotary scaling {kind!r} lacks {', '.join(missing)}")
     if unknown := [name for name in settings if name not in required]:
-        raise InputError(f"{where}: rotary scaling {kind!r} has unknown keys {', '.join(unknown)}")
-    parameters = tuple((name, float(settings[name])) for name in required)
-    return RopeConfig(theta=float(theta), kind=kind, parameters=parameters)
+        raise InputError(f"rotary scaling {kind!r} has unknown keys {', '.join(unknown)}")
+    parameters = tuple((name, positive(settings, name)) for name in required)
+    return RopeConfig(theta=theta, kind=kind, parameters=parameters)

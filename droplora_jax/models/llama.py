@@ -6,24 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from droplora_jax.models.decoder import ModelConfig
-from droplora_jax.models.family import Family, TensorName, rope_config
+from droplora_jax.models.family import Family, TensorName, positive, rope_config, whole
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    heads = hf["num_attention_heads"]
+    given = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **hf}
+    width, heads = whole(hf, "hidden_size"), whole(hf, "num_attention_heads")
+    if given.get("num_key_value_heads") is None:
+        given["num_key_value_heads"] = heads
+    if given.get("head_dim") is None:
+        given["head_dim"] = width // heads
     return ModelConfig(
         family="llama",
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
+        vocab_size=whole(hf, "vocab_size"),
+        width=width,
+        layers=whole(hf, "num_hidden_layers"),
         heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        ffn=hf["intermediate_size"],
-        norm_epsilon=hf.get("rms_norm_eps", 1e-6),
+        kv_heads=whole(given, "num_key_value_heads"),
+        head_dim=whole(given, "head_dim"),
+        ffn=whole(hf, "intermediate_size"),
+        norm_epsilon=positive(given, "rms_norm_eps"),
         rope=rope_config(hf),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        max_positions=hf.get("max_position_embeddings", 2048),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        max_positions=whole(given, "max_position_embeddings"),
     )
 
 

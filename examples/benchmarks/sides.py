@@ -26,6 +26,16 @@ Step = Callable[[], tuple[float, float]]  # one step: the loss and the norm of t
 
 
 @dataclass(frozen=True)
+class Result:
+    """One step: seconds on the clock, seconds of the cores, loss, norm of the gradient."""
+
+    wall: float
+    cpu: float
+    loss: float
+    norm: float
+
+
+@dataclass(frozen=True)
 class Workload:
     """Folders of the base and of the factors to start from, tokens [B, T + 1], and the cores."""
 
@@ -122,8 +132,8 @@ class Worker:
         self._process = context.Process(target=_serve, args=(side, work, theirs), daemon=True)
         self._process.start()
 
-    def run(self, steps: int) -> list[tuple[float, float, float]]:
-        """Seconds, loss and gradient norm of each of the next steps."""
+    def run(self, steps: int) -> list[Result]:
+        """Run the next steps."""
         self._pipe.send(steps)
         return self._pipe.recv()
 
@@ -139,7 +149,8 @@ def _serve(side: Ours | Peft, work: Workload, pipe: Connection) -> None:
     while steps := pipe.recv():
         results = []
         for _ in range(steps):
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             loss, norm = step()
-            results.append((time.perf_counter() - start, loss, norm))
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            results.append(Result(wall, cpu, loss, norm))
         pipe.send(results)

@@ -1,0 +1,253 @@
+"""From a run's folder to other tools: `droplora export`, and which settings may change."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from data_fixtures import write_jsonl
+from run_fixtures import (
+    LENGTH,
+    CommandLine,
+    contents,
+    factors,
+    make_base,
+    metrics,
+    write_run,
+)
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+
+import droplora_jax as dl
+from droplora_jax import cli, launch, run
+from droplora_jax.data import load as load_rows
+from droplora_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")).path
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    """A run whose validation gets worse all the time, so that the best is not the last."""
+    folder = tmp_path_factory.mktemp("run")
+    other = [{"instruction": f"odd? {n}", "output": f"{n}{n} zz"} for n in range(100, 110)]
+    valid = write_jsonl(folder / "other.jsonl", other)
+    assert cli.main(["train", str(write_run(base, folder, data={"valid": valid}))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def droplora(capsys) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def merged_tensors(path) -> dict[str, torch.Tensor]:
+    return {
+        name: value
+        for file in sorted(path.glob("*.safetensors"))
+        for name, value in load_torch(file).items()
+    }
+
+
+def test_peft_is_the_adapter_of_the_run(folder, droplora, tmp_path):
+    droplora.good("export", folder, "--to", tmp_path / "out", "--format", "peft")
+    assert contents(tmp_path / "out") == contents(folder / "adapter")
+
+
+def test_the_template_that_was_used_is_written_down(folder):
+    own = json.loads((folder / "adapter" / "droplora_config.json").read_text())
+    assert (own["template"], own["seed"]) == ("alpaca", 7)
+    assert (own["drop_rate"], own["granularity"]) == (0.5, "token")
+
+
+def test_merged_is_base_and_adapter(folder, base, droplora, tmp_path):
+    """Against PEFT: the same adapter on the same base, merged there."""
+    out = droplora.good("export", folder, "--to", tmp_path / "out", "--format", "merged")
+    assert "10 of 21 tensors merged" in out
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    other = peft.PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    expected = other.state_dict()
+    tensors = merged_tensors(tmp_path / "out")
+    assert tensors.keys() == expected.keys()
+    for name, value in tensors.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+    assert any(not torch.equal(v, load_torch_base(base)[n]) for n, v in tensors.items())
+
+
+def load_torch_base(base) -> dict[str, torch.Tensor]:
+    return merged_tensors(base)
+
+
+def test_the_evaluation_loss_is_that_of_the_exported_model_in_transformers(
+    folder, droplora, tmp_path
+):
+    droplora.good("export", folder, "--to", tmp_path / "out", "--format", "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    config = run.read(folder / "config.yaml")
+    rows, _ = load_rows(config.data.valid, tokenizer, config.data)
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor(row.ids[None]).long()).logits[0]
+        losses = torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(row.ids[1:]).long(), reduction="none"
+        )
+        total += float(losses[torch.tensor(row.trained[1:])].sum())
+        count += int(row.trained[1:].sum())
+    last = [line for line in metrics(folder) if "eval_loss" in line][-1]
+    assert len(rows) == 10 < 16  # the last batch of the evaluation is not full
+    np.testing.assert_allclose(last["eval_loss"], total / count, rtol=1e-4)
+
+
+def test_which_step(folder, droplora, tmp_path):
+    evaluated = {row["step"]: row["eval_loss"] for row in metrics(folder) if "eval_loss" in row}
+    assert min(evaluated, key=evaluated.get) == 4
+
+    def exported(step):
+        target = tmp_path / str(step)
+        droplora.good("export", folder, "--to", target, "--format", "peft", "--step", step)
+        return factors(target)
+
+    by_step = {step: exported(step) for step in ("last", "best", 4, 8, 12)}
+    for one, other, same in [("last", 12, True), ("best", 4, True), (4, 8, False), (8, 12, False)]:
+        equal = all(np.array_equal(by_step[one][n], by_step[other][n]) for n in by_step[one])
+        assert equal is same
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtype(folder, droplora, tmp_path, dtype):
+    target = tmp_path / "out"
+    droplora.good("export", folder, "--to", target, "--format", "merged", "--dtype", dtype)
+    tensors = merged_tensors(target)
+    assert {value.dtype for value in tensors.values()} == {getattr(torch, dtype)}
+    assert json.loads((target / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_run_on_a_bfloat16_base_is_exported_in_bfloat16(tmp_path, droplora):
+    base = make_base(tmp_path / "base", dtype=torch.bfloat16)
+    yaml = write_run(base.path, tmp_path, model={"dtype": "bfloat16"}, train={"steps": 4})
+    droplora.good("train", yaml)
+    droplora.good("export", tmp_path / "run", "--to", tmp_path / "out", "--format", "merged")
+    assert {v.dtype for v in merged_tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
+
+
+def test_an_export_may_be_loaded_as_a_model_and_an_adapter(folder, base, droplora, tmp_path):
+    droplora.good("export", folder, "--to", tmp_path / "out", "--format", "merged")
+    tokens = np.arange(4, 4 + LENGTH, dtype=np.int32)[None]
+    with_adapter = dl.load_adapter(dl.load(base, dtype="float32"), folder / "adapter")
+    expected = np.asarray(with_adapter(tokens))
+    merged = np.asarray(dl.load(tmp_path / "out", dtype="float32")(tokens))
+    plain = np.asarray(dl.load(base, dtype="float32")(tokens))
+    assert np.linalg.norm(merged - expected) < 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(merged - plain) > 1e-2 * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "5"], "--step 5: there are last, best, 4, 8, 12"),
+        (["--step", "first"], "--step first: there are last, best, 4, 8, 12"),
+        (["--format", "peft", "--dtype", "bfloat16"], "--dtype bfloat16: only for --format merged"),
+    ],
+)
+def test_what_can_not_be_exported(folder, droplora, tmp_path, arguments, message):
+    before = contents(folder)
+    arguments = arguments if "--format" in arguments else [*arguments, "--format", "merged"]
+    result = droplora("export", folder, "--to", tmp_path / "out", *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert contents(folder) == before
+
+
+def test_an_output_that_holds_something(folder, droplora, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for format in ("merged", "peft"):
+        result = droplora("export", folder, "--to", tmp_path, "--format", format)
+        assert result.code == 2
+        assert f"{tmp_path}: exists and is not empty; nothing is overwritten" in result.err
+    assert contents(tmp_path).keys() == {"notes.txt"}
+
+
+def test_no_run(base, droplora, tmp_path):
+    for source in (base, tmp_path / "nothing"):
+        result = droplora("export", source, "--to", tmp_path / "out", "--format", "peft")
+        assert result.code == 2
+        assert f"{source}: no run of droplora in it (no config.yaml)" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint(folder, droplora, tmp_path):
+    """Reading leaves nothing behind, not even an empty folder."""
+    source = tmp_path / "run"
+    source.mkdir()
+    (source / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    result = droplora("export", source, "--to", tmp_path / "out", "--format", "peft")
+    assert result.code == 2
+    assert "no complete checkpoint" in result.err
+    assert contents(tmp_path).keys() == {"run", "run/config.yaml"}
+
+
+# --- which settings may change -----------------------------------------------------------------------
+
+
+def changed(old: dict, new: dict) -> list[str]:
+    least = {"model": {"path": "a"}, "output": "o", "data": {"train": "t"}}
+    config = [
+        run.as_tree(run._checked({**least, **values}, "run.yaml", set())) for values in (new, old)
+    ]
+    return launch.changed_keys(*config)
+
+
+def test_how_long_how_often_and_where_may_change():
+    new = {
+        "train": {
+            "epochs": 2.0,
+            "eval_every": 7,
+            "save_every": 7,
+            "log_every": 7,
+            "keep": 7,
+            "micro_batch": 64,
+            "remat": "dots",
+        },
+        "mesh": {"data": 4},
+    }
+    assert changed({}, new) == []
+    assert changed({"train": {"epochs": 2.0}}, {"train": {"steps": 8}}) == []
+
+
+def test_nothing_else_may():
+    old = {"adapter": {"rank": 4}, "optim": {"options": {"b2": 0.9}}}
+    new = {
+        "seed": 1,
+        "optim": {"options": {"b1": 0.5}},
+        "data": {"train": ["t", "u"]},
+        "train": {"global_batch": 64},
+    }
+    assert changed(old, new) == [
+        "adapter.rank: 4 -> 32",
+        "data.train: 't' -> ['t', 'u']",
+        "optim.options.b1: None -> 0.5",
+        "optim.options.b2: 0.9 -> None",
+        "seed: 0 -> 1",
+        "train.global_batch: 128 -> 64",
+    ]
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    least = {"model": {"path": "a"}, "output": str(tmp_path), "data": {"train": "t"}}
+    config = run._checked(least, "run.yaml", set())
+    with pytest.raises(InputError, match="exists and is not empty; nothing is overwritten"):
+        launch.check_folder(config, tmp_path)

@@ -1,0 +1,406 @@
+"""Whole runs through the command line: they learn, stop, carry on, and end in the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import write_jsonl
+from matplotlib.image import imread
+from run_fixtures import (
+    CommandLine,
+    adapter_bytes,
+    contents,
+    factors,
+    make_base,
+    metrics,
+    process,
+    write_run,
+)
+
+from droplora_jax import cli, run
+from droplora_jax.data import Batches
+from droplora_jax.errors import InputError
+from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.train import Run, TrainConfig, total_steps
+
+STEPS = 40
+LONG = {"train": {"steps": STEPS, "save_every": 5, "eval_every": 20}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")).path
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory) -> Path:
+    """The folder of a run and its YAML, trained to the end; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert cli.main(["train", str(write_run(base, folder, **LONG))]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished, base, tmp_path) -> Path:
+    """The same as if it had been trained here."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace(str(finished), str(tmp_path)))
+    write_run(base, tmp_path, **LONG)
+    return tmp_path
+
+
+@pytest.fixture
+def droplora(capsys) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def trained(folder: Path) -> list[dict]:
+    return [row for row in metrics(folder) if "loss" in row]
+
+
+# --- a run -----------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_what_is_documented(finished, base):
+    folder = finished / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "loss.png",
+        "tensorboard",
+        "checkpoints",
+        "adapter",
+    }
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "droplora_config.json",
+    }
+    assert run.read(folder / "config.yaml") == run.read(finished / "run.yaml")
+    assert imread(folder / "loss.png").std() > 0.01
+    assert list((folder / "tensorboard").iterdir())
+    evaluated = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
+    assert len(evaluated) == 2
+    losses = [row["loss"] for row in trained(folder)]
+    assert evaluated[-1] < 0.5 * losses[0]
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    tensors = factors(folder / "adapter")
+    assert len(tensors) == 2 * 5 * 2  # A and B of five modules in two layers
+    assert all(np.any(tensor) for tensor in tensors.values())
+
+
+def test_the_rows_of_metrics(finished):
+    rows = trained(finished / "run")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    documented = {"step", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert set(rows[0]) == documented  # compiling: no speed yet
+    assert all(set(row) == documented | {"tokens_per_second"} for row in rows[1:])
+    for row in rows:
+        n = row["step"] - 1
+        rate = 0.02 * min(n / 2, (STEPS - n) / (STEPS - 2))
+        np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-5, atol=1e-9)
+        assert 16 * 40 < row["tokens"] <= 16 * 72
+        assert row["grad_norm"] > 0
+    assert [row["step"] for row in metrics(finished / "run") if "eval_loss" in row] == [20, 40]
+
+
+def test_what_a_person_sees(finished, base, tmp_path, droplora):
+    yaml = write_run(base, tmp_path, train={"steps": 4})
+    out = droplora.good("train", yaml)
+    folder = tmp_path / "run"
+    for text in (
+        "rows from",
+        "tokens are trained",
+        "[[the answer is",
+        "parameters trained",
+        "8 x cpu",
+        "step 4/4  loss",
+        "evaluation loss",
+        f"done: the adapter is in {folder / 'adapter'}",
+        f"droplora export {folder} --to {folder}-merged --format merged",
+    ):
+        assert text in out
+
+
+def test_every_step_of_a_run_draws_other_masks(base, tmp_path):
+    """Equal rows and a rate of next to nothing: only masks can make two steps differ."""
+
+    def norms(name: str, drop_rate: float) -> set[float]:
+        folder = tmp_path / name
+        folder.mkdir()
+        row = {"instruction": "odd? 7", "output": "the answer is true"}
+        yaml = write_run(
+            base,
+            folder,
+            data={"train": write_jsonl(folder / "one.jsonl", [row] * 16), "valid": None},
+            adapter={"drop_rate": drop_rate},
+            optim={"learning_rate": 1e-30, "weight_decay": 0.0},
+            train={"steps": 4},
+        )
+        assert cli.main(["train", str(yaml)]) == 0
+        return {round(line["grad_norm"], 5) for line in trained(folder / "run")}
+
+    assert len(norms("masks", 0.5)) == 4
+    assert len(norms("none", 0.0)) == 1
+
+
+# --- stopping and carrying on ----------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], bool], running: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ids=["kill -9", "SIGTERM", "SIGINT"],
+)
+def test_a_run_that_was_stopped_ends_in_the_same_bits(
+    finished, base, tmp_path, droplora, number, code
+):
+    yaml = write_run(base, tmp_path, **LONG)
+    folder = tmp_path / "run"
+    stopped = process("train", yaml)
+    wait_for((folder / "checkpoints" / "step_10").exists, stopped)
+    stopped.send_signal(number)
+    _, err = stopped.communicate(timeout=120)
+    assert stopped.returncode == code
+    steps = sorted(
+        int(path.name[5:])
+        for path in (folder / "checkpoints").iterdir()
+        if path.name[5:].isdigit()
+    )
+    assert 10 <= steps[-1] < STEPS
+    if number != signal.SIGKILL:
+        assert err == f"droplora: stopped by {number.name}: step {steps[-1]} is saved\n"
+        assert metrics(folder)[-1]["step"] == steps[-1]
+        assert (folder / "loss.png").exists()
+    assert not (folder / "adapter").exists()
+    out = droplora.good("train", yaml)
+    assert f"carrying on from the checkpoint of step {steps[-1]}\n" in out
+    assert adapter_bytes(folder) == adapter_bytes(finished / "run")
+    rows, expected = metrics(folder), metrics(finished / "run")
+    for row in [*rows, *expected]:
+        row.pop("tokens_per_second", None)
+    assert rows == expected
+
+
+def send(monkeypatch, numbers: list[signal.Signals], *, at: int) -> None:
+    """Signals to this process while the batch of a step is made."""
+    original = Run.batch
+
+    def batch(self, n):
+        if n == at:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(self, n)
+
+    monkeypatch.setattr(Run, "batch", batch)
+
+
+def test_a_signal_lets_the_step_end_and_saves_it(base, tmp_path, droplora, monkeypatch):
+    send(monkeypatch, [signal.SIGTERM], at=2)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    result = droplora("train", write_run(base, tmp_path))
+    assert result.code == 143
+    assert result.err == "droplora: stopped by SIGTERM: step 3 is saved\n"
+    assert (tmp_path / "run" / "checkpoints" / "step_3").is_dir()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_in_the_last_step_is_too_late(base, tmp_path, droplora, monkeypatch):
+    send(monkeypatch, [signal.SIGINT], at=3)
+    droplora.good("train", write_run(base, tmp_path, train={"steps": 4}))
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_second_interrupt_acts_at_once(base, tmp_path, droplora, monkeypatch):
+    send(monkeypatch, [signal.SIGINT, signal.SIGINT], at=2)
+    result = droplora("train", write_run(base, tmp_path))
+    assert (result.code, result.err) == (130, "droplora: interrupted\n")
+    assert not (tmp_path / "run" / "checkpoints" / "step_3").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_finished_run_says_so(copy, droplora):
+    before = contents(copy)
+    out = droplora.good("train", copy / "run.yaml")
+    assert f"finished already: the adapter is in {copy / 'run' / 'adapter'}" in out
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["seed=9"], ["seed: 7 -> 9"]),
+        (["optim.learning_rate=1", "adapter.rank=8"], ["learning_rate: 0.02 -> 1.0", "rank: 4"]),
+        (["data.max_length=60", "train.steps=44"], ["data.max_length: 72 -> 60"]),
+        (["train.global_batch=8"], ["train.global_batch: 16 -> 8"]),
+        (["adapter.targets=[q_proj$]"], ["adapter.targets: 'paper' -> ['q_proj$']"]),
+    ],
+)
+def test_other_settings_are_an_error_that_lists_them(copy, droplora, overrides, changed):
+    before = contents(copy)
+    result = droplora("train", copy / "run.yaml", *overrides)
+    assert result.code == 2
+    assert str(copy / "run") in result.err
+    for change in changed:
+        assert change in result.err
+    assert "train.steps" not in result.err
+    assert contents(copy) == before
+
+
+def test_longer_on_another_mesh_and_with_other_cadences(copy, droplora):
+    old = adapter_bytes(copy / "run")
+    out = droplora.good(
+        "train",
+        copy / "run.yaml",
+        "train.steps=44",
+        "mesh.data=2",
+        "mesh.fsdp=2",
+        "mesh.tensor=2",
+        "train.micro_batch=null",
+        "train.eval_every=2",
+        "train.save_every=3",
+        "train.log_every=2",
+        "train.keep=1",
+        "train.remat=dots",
+    )
+    folder = copy / "run"
+    assert f"carrying on from the checkpoint of step {STEPS}\n" in out
+    new = adapter_bytes(folder)
+    assert new["adapter_model.safetensors"] != old["adapter_model.safetensors"]
+    assert new["adapter_config.json"] == old["adapter_config.json"]
+    assert [row["step"] for row in trained(folder)] == [*range(1, STEPS + 1), 42, 44]
+    assert run.read(folder / "config.yaml").train.steps == 44
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_run_whose_adapter_is_gone_writes_it_again(copy, droplora):
+    old = adapter_bytes(copy / "run")
+    shutil.rmtree(copy / "run" / "adapter")
+    droplora.good("train", copy / "run.yaml")
+    assert adapter_bytes(copy / "run") == old
+
+
+def test_a_run_that_was_moved_carries_on(copy, droplora):
+    """The name of the folder is no setting."""
+    (copy / "run").rename(copy / "elsewhere")
+    out = droplora.good("train", copy / "run.yaml", f"output={copy / 'elsewhere'}")
+    assert "finished already" in out
+
+
+def test_a_folder_without_a_checkpoint_starts_over_with_any_settings(copy, droplora):
+    shutil.rmtree(copy / "run" / "checkpoints")
+    shutil.rmtree(copy / "run" / "adapter")
+    out = droplora.good("train", copy / "run.yaml", "seed=9", "train.steps=4")
+    assert "carrying on" not in out
+    assert [row["step"] for row in trained(copy / "run")] == [1, 2, 3, 4]
+    assert run.read(copy / "run" / "config.yaml").seed == 9
+
+
+# --- what goes wrong on the way ----------------------------------------------------------------------
+
+EXPLODING = {"learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("save_every", "kept", "said"),
+    [(1, ["step_1"], "the last good checkpoint, step 1, is kept"), (10, [], "no checkpoint yet")],
+)
+def test_a_loss_that_is_no_number(base, tmp_path, droplora, save_every, kept, said):
+    yaml = write_run(
+        base, tmp_path, optim=EXPLODING, data={"valid": None}, train={"save_every": save_every}
+    )
+    result = droplora("train", yaml)
+    assert result.code == 3
+    assert result.err.startswith("droplora: step 2: loss nan")
+    assert said in result.err
+    folder = tmp_path / "run"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == kept
+    assert not (folder / "adapter").exists()
+    assert [row["step"] for row in metrics(folder)] == [1]
+
+
+def test_a_lower_rate_after_a_loss_that_is_no_number(base, tmp_path, droplora):
+    """The advice that the error gives can be followed where no checkpoint was written."""
+    yaml = write_run(base, tmp_path, optim=EXPLODING, data={"valid": None})
+    assert droplora("train", yaml).code == 3
+    droplora.good("train", yaml, "optim.learning_rate=0.01", "train.steps=4")
+
+
+def test_a_full_disk(base, finished, tmp_path, droplora):
+    """The run says so, and the same command carries on when there is room."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yaml = write_run(base, tmp_path, **LONG)
+        droplora.good("train", yaml, "train.steps=5", "optim.schedule=constant")
+        (folder / "filler").write_bytes(b"x" * (shutil.disk_usage(folder).free - 20_000))
+        longer = ["train", yaml, "optim.schedule=constant", "train.steps=10"]
+        result = droplora(*longer)
+        assert result.code == 2
+        assert "could not be written" in result.err
+        assert "the newest good one is step 5" in result.err
+        (folder / "filler").unlink()
+        assert "carrying on from the checkpoint of step 5\n" in droplora.good(*longer)
+        assert [row["step"] for row in trained(folder)] == list(range(1, 11))
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+# --- the configuration -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"),
+    [
+        (TrainConfig(global_batch=4), 8),  # three epochs of ten rows
+        (TrainConfig(global_batch=4, epochs=0.5), 2),
+        (TrainConfig(global_batch=4, steps=7), 7),
+    ],
+)
+def test_how_long(config, steps):
+    from data_fixtures import random_rows
+
+    batches = Batches(random_rows(10, 8, 0), rows_per_batch=4, seed=0, shuffle=True, max_length=8)
+    assert total_steps(config, batches) == steps
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TrainConfig(global_batch=12), r"train\.global_batch=12 .* the 8 parts .* multiple of 8"),
+        (TrainConfig(global_batch=16, micro_batch=4), r"train\.micro_batch=4 .* the 8 parts"),
+    ],
+)
+def test_rows_that_the_mesh_can_not_split(config, message):
+    with pytest.raises(InputError, match=message):
+        config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=4)))
+    config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+
+
+def test_metrics_are_strict_json(finished):
+    def refuse(constant: str):
+        raise AssertionError(constant)
+
+    for line in (finished / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
