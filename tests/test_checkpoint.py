@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -195,20 +196,25 @@ def test_choosing_from_nothing(checkpoints, which):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of half a megabyte; needs the right to mount one."""
+    """A file system of a megabyte; needs the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def fill(folder) -> None:
+    """Leave room for a small file, but not for a checkpoint."""
+    (folder / "filler").write_bytes(b"x" * (shutil.disk_usage(folder).free - 20_000))
+
+
 def test_a_disk_too_small_is_told_before(small_disk, state):
     checkpoints = Checkpoints(small_disk / "checkpoints")
     save(checkpoints, state, 1)
-    (small_disk / "filler").write_bytes(b"x" * 400_000)
+    fill(small_disk)
     before = sorted(path.name for path in checkpoints.folder.iterdir())
     with pytest.raises(InputError, match=r"could not be written .*newest good one is step 1\."):
         checkpoints.save(replace(state, step=jnp.int32(2)), CONFIG)
@@ -223,7 +229,7 @@ def test_a_disk_that_fills_up_half_way(small_disk, state, monkeypatch):
     """Another process may take what was free: the save fails, the step before stays good."""
     checkpoints = Checkpoints(small_disk / "checkpoints")
     save(checkpoints, state, 1)
-    (small_disk / "filler").write_bytes(b"x" * 400_000)
+    fill(small_disk)
     monkeypatch.setattr(checkpoint.Checkpoints, "_check_space", lambda self, size: None)
     with pytest.raises(InputError, match=r"could not be written .*newest good one is step 1\."):
         save(checkpoints, state, 2)
@@ -239,7 +245,7 @@ def test_a_disk_that_fills_up_half_way(small_disk, state, monkeypatch):
 
 def test_the_first_save_that_fails_says_that_there_is_none(small_disk, state):
     checkpoints = Checkpoints(small_disk / "checkpoints")
-    (small_disk / "filler").write_bytes(b"x" * 450_000)
+    fill(small_disk)
     with pytest.raises(InputError, match="could not be written .*there is no earlier one"):
         checkpoints.save(replace(state, step=jnp.int32(1)), CONFIG)
     checkpoints.close()

@@ -14,7 +14,7 @@ from oracles import with_config
 from run_fixtures import CommandLine, contents, make_base, rows, settings, write_run, write_yaml
 from safetensors.numpy import load_file, save_file
 
-from droplora_jax import cli
+from droplora_jax import cli, run
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,9 @@ def test_a_file_that_does_not_fit(refused, base, tmp_path, part, lines, message)
 
 def test_no_file(refused, base, tmp_path):
     path = str(tmp_path / "none.jsonl")
-    assert f"{path}: no such file" in refused("train", write_run(base, tmp_path, data={"train": path}))
+    assert f"{path}: no such file" in refused(
+        "train", write_run(base, tmp_path, data={"train": path})
+    )
 
 
 def test_a_row_that_is_too_long(refused, base, tmp_path):
@@ -324,8 +326,6 @@ def test_overrides_are_written_down_with_everything_else(base, tmp_path, droplor
         "adapter.targets=[q_proj$, down_proj$]",
         f"output={tmp_path / 'other'}",
     )
-    from droplora_jax import run
-
     config = run.read(tmp_path / "other" / "config.yaml")
     assert (config.train.steps, config.optim.clip_norm) == (3, None)
     assert (config.optim.learning_rate, config.data.train) == (3e-4, (train, train))

@@ -10,7 +10,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from oracles import RANDOM, Folder, llama_folder, primitives, random_tokens, randomized, raw, relative
+from oracles import (
+    RANDOM,
+    Folder,
+    llama_folder,
+    primitives,
+    random_tokens,
+    randomized,
+    raw,
+    relative,
+)
 
 import droplora_jax as dl
 from droplora_jax.lowrank import rank_mask
@@ -63,9 +72,7 @@ class Trainable:
 
     def step(self, batch, k: int = 2, *, state=None):
         state = self.start() if state is None else state
-        return self.compiled(
-            state, self.mask_keys, self.frozen, micro(batch, k, self.mesh), ROOT
-        )
+        return self.compiled(state, self.mask_keys, self.frozen, micro(batch, k, self.mesh), ROOT)
 
     def gradients(self, batch, k: int = 2, *, step: int = 0):
         """Loss and gradients of one step, the gradients as one vector."""
@@ -376,9 +383,7 @@ def nbytes(tree) -> int:
 
 def test_the_frozen_base_is_not_copied_and_the_state_is_reused(tmp_path):
     """A base far larger than the activations and the adapters: a copy of it would be seen."""
-    folder = llama_folder(
-        tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4
-    )
+    folder = llama_folder(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
     model = Trainable(folder, tx=optax.adamw(1e-3), rank=2, remat="nothing")
     batch = {name: x[:2, :8] for name, x in ragged().items()}
     state = model.start()

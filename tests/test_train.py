@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import write_jsonl
+from data_fixtures import random_rows, write_jsonl
 from matplotlib.image import imread
 from run_fixtures import (
     CommandLine,
@@ -181,9 +181,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     _, err = stopped.communicate(timeout=120)
     assert stopped.returncode == code
     steps = sorted(
-        int(path.name[5:])
-        for path in (folder / "checkpoints").iterdir()
-        if path.name[5:].isdigit()
+        int(path.name[5:]) for path in (folder / "checkpoints").iterdir() if path.name[5:].isdigit()
     )
     assert 10 <= steps[-1] < STEPS
     if number != signal.SIGKILL:
@@ -379,8 +377,6 @@ def test_a_full_disk(base, finished, tmp_path, droplora):
     ],
 )
 def test_how_long(config, steps):
-    from data_fixtures import random_rows
-
     batches = Batches(random_rows(10, 8, 0), rows_per_batch=4, seed=0, shuffle=True, max_length=8)
     assert total_steps(config, batches) == steps
 

@@ -96,7 +96,7 @@ def test_after_an_error_nothing_of_it_remains(tmp_path, error, replace):
     expected = InputError if isinstance(error, OSError) else type(error)
     with pytest.raises(
         expected,
-        match=r"out: could not be written \(.*full\)" if isinstance(error, OSError) else "",
+        match=r"out: could not be written \(.*full\)" if isinstance(error, OSError) else None,
     ):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
