@@ -72,7 +72,7 @@ class Checkpoints:
                     "train.eval_every choose when); use --step last"
                 )
             return self.best
-        if not which.isdigit() or int(which) not in steps:
+        if which not in map(str, steps):
             raise InputError(
                 f"{self.folder}: --step {which}: there are last, best, {', '.join(map(str, steps))}"
             )
@@ -132,12 +132,15 @@ class Checkpoints:
             raise self._failed(f"it needs {needed:,} bytes and the disk has {free:,} left")
 
     def _failed(self, reason: str) -> InputError:
-        good = _complete(self.folder)
-        kept = f"the newest good one is step {good[-1]}" if good else "there is no earlier one"
         return InputError(
-            f"{self.folder}: a checkpoint could not be written ({reason}); {kept}. Make room and "
-            "run the same command again"
+            f"{self.folder}: a checkpoint could not be written ({reason}); {self.kept()}. Make "
+            "room and run the same command again"
         )
+
+    def kept(self) -> str:
+        """Which checkpoint a run can carry on from, in words."""
+        good = _complete(self.folder)
+        return f"the newest good one is step {good[-1]}" if good else "there is no earlier one"
 
 
 class _SaveErrors:

@@ -29,6 +29,7 @@ ADAPTER = "adapter"
 
 # What may change when a run carries on: how long, how often to look, and on which devices.
 MAY_CHANGE = (
+    "output",
     "mesh",
     "train.steps",
     "train.epochs",
@@ -95,6 +96,8 @@ def export_run(
         raise InputError(f"{folder}: no run of droplora in it (no {CONFIG_FILE})")
     if dtype is not None and format != "merged":
         raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
     config = run.read(folder / CONFIG_FILE)
     model, record = _restored(config, folder, step)
     if format == "merged":
@@ -112,9 +115,16 @@ def check_folder(config: run.RunConfig, folder: Path) -> None:
     file = folder / CONFIG_FILE
     if folder.exists() and not file.exists():
         weights.check_free(folder)
-    if file.exists() and _last_step(folder):
-        changed = changed_keys(run.as_tree(config), run.as_tree(run.read(file)))
-        if changed:
+    if file.exists():
+        try:
+            old = run.read(file)
+        except InputError as error:
+            raise InputError(
+                f"{folder}: holds a {CONFIG_FILE} that is not a run's ({error}); nothing is "
+                "overwritten. Name another output"
+            ) from error
+        changed = changed_keys(run.as_tree(config), run.as_tree(old))
+        if changed and _last_step(folder):
             raise InputError(
                 f"{folder} holds a run with other settings: {'; '.join(changed)}. Put them back to "
                 "carry on (steps, cadences and the mesh may change), or name another output"

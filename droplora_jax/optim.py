@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 
 from droplora_jax.errors import InputError
@@ -42,11 +44,11 @@ class OptimConfig:
             raise InputError(f"optim.learning_rate={self.learning_rate}: must be positive")
         if self.warmup_steps < 0:
             raise InputError(f"optim.warmup_steps={self.warmup_steps}: must not be negative")
-        if self.weight_decay < 0:
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise InputError(f"optim.weight_decay={self.weight_decay}: must not be negative")
-        if self.clip_norm is not None and self.clip_norm <= 0:
+        if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"optim.clip_norm={self.clip_norm}: must be positive, or null")
-        _arguments(self)  # an unknown name or option should stop the run before a model is loaded
+        _try_out(self)  # what can't work should stop the run before a model is loaded
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -80,15 +82,32 @@ def optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTr
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def _arguments(config: OptimConfig) -> dict[str, Any]:
-    make = getattr(optax, config.name, None)
-    parameters = _parameters(make)
-    if "learning_rate" not in parameters:
+def _try_out(config: OptimConfig) -> None:
+    """Raise InputError unless one update works with a gradient alone and a schedule."""
+    arguments = _arguments(config)
+    parameters = {"w": jnp.ones((2, 2))}
+    try:
+        tx = getattr(optax, config.name)(optax.constant_schedule(1e-3), **arguments)
+        tx.update(parameters, tx.init(parameters), parameters)
+    except Exception as error:
         raise InputError(
-            f"optim.name={config.name!r}: optax has no such optimizer; "
-            f"there are {', '.join(_optimizer_names())}"
+            f"optim.name={config.name!r}: can't be used with {arguments} here ({error})"
+        ) from error
+
+
+def _arguments(config: OptimConfig) -> dict[str, Any]:
+    names = _optimizer_names()
+    if config.name not in names:
+        near = difflib.get_close_matches(config.name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(
+            f"optim.name={config.name!r}: optax has no such optimizer; {hint}"
+            f"there are {', '.join(names)}"
         )
+    parameters = _parameters(getattr(optax, config.name))
     arguments: dict[str, Any] = dict(config.options)
+    if "learning_rate" in arguments:
+        raise InputError("optim.options.learning_rate: belongs to optim.learning_rate")
     if "weight_decay" in parameters:
         arguments.setdefault("weight_decay", config.weight_decay)
     elif config.weight_decay:
@@ -105,7 +124,8 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
 
 
 def _optimizer_names() -> list[str]:
-    return [name for name in dir(optax) if "learning_rate" in _parameters(getattr(optax, name))]
+    public = (name for name in dir(optax) if not name.startswith(("_", "scale_by")))
+    return [name for name in public if "learning_rate" in _parameters(getattr(optax, name))]
 
 
 def _parameters(make: Any) -> Mapping[str, inspect.Parameter]:

@@ -25,7 +25,7 @@ from droplora_jax.errors import InputError
 from droplora_jax.metrics import MetricsLog
 from droplora_jax.models import Decoder, Remat
 from droplora_jax.sharding import axis_size, put
-from droplora_jax.step import Batch, TrainState, compile_train_step, eval_step, init_state
+from droplora_jax.step import TrainState, compile_train_step, eval_step, init_state
 from droplora_jax.surgery import split
 
 
@@ -183,6 +183,11 @@ def train(run: Run) -> Decoder:
     except (NonFinite, Stopped):
         log.plot()
         raise
+    except OSError as error:
+        raise InputError(
+            f"{run.folder}: could not be written ({error.strerror or error}). Of the checkpoints, "
+            f"{checkpoints.kept()}. Make room and run the same command again"
+        ) from error
     finally:
         log.close()
         checkpoints.close()
@@ -257,7 +262,8 @@ class _Watch:
         self._pending = None
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             self.checkpoints.wait()
-            raise NonFinite(step, metrics, self.checkpoints.latest)
+            numbers = {name: float(value) for name, value in metrics.items()}
+            raise NonFinite(step, numbers, self.checkpoints.latest)
         self._tokens += int(metrics["tokens"])
         row = self._row(step, metrics) if self.run.due(step, self.run.config.log_every) else None
         if self._since is None:

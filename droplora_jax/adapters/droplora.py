@@ -51,6 +51,10 @@ class DropLoRA:
                 f"adapter.drop_rate={self.drop_rate}: must be at least 0 (plain LoRA) and below 1 "
                 "(1 would drop every rank)"
             )
+        if not self.targets:
+            raise InputError(
+                f"adapter.targets={self.targets!r}: must name what to adapt, such as 'paper'"
+            )
         if self.sampler == "exact" and lowrank.kept_ranks(self.rank, self.drop_rate) < 1:
             raise InputError(
                 f"adapter.drop_rate={self.drop_rate} with sampler 'exact' keeps no rank of "
