@@ -179,7 +179,7 @@ def check_tensors(
     for tensor in found:
         if tensor not in expected and tensor not in tied and not tensor.endswith(family.buffers):
             raise InputError(
-                f"{found[tensor]}: tensor {tensor} has no place in this model; config.json does not "
+                f"{found[tensor]}: tensor {tensor} has no place in this model; config.json doesn't "
                 "describe these weights (biases, more layers, or another architecture?)"
             )
 

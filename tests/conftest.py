@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 # Every annotation of the package is checked at every call, in tests only.
 install_import_hook("droplora_jax", "oracles.checked")
 
-from oracles import Folder, llama_folder  # noqa: E402
+from oracles import Folder, llama_folder
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "droplora_jax" / "tests"
 
