@@ -5,7 +5,8 @@
     model = nnx.merge(graphdef, adapters, draw(mask_keys, step_key, rows=row_ids), frozen)
     plain = merge(model)
 
-All of them return new views that share arrays with their input, which is left as it was.
+All of them return new modules and leave their input as it was. They share its variables, so give
+a module another variable rather than set the value of one in place.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def test_saving_does_not_wait_but_the_state_may_be_donated(untied, checkpoints):
     )
 
 
-# --- what a kill leaves ----------------------------------------------------------------------------
+# --- what a kill leaves ---------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_was_cut_short_is_not_there(checkpoints, state):
@@ -163,7 +163,7 @@ def test_an_older_one_is_found_beside_one_that_was_cut_short(checkpoints, state)
     again.close()
 
 
-# --- choosing --------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
 def test_choose(checkpoints, state):
@@ -181,7 +181,7 @@ def test_choosing_what_is_not_there(checkpoints, state, which):
 
 def test_choosing_the_best_where_none_was_evaluated(checkpoints, state):
     save(checkpoints, state, 10)
-    with pytest.raises(InputError, match="--step best, but no checkpoint was evaluated.* last"):
+    with pytest.raises(InputError, match=r"--step best, but no checkpoint was evaluated.* last"):
         checkpoints.choose("best")
 
 
@@ -191,7 +191,7 @@ def test_choosing_from_nothing(checkpoints, which):
         checkpoints.choose(which)
 
 
-# --- a full disk -----------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -246,6 +246,6 @@ def test_a_disk_that_fills_up_half_way(small_disk, state, monkeypatch):
 def test_the_first_save_that_fails_says_that_there_is_none(small_disk, state):
     checkpoints = Checkpoints(small_disk / "checkpoints")
     fill(small_disk)
-    with pytest.raises(InputError, match="could not be written .*there is no earlier one"):
+    with pytest.raises(InputError, match=r"could not be written .*there is no earlier one"):
         checkpoints.save(replace(state, step=jnp.int32(1)), CONFIG)
     checkpoints.close()

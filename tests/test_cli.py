@@ -49,7 +49,7 @@ def copy(base, tmp_path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "base"))
 
 
-# --- the command line itself -------------------------------------------------------------------------
+# --- the command line itself ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_an_interrupt_while_loading(droplora, base, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-# --- the model's folder ------------------------------------------------------------------------------
+# --- the model's folder ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "nothing"])
@@ -183,7 +183,7 @@ def test_a_tokenizer_without_an_end(refused, copy, tmp_path):
     assert "has no EOS token" in refused("train", write_run(copy, tmp_path))
 
 
-# --- the configuration -------------------------------------------------------------------------------
+# --- the configuration ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_wrong_override(refused, base, tmp_path):
     assert "an override is section.key=value" in refused("train", yaml, "steps")
 
 
-# --- the data ----------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_no_row_that_teaches_anything(refused, base, tmp_path):
     assert "data.max_length" in err
 
 
-# --- the output ----------------------------------------------------------------------------------------
+# --- the output -----------------------------------------------------------------------------------
 
 
 def test_an_output_that_holds_something_else(refused, base, tmp_path):
@@ -309,7 +309,7 @@ def test_someone_else_s_config_yaml(refused, base, tmp_path):
     assert str(tmp_path / "run") in err
 
 
-# --- what may be left to the command line ----------------------------------------------------------------
+# --- what may be left to the command line ---------------------------------------------------------
 
 
 def test_overrides_are_written_down_with_everything_else(base, tmp_path, droplora):

@@ -217,7 +217,7 @@ def test_a_run_without_a_checkpoint(folder, droplora, tmp_path):
     assert contents(tmp_path).keys() == {"run", "run/config.yaml"}
 
 
-# --- which settings may change -----------------------------------------------------------------------
+# --- which settings may change --------------------------------------------------------------------
 
 
 def changed(old: dict, new: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl whole and cut back to the step that a run carries on from; the picture; the board."""
+"""metrics.jsonl, whole and cut back to where a run carries on; the picture; the board."""
 
 from __future__ import annotations
 

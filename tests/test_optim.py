@@ -93,16 +93,25 @@ def named_by_optax() -> list[str]:
     )
 
 
+def refused(**values) -> str:
+    try:
+        OptimConfig(**values)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", named_by_optax())
 def test_an_optimizer_of_optax_works_or_is_refused(name):
     """Some need more than a gradient, or no schedule: that is told before a model is loaded."""
     takes_decay = "weight_decay" in inspect.signature(getattr(optax, name)).parameters
-    try:
-        config = OptimConfig(name=name, learning_rate=0.1, weight_decay=0.01 * takes_decay)
-    except InputError as error:
-        assert f"optim.name={name!r}" in str(error)
+    values = {"name": name, "learning_rate": 0.1, "weight_decay": 0.01 * takes_decay}
+    refusal = refused(**values)
+    if refusal:
+        assert f"optim.name={name!r}" in refusal
         assert name not in COMMON
         return
+    config = OptimConfig(**values)
     tx = optimizer(config, learning_rate(config, 200))
     parameters = jnp.ones((4, 4))
     state = tx.init(parameters)

@@ -84,7 +84,7 @@ def test_the_task_files_can_be_read(task):
     assert run.read(task, ["model.path=base", "data.train=a.json", "output=out"]).output == "out"
 
 
-# --- overrides -----------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 def test_overrides_win_and_make_sections(read):
@@ -133,7 +133,7 @@ def test_an_override_that_can_not_be(read, override, message):
         read("", override)
 
 
-# --- mistakes ------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def key_of(step: int):
     return jax.random.fold_in(ROOT, step)
 
 
-# --- accumulation --------------------------------------------------------------------------------
+# --- accumulation ---------------------------------------------------------------------------------
 
 
 def test_microbatches_make_one_batch(each):
@@ -219,7 +219,7 @@ def test_what_is_reported_beside_the_loss(token):
     assert norm > 0
 
 
-# --- masks ---------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def test_every_step_draws_other_masks_and_a_step_the_same_ones_again(each):
@@ -357,7 +357,7 @@ def test_evaluation_is_the_merged_model(token):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-# --- what is trained, and what it costs ------------------------------------------------------------
+# --- what is trained, and what it costs -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", [ONE, CUBE], ids=["1", "2x2x2"])

@@ -68,7 +68,7 @@ def trained(folder: Path) -> list[dict]:
     return [row for row in metrics(folder) if "loss" in row]
 
 
-# --- a run -----------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 def test_a_run_learns_and_writes_what_is_documented(finished, base):
@@ -154,7 +154,7 @@ def test_every_step_of_a_run_draws_other_masks(base, tmp_path):
     assert len(norms("none", 0.0)) == 1
 
 
-# --- stopping and carrying on ----------------------------------------------------------------------
+# --- stopping and carrying on ---------------------------------------------------------------------
 
 
 def wait_for(condition: Callable[[], bool], running: subprocess.Popen) -> None:
@@ -312,7 +312,7 @@ def test_a_folder_without_a_checkpoint_starts_over_with_any_settings(copy, dropl
     assert run.read(copy / "run" / "config.yaml").seed == 9
 
 
-# --- what goes wrong on the way ----------------------------------------------------------------------
+# --- what goes wrong on the way -------------------------------------------------------------------
 
 EXPLODING = {"learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
 
@@ -365,7 +365,7 @@ def test_a_full_disk(base, finished, tmp_path, droplora):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# --- the configuration -------------------------------------------------------------------------------
+# --- the configuration ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,8 @@ def _verify(file: Path, tensors: dict[str, np.ndarray]) -> None:
 def _carry_over(source: Path, target: Path, dtype: DTypeLike | None) -> None:
     for pattern in CARRIED:
         for file in source.glob(pattern):
-            if file.is_file() and file.name != INDEX_FILE:
+            # An index names files; the merged folder has its own, or none.
+            if file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, target / file.name)
     if dtype is not None:
         config = read_json(target / "config.json")
