@@ -23,7 +23,8 @@ class Checkpoints:
     Saving is asynchronous. One that was cut short is never listed: it gets its name when whole.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
+        """`read_only` touches nothing: another process may be saving there."""
         # Orbax logs what it raises, with a traceback from each of its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
@@ -35,7 +36,9 @@ class Checkpoints:
             best_fn=_eval_loss,
             best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
             step_prefix="step",
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)

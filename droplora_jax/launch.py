@@ -147,7 +147,7 @@ def changed_keys(new: Any, old: Any, path: str = "") -> list[str]:
 
 def _last_step(folder: Path) -> int:
     checkpoints = folder / CHECKPOINTS
-    return Checkpoints(checkpoints).latest or 0 if checkpoints.is_dir() else 0
+    return Checkpoints(checkpoints, read_only=True).latest or 0 if checkpoints.is_dir() else 0
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -241,7 +241,7 @@ def _restored(config: run.RunConfig, folder: Path, which: str) -> tuple[Decoder,
     abstract = hub.abstract_model(shape, mesh=mesh, dtype="float32", source=source)
     graphdef, adapters, mask_keys, frozen = split(_inject(config, abstract))
     tx = optim.optimizer(config.optim, lambda count: 0.0)
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     step = checkpoints.choose(which)
     state = checkpoints.restore(step, init_state(adapters, tx))
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen), checkpoints.record(step)
