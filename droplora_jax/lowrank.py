@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Key
 
 from droplora_jax import ops
@@ -89,7 +90,7 @@ def lowrank_delta(
 
     `down` and `up` are the two products as einsums, for kernels that are not a plain [I, O].
     """
-    h = ops.product(down, x, a)  # [..., R]
+    h = checkpoint_name(ops.product(down, x, a), "dots")  # [..., R]
     if mask is not None:
         h = h * mask
     return ops.product(up, h * jnp.asarray(scale, h.dtype), b)

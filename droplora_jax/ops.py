@@ -1,7 +1,7 @@
-"""Pure building blocks of a decoder: norm, positions, attention, loss.
+"""Pure building blocks of a decoder: norm, positions, attention.
 
 Letters: `B` batch, `T` query position, `S` key position, `N` query heads, `K` key/value heads,
-`H` head width, `G` query heads per key head, `D` model width, `V` vocabulary. Segment 0 is padding.
+`H` head width, `G` query heads per key head, `D` model width. Segment 0 is padding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-IGNORE = -1  # a target that has no loss
 QUERY_BLOCKS = 4  # of attention
 
 
@@ -130,18 +129,3 @@ def _product_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple
 
 
 product.defvjp(_product_forward, _product_backward)
-
-
-def cross_entropy(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed negative log-likelihood of the targets in float32, and how many there are.
-
-    Targets equal to `IGNORE` count for nothing.
-    """
-    logits = logits_BTV.astype(jnp.float32)
-    labelled = targets_BT != IGNORE
-    index = jnp.where(labelled, targets_BT, 0)[..., None]
-    target_logits = jnp.take_along_axis(logits, index, axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    return jnp.sum(losses, where=labelled), jnp.sum(labelled, dtype=jnp.int32)

@@ -19,7 +19,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from droplora_jax import ops
+from droplora_jax.loss import projected_cross_entropy
+from droplora_jax.models import Decoder
 from droplora_jax.surgery import draw
 
 
@@ -82,11 +83,11 @@ def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> An
     return TrainState(replicated, of_adapters, of_moments)
 
 
-def loss_sum(model: nnx.Module, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
+def loss_sum(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
     with jax.numpy_dtype_promotion("strict"):
-        logits_BTV = model(batch["tokens"], segment_ids=batch["segment_ids"])
-        return ops.cross_entropy(logits_BTV, batch["targets"])
+        x_BTD = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+        return projected_cross_entropy(model.logits, x_BTD, batch["targets"])
 
 
 def loss_and_gradients(

@@ -15,6 +15,7 @@ ROOT = Path(droplora_jax.__file__).parent
 FLOORS = {
     "display": 0,
     "errors": 0,
+    "loss": 0,
     "lowrank": 0,
     "metrics": 0,
     "ops": 0,

@@ -196,10 +196,10 @@ def test_choosing_from_nothing(checkpoints, which):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a megabyte; needs the right to mount one."""
+    """A file system of eight megabytes, several checkpoints; needs the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder

@@ -24,8 +24,8 @@ from oracles import (
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
-from droplora_jax import ops
 from droplora_jax.export.peft import adapter_tensors
+from droplora_jax.loss import cross_entropy
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models.decoder import LOGICAL_AXES
 from droplora_jax.models.llama import NAMES
@@ -182,7 +182,7 @@ def loss_and_gradients(model, tokens, key=None):
             if key is not None:
                 keys = dl.draw(mask_keys, key, rows=jnp.arange(tokens.shape[0]))
             logits = nnx.merge(graphdef, adapters, keys, frozen)(tokens)
-            total, count = ops.cross_entropy(logits[:, :-1], tokens[:, 1:])
+            total, count = cross_entropy(logits[:, :-1], tokens[:, 1:])
             return total / count.astype(jnp.float32)
 
         return jax.value_and_grad(loss)(adapters)

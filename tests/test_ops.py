@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,38 +67,3 @@ def test_attention_in_bfloat16_is_close_and_stays_bfloat16():
     y = ops.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
     assert y.dtype == jnp.bfloat16
     assert relative(y, ops.attention(q, k, v)) < 1e-2
-
-
-def test_cross_entropy_equals_pytorch():
-    logits, targets = (
-        normal(2, 6, 11) * 4,
-        np.asarray([[3, -1, 10, 0, 2, -1], [-1, -1, -1, 4, 5, 6]]),
-    )
-    loss, count = ops.cross_entropy(jnp.asarray(logits), jnp.asarray(targets, jnp.int32))
-    expected = torch.nn.functional.cross_entropy(
-        torch.tensor(logits).flatten(0, 1),
-        torch.tensor(targets).flatten(),
-        ignore_index=-1,
-        reduction="sum",
-    )
-    assert int(count) == 7
-    assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-
-
-def test_cross_entropy_is_float32_for_bfloat16_logits_and_survives_large_ones():
-    logits = jnp.asarray([[[1e4, 0.0, -1e4], [3.0, 3.0, 3.0]]], jnp.bfloat16)
-    loss, count = ops.cross_entropy(logits, jnp.asarray([[0, 2]], jnp.int32))
-    assert (loss.dtype, int(count)) == (jnp.float32, 2)
-    np.testing.assert_allclose(loss, np.log(3), rtol=1e-6)
-
-
-def test_ignored_targets_have_no_gradient_and_none_at_all_is_zero():
-    logits = jnp.asarray(normal(1, 3, 5))
-    gradient = jax.grad(lambda x, t: ops.cross_entropy(x, t)[0])
-    ignored = gradient(logits, jnp.asarray([[1, ops.IGNORE, 2]], jnp.int32))
-    np.testing.assert_array_equal(ignored[0, 1], 0)
-    assert np.all(np.asarray(ignored[0, [0, 2]]) != 0)
-    nothing = jnp.full((1, 3), ops.IGNORE, jnp.int32)
-    assert [float(x) for x in ops.cross_entropy(logits, nothing)] == [0, 0]
-    np.testing.assert_array_equal(gradient(logits, nothing), 0)

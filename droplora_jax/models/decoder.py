@@ -15,18 +15,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
 from droplora_jax.sharding import constrain
 
-# What the forward pass of a layer saves for its backward pass.
+# What the forward pass of a layer saves for its backward pass: all of it; the results of matrix
+# products that the backward pass reads, each once, but no attention scores; or only its input.
 Remat = Literal["everything", "dots", "nothing"]
 
+# The names are those given with `checkpoint_name`, here and in `lowrank`.
 REMAT_POLICIES = MappingProxyType(
     {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
         "nothing": jax.checkpoint_policies.nothing_saveable,
     }
 )
@@ -124,6 +127,7 @@ class Layer(nnx.Module):
         segment_ids_BT: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         x_BTD = x_BTD + self.attend(self.attention_norm(x_BTD), rotation, segment_ids_BT)
+        x_BTD = checkpoint_name(x_BTD, "dots")
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
         return constrain(x_BTD, ("batch", None, None), self.mesh)
 
@@ -132,11 +136,14 @@ class Layer(nnx.Module):
         q_BTNH = rope.rotate(self.q_proj(x_BTD).reshape(heads), *rotation)
         k_BTKH = rope.rotate(self.k_proj(x_BTD).reshape(heads), *rotation)
         v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
         y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        y_BTNH = checkpoint_name(y_BTNH, "attention")
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):
-        return self.down_proj(ops.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        gate_BTF, up_BTF = checkpoint_name((self.gate_proj(x_BTD), self.up_proj(x_BTD)), "dots")
+        return self.down_proj(ops.swiglu(gate_BTF, up_BTF))
 
 
 class Decoder(nnx.Module):
@@ -183,6 +190,16 @@ class Decoder(nnx.Module):
           positions: rotary positions; by default they restart at 0 with every segment.
           segment_ids: documents that must not see each other; 0 is padding.
         """
+        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the head projects to logits: the last layer's output, normed."""
         if positions is None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
@@ -190,12 +207,14 @@ class Decoder(nnx.Module):
         # Gathered along its width first: the compiler can't move a sharded width to the batch.
         table_VD = constrain(self.embed.embedding[...], ("vocab", None), self.mesh)
         x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
-        x_BTD = self.final_norm(self._run_layers(x_BTD, rotation, segment_ids))
-        logits_BTV = (
-            x_BTD @ self.embed.embedding[...].T
-            if self.config.tie_embeddings
-            else (self.lm_head(x_BTD))
-        )
+        return self.final_norm(self._run_layers(x_BTD, rotation, segment_ids))
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Project hidden states to the vocabulary."""
+        if self.config.tie_embeddings:
+            logits_BTV = x_BTD @ self.embed.embedding[...].T
+        else:
+            logits_BTV = self.lm_head(x_BTD)
         return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)
 
     def _run_layers(self, x_BTD, rotation, segment_ids):

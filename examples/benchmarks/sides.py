@@ -53,7 +53,7 @@ class Ours:
     drop_rate: float = 0.5
     granularity: str = "token"
     sampler: str = "bernoulli"
-    remat: str = "everything"
+    remat: str = "dots"
 
     def prepare(self, work: Workload) -> Step:
         import jax
