@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from droplora_jax import display, optim, prng
+from droplora_jax import display, optim, prng, signals
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.data import Batches
 from droplora_jax.errors import InputError
@@ -170,7 +169,7 @@ def train(run: Run) -> Decoder:
     log = MetricsLog(run.folder, step=start)
     try:
         with (
-            _signals() as stop,
+            signals.collected() as stop,
             display.progress(run.console, start=start, total=run.steps) as show,
         ):
             watch = _Watch(run, log, checkpoints, show)
@@ -302,23 +301,3 @@ class _Watch:
             row["seconds_left"] = (self.run.steps - step) / per_step
             self._since, self._tokens = now, 0
         return row
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs; a second SIGINT acts at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    handlers = {
-        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

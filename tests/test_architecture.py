@@ -23,6 +23,7 @@ FLOORS = {
     "prng": 0,
     "rope": 0,
     "sharding": 0,
+    "signals": 0,
     "weights": 0,
     "adapters": 1,
     "data": 1,

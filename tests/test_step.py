@@ -409,6 +409,17 @@ def test_the_state_is_donated_and_the_base_stays_as_it_was(token):
         np.testing.assert_array_equal(leaf, value)
 
 
+def shapes_of_loss_and_gradients(model: Trainable):
+    return jax.eval_shape(
+        partial(loss_and_gradients, model.graphdef),
+        model.adapters,
+        model.mask_keys,
+        model.frozen,
+        micro(ragged(), 2),
+        key_of(0),
+    )
+
+
 def test_a_bfloat16_base_has_float32_adapters_gradients_and_moments(bfloat16):
     """Model and loss are traced without any implicit promotion, by the step itself."""
     model = Trainable(bfloat16, dtype=jnp.bfloat16, tx=optax.adamw(1e-2))
@@ -418,28 +429,14 @@ def test_a_bfloat16_base_has_float32_adapters_gradients_and_moments(bfloat16):
     assert {leaf.dtype for leaf in [*floats, metrics["loss"]]} == {jnp.dtype(jnp.float32)}
     assert len(floats) == 3 * len(jax.tree.leaves(model.adapters))
     assert relative(flat(new.adapters), flat(model.adapters)) > 1e-4
-    shapes = jax.eval_shape(
-        partial(loss_and_gradients, model.graphdef),
-        model.adapters,
-        model.mask_keys,
-        model.frozen,
-        micro(ragged(), 2),
-        key_of(0),
-    )
+    shapes = shapes_of_loss_and_gradients(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.usefixtures("strict")
 def test_loss_and_gradients_promote_nothing(bfloat16):
     model = Trainable(bfloat16, dtype=jnp.bfloat16)
-    jax.eval_shape(
-        partial(loss_and_gradients, model.graphdef),
-        model.adapters,
-        model.mask_keys,
-        model.frozen,
-        micro(ragged(), 2),
-        key_of(0),
-    )
+    shapes_of_loss_and_gradients(model)
 
 
 @pytest.mark.parametrize("remat", ["dots", "nothing"])
