@@ -13,6 +13,7 @@ ROOT = Path(droplora_jax.__file__).parent
 
 # A module, or a folder as a whole, and its floor. A new module is a new line.
 FLOORS = {
+    "attention": 0,
     "display": 0,
     "errors": 0,
     "loss": 0,
@@ -45,6 +46,7 @@ FLOORS = {
 
 # Imports within a floor that are allowed: `errors` is what everything raises.
 WITHIN = {
+    ("attention", "ops"),
     ("checkpoint", "step"),
     ("hub", "surgery"),
     ("lowrank", "ops"),

@@ -37,33 +37,3 @@ def test_positions_restart_with_every_segment():
     expected = [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]]
     np.testing.assert_array_equal(ops.positions_in_segments(segments), expected)
     assert ops.positions_in_segments(jnp.ones((2, 1), jnp.int32)).tolist() == [[0], [0]]
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_equals_pytorch(kv_heads, packed):
-    q, k, v = (
-        normal(2, 7, 4, 8),
-        normal(2, 7, kv_heads, 8, seed=1),
-        normal(2, 7, kv_heads, 8, seed=2),
-    )
-    segments = np.asarray([[1, 1, 1, 2, 2, 2, 2], [3, 3, 1, 1, 1, 0, 0]], np.int32)
-    allowed = np.tril(np.ones((7, 7), bool))[None, None]
-    if packed:
-        allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.tensor(x).transpose(1, 2) for x in (q, k, v)),
-        attn_mask=torch.tensor(np.broadcast_to(allowed, (2, 1, 7, 7)).copy()),
-        enable_gqa=True,
-    ).transpose(1, 2)
-    ours = ops.attention(
-        jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(segments) if packed else None
-    )
-    assert relative(ours, expected) < 1e-5
-
-
-def test_attention_in_bfloat16_is_close_and_stays_bfloat16():
-    q, k, v = (jnp.asarray(normal(1, 7, 2, 8, seed=i)) for i in range(3))
-    y = ops.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
-    assert y.dtype == jnp.bfloat16
-    assert relative(y, ops.attention(q, k, v)) < 1e-2

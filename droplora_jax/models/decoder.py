@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
+from droplora_jax.attention import attention
 from droplora_jax.sharding import constrain
 
 # What the forward pass of a layer saves for its backward pass: all of it; the results of matrix
 # products that the backward pass reads, each once, but no attention scores; or only its input.
 Remat = Literal["everything", "dots", "nothing"]
 
-# The names are those given with `checkpoint_name`, here and in `lowrank`.
+# The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
 REMAT_POLICIES = MappingProxyType(
     {
         "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
@@ -137,8 +138,7 @@ class Layer(nnx.Module):
         k_BTKH = rope.rotate(self.k_proj(x_BTD).reshape(heads), *rotation)
         v_BTKH = self.v_proj(x_BTD).reshape(heads)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
-        y_BTNH = ops.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        y_BTNH = checkpoint_name(y_BTNH, "attention")
+        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):

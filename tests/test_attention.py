@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import relative
+
+from droplora_jax.attention import attention
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+SEGMENTS = np.asarray([[1, 1, 1, 2, 2, 2, 2, 2, 2], [3, 3, 1, 1, 1, 0, 0, 0, 0]], np.int32)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs(kv_heads: int, length: int = 9, width: int = 8) -> list[np.ndarray]:
+    """q, k, v, and a gradient of the result."""
+    heads = (4, kv_heads, kv_heads, 4)
+    return [normal(2, length, n, width, seed=i) for i, n in enumerate(heads)]
+
+
+@pytest.mark.parametrize("length", [2, 9])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_and_gradients_equal_pytorch(kv_heads, packed, length):
+    *qkv, dy = inputs(kv_heads, length)
+    segments = SEGMENTS[:, :length]
+    allowed = np.tril(np.ones((length, length), bool))[None, None]
+    if packed:
+        allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+    theirs = [torch.tensor(x, requires_grad=True) for x in qkv]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in theirs),
+        attn_mask=torch.tensor(np.broadcast_to(allowed, (2, 1, length, length)).copy()),
+        enable_gqa=True,
+    ).transpose(1, 2)
+    expected.backward(torch.tensor(dy))
+
+    ours, pullback = jax.vjp(
+        lambda *qkv: attention(*qkv, jnp.asarray(segments) if packed else None),
+        *map(jnp.asarray, qkv),
+    )
+    assert relative(ours, expected.detach()) < 1e-5
+    for gradient, x in zip(pullback(jnp.asarray(dy)), theirs, strict=True):
+        assert relative(gradient, x.grad) < 1e-5
+
+
+def test_a_single_position_passes_its_value_through():
+    q, k, v, dy = map(jnp.asarray, inputs(2, 1))
+    y, pullback = jax.vjp(attention, q, k, v)
+    np.testing.assert_array_equal(y, jnp.repeat(v, 2, axis=2))
+    dq, dk, dv = pullback(dy)
+    assert jnp.abs(dq).max() < 1e-5
+    assert jnp.abs(dk).max() < 1e-5
+    assert relative(dv, dy.reshape(2, 1, 2, 2, 8).sum(3)) < 1e-6
+
+
+def test_bfloat16_is_close_and_stays_bfloat16():
+    *qkv, dy = map(jnp.asarray, inputs(2))
+    exact, exact_pullback = jax.vjp(attention, *qkv)
+    ours, pullback = jax.vjp(attention, *(x.astype(jnp.bfloat16) for x in qkv))
+    assert ours.dtype == jnp.bfloat16
+    assert relative(ours, exact) < 1e-2
+    gradients = pullback(dy.astype(jnp.bfloat16))
+    for ours, exact in zip(gradients, exact_pullback(dy), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert relative(ours, exact) < 2e-2
+
+
+def test_large_scores_stay_finite():
+    q, k, v, dy = (jnp.asarray(x) * 100 for x in inputs(2))
+    y, pullback = jax.vjp(attention, q, k, v)
+    assert all(jnp.isfinite(x).all() for x in (y, *pullback(dy)))
+
+
+def test_no_scores_are_kept_for_the_backward_pass():
+    length = 64
+    q, k, v, _ = map(jnp.asarray, inputs(2, length))
+    saved = jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(attention, *qkv)[1], q, k, v))
+    assert saved
+    assert all(x.size <= q.size for x in saved)
+
+
+@pytest.mark.parametrize(("policy", "products"), [("attention", 5), ("dots", 7)])
+def test_a_policy_that_saves_the_name_runs_the_forward_pass_once(policy, products):
+    """For each of 4 blocks: 2 products forwards, 5 backwards, and 2 more if it is run again."""
+    save = jax.checkpoint_policies.save_only_these_names(policy)
+    q, k, v, dy = map(jnp.asarray, inputs(2, 64))
+    _, pullback = jax.vjp(jax.checkpoint(attention, policy=save), q, k, v)
+    jaxpr = str(jax.make_jaxpr(pullback)(dy))
+    assert jaxpr.count("dot_general[") == 4 * products
