@@ -11,6 +11,7 @@ Letters: `B` batch rows, `T` positions, `R` rank, `I` / `O` a layer's input / ou
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -76,21 +77,28 @@ def _keep(bits: Array, drop_rate: float, sampler: Sampler) -> Bool[Array, "... R
     return order < kept_ranks(bits.shape[-1], drop_rate)
 
 
+def compress(
+    x: Float[Array, "..."], *factors: Float[Array, "..."], down: str = "...i,ir->...r"
+) -> list[Float[Array, "..."]]:
+    """`x @ A` for the A of every layer that reads `x`, in one product and the dtype of `x`.
+
+    `down` is the product as an einsum, for kernels that are not a plain [I, O].
+    """
+    a = factors[0] if len(factors) == 1 else jnp.concatenate(factors, axis=-1)
+    h = checkpoint_name(ops.product(down, x, a), "dots")  # [..., sum of R]
+    ends = list(itertools.accumulate(factor.shape[-1] for factor in factors))
+    return jnp.split(h, ends[:-1], axis=-1)
+
+
 def lowrank_delta(
-    x: Float[Array, "..."],
-    a: Float[Array, "..."],
+    h: Float[Array, "..."],
     b: Float[Array, "..."],
     *,
     scale: float,
     mask: Float[Array, "..."] | None = None,
-    down: str = "...i,ir->...r",
     up: str = "...r,ro->...o",
 ) -> Float[Array, "..."]:
-    """The branch that is added to `x @ W`: `scale * ((x @ A) * m) @ B`, in the dtype of `x`.
-
-    `down` and `up` are the two products as einsums, for kernels that are not a plain [I, O].
-    """
-    h = checkpoint_name(ops.product(down, x, a), "dots")  # [..., R]
+    """The branch that is added to `x @ W`, from `h = x @ A`: `scale * (h * m) @ B`."""
     if mask is not None:
         h = h * mask
     return ops.product(up, h * jnp.asarray(scale, h.dtype), b)

@@ -23,6 +23,7 @@ FLOORS = {
     "optim": 0,
     "prng": 0,
     "rope": 0,
+    "shared": 0,
     "sharding": 0,
     "signals": 0,
     "weights": 0,
@@ -51,6 +52,7 @@ WITHIN = {
     ("hub", "surgery"),
     ("lowrank", "ops"),
     ("optim", "errors"),
+    ("shared", "lowrank"),
     ("sharding", "errors"),
     ("weights", "errors"),
 }

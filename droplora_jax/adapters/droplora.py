@@ -97,29 +97,28 @@ class DropLoRALinear(base.Adapter):
             granularity=config.granularity if config.drop_rate > 0 else None,
         )
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
+        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
         y = self.base(x, *args, **kwargs)
-        x = self.spec.arrange(x).astype(y.dtype)
+        if h is None:
+            x = self.spec.arrange(x).astype(y.dtype)
+            (h,) = lowrank.compress(x, self.lora_a[...], down=self.spec.down)
         delta = lowrank.lowrank_delta(
-            x,
-            self.lora_a[...],
-            self.lora_b[...],
-            scale=self.config.scale,
-            mask=self._mask(x),
-            down=self.spec.down,
-            up=self.spec.up,
+            h, self.lora_b[...], scale=self.config.scale, mask=self._mask(h), up=self.spec.up
         )
         return y + delta
 
-    def _mask(self, x: Array) -> Array | None:
+    @property
+    def shared_factor(self) -> Array | None:
+        """A [I, R] of a plain layer, whose product with the input can be made with others'."""
+        return self.lora_a[...] if self.spec.down == "...i,ir->...r" else None
+
+    def _mask(self, h: Array) -> Array | None:
         keys = self.mask_key[...]
         if keys.size == 0:
             return None
         config = self.config
-        hidden = jax.eval_shape(
-            lambda x, a: jnp.einsum(self.spec.down, x, a), x, self.lora_a[...].astype(x.dtype)
-        )
-        rows = hidden.shape[0]
+        rows = h.shape[0]
         if config.granularity != "step" and keys.shape[0] != rows:
             raise InputError(
                 f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {rows}: "
@@ -127,12 +126,12 @@ class DropLoRALinear(base.Adapter):
             )
         return lowrank.rank_mask(
             keys,
-            hidden.shape,
+            h.shape,
             drop_rate=config.drop_rate,
             granularity=config.granularity,
             sampler=config.sampler,
             rescale=config.rescale,
-            dtype=x.dtype,
+            dtype=h.dtype,
         )
 
     def merged_kernel(self, kernel: Array, index: tuple[int, ...] = ()) -> Array:

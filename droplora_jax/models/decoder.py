@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from droplora_jax import ops, rope
 from droplora_jax.attention import attention
 from droplora_jax.sharding import constrain
+from droplora_jax.shared import apply_all
 
 # What the forward pass of a layer saves for its backward pass: all of it; the results of matrix
 # products that the backward pass reads, each once, but no attention scores; or only its input.
@@ -134,15 +135,15 @@ class Layer(nnx.Module):
 
     def attend(self, x_BTD, rotation, segment_ids_BT):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
-        q_BTNH = rope.rotate(self.q_proj(x_BTD).reshape(heads), *rotation)
-        k_BTKH = rope.rotate(self.k_proj(x_BTD).reshape(heads), *rotation)
-        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in qkv)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
         y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):
-        gate_BTF, up_BTF = checkpoint_name((self.gate_proj(x_BTD), self.up_proj(x_BTD)), "dots")
+        gate_BTF, up_BTF = checkpoint_name(apply_all((self.gate_proj, self.up_proj), x_BTD), "dots")
         return self.down_proj(ops.swiglu(gate_BTF, up_BTF))
 
 
