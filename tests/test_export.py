@@ -161,6 +161,41 @@ def test_shards_names_and_other_files_are_those_of_the_base(untied, tmp_path):
     assert a["metadata"]["total_size"] == b["metadata"]["total_size"]
 
 
+# Beside `model.layers.1.`: a merge that is forgotten, of another layer, transposed, or not scaled.
+WRONG_MERGES = {
+    "forgotten": lambda merges, stored: np.float32(stored),
+    "another layer": lambda merges, stored: merges[Q_PROJ.of_layer(0)](stored),
+    "transposed": lambda merges, stored: merges[Q_PROJ.of_layer(1)](stored.T).T,
+    "twice": lambda merges, stored: merges[Q_PROJ.of_layer(1)](merges[Q_PROJ.of_layer(1)](stored)),
+}
+Q_PROJ = NAMES["layers.q_proj.kernel"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_MERGES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_computes_something_else_is_not_kept(
+    wrong, dtype, bfloat16, tmp_path, monkeypatch
+):
+    """Also in bfloat16, whose rounding is as large as a small adapter."""
+    model = adapted(bfloat16.path, jnp.bfloat16)
+    for adapter in adapters_of(model).values():
+        adapter.lora_b[...] *= 0.05
+    honest = merged.merges_by_tensor
+
+    def merges(model):
+        of_tensors = honest(model)
+        return {
+            **of_tensors,
+            Q_PROJ.of_layer(1): lambda stored: WRONG_MERGES[wrong](of_tensors, stored),
+        }
+
+    assert dl.save_merged(model, tmp_path / "good", dtype=dtype).difference < 1e-5
+    monkeypatch.setattr(merged, "merges_by_tensor", merges)
+    with pytest.raises(dl.InputError, match="does not compute what base"):
+        dl.save_merged(model, tmp_path / "out", dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
 def test_another_dtype(bfloat16, tmp_path):
     model = adapted(bfloat16.path)
     dl.save_merged(model, tmp_path / "out", dtype=np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from droplora_jax import hub
 from droplora_jax.errors import InputError
+from droplora_jax.export.probe import probe
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.surgery import adapters_of
 from droplora_jax.weights import (
@@ -38,16 +40,19 @@ class MergeReport:
     Attributes:
       tensors: number of tensors in the folder; `merged` of them hold an adapter.
       rounding: per merged tensor, ||stored delta - delta|| / ||delta||, largest first.
+      difference: of the folder's float32 logits from base + adapter's, relative (see `probe`).
     """
 
     folder: Path
     tensors: int
     merged: int
     rounding: tuple[tuple[str, float], ...]
+    difference: float
 
     def __str__(self) -> str:
         text = (
-            f"{self.folder}: {self.merged} of {self.tensors} tensors merged; read back bit for bit"
+            f"{self.folder}: {self.merged} of {self.tensors} tensors merged; read back bit for "
+            f"bit; float32 logits differ from those of base + adapter by {self.difference:.1e}"
         )
         if self.rounding:
             name, worst = self.rounding[0]
@@ -62,7 +67,8 @@ def save_merged(
 
     The base's own shards are read again, one in memory at a time, so `model` needs its adapters
     but no base weights. The sum is made in float32 and cast once, to the base's stored dtype or
-    to `dtype`. The folder appears under its name only when complete and read back bit for bit.
+    to `dtype`. The folder appears under its name only when complete, read back bit for bit, and
+    found to compute what base + adapter do (`probe`, which holds one layer in float32).
 
     Raises:
       InputError: an output folder that holds something, a value that is not finite, no space.
@@ -86,8 +92,9 @@ def save_merged(
             weight_map = {name: file.name for name, file in base.files.items()}
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_json(temporary / INDEX_FILE, index)
+        difference = probe(model, partial(_less_rounding, base, merges, dtype), temporary)
     worst_first = sorted(rounding.items(), key=lambda item: -item[1])
-    return MergeReport(folder, len(base.files), len(merges), tuple(worst_first))
+    return MergeReport(folder, len(base.files), len(merges), tuple(worst_first), difference)
 
 
 Merge = Callable[[np.ndarray], np.ndarray]
@@ -137,6 +144,18 @@ def _merged_shard(
             )
         rounding[name] = _rounding_loss(stored, merged, out)
         yield name, out
+
+
+def _less_rounding(
+    base: TensorFiles, merges: dict[str, Merge], dtype: DTypeLike | None, name: str
+) -> np.ndarray:
+    """A base tensor in float32, less what the cast of its merge takes: see `probe`."""
+    stored = base.read(name)
+    target = np.dtype(dtype or stored.dtype)
+    if name not in merges:
+        return stored.astype(target).astype(np.float32)
+    merged = merges[name](stored)
+    return stored.astype(np.float32) + (merged.astype(target).astype(np.float32) - merged)
 
 
 def _rounding_loss(stored: np.ndarray, merged: np.ndarray, out: np.ndarray) -> float:

@@ -106,8 +106,9 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
         def linear(features_in: int, features_out: int) -> nnx.Linear:
+            # No dtype of the computation: it is that of the weights.
             return nnx.Linear(
-                features_in, features_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
+                features_in, features_out, use_bias=False, param_dtype=dtype, rngs=rngs
             )
 
         c = config
@@ -208,7 +209,8 @@ class Decoder(nnx.Module):
         # Gathered along its width first: the compiler can't move a sharded width to the batch.
         table_VD = constrain(self.embed.embedding[...], ("vocab", None), self.mesh)
         x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
-        return self.final_norm(self._run_layers(x_BTD, rotation, segment_ids))
+        x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, remat=self.remat)
+        return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Project hidden states to the vocabulary."""
@@ -218,13 +220,22 @@ class Decoder(nnx.Module):
             logits_BTV = self.lm_head(x_BTD)
         return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)
 
-    def _run_layers(self, x_BTD, rotation, segment_ids):
-        graphdef, state = nnx.split(self.layers)
 
-        def run(x_BTD, layer_state):
-            layer = nnx.merge(graphdef, layer_state)
-            return layer(x_BTD, rotation, segment_ids), None
+def run_layers(
+    layers: Layer,
+    x_BTD: Float[Array, "B T D"],
+    rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    *,
+    remat: Remat = "everything",
+) -> Float[Array, "B T D"]:
+    """Run a stack of layers, one after the other, in a scan."""
+    graphdef, state = nnx.split(layers)
 
-        if self.remat != "everything":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x_BTD, state)[0]
+    def run(x_BTD, layer_state):
+        layer = nnx.merge(graphdef, layer_state)
+        return layer(x_BTD, rotation, segment_ids_BT), None
+
+    if remat != "everything":
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(run, x_BTD, state)[0]

@@ -1,0 +1,106 @@
+"""Does an exported folder compute what was trained? Asked in float32, one layer in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from droplora_jax import hub, ops, rope
+from droplora_jax.adapters.base import MaskKey
+from droplora_jax.errors import InputError
+from droplora_jax.models import FAMILIES, Decoder, TensorName
+from droplora_jax.models.decoder import Layer, run_layers
+from droplora_jax.sharding import make_mesh
+from droplora_jax.surgery import dotted, view
+from droplora_jax.weights import open_folder
+
+TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
+SHAPE = (2, 32)  # rows and positions of the probe
+VOCAB_CHUNK = 16_384  # rows of the head that are float32 at a time
+
+Read = Callable[[str], np.ndarray]  # a stored tensor by its name, in float32
+
+
+def probe(model: Decoder, reference: Read, folder: Path) -> float:
+    """Compare the logits of `folder` with those of `model`'s own forward pass, adapters beside.
+
+    Args:
+      model: with adapters; its base weights may be shapes only.
+      reference: the base's tensors, those with an adapter shifted by what the cast of their merge
+        to the stored dtype took, so that rounding does not hide a merge that is wrong.
+      folder: what was exported.
+
+    Returns:
+      ||a - b|| / ||b|| of the logits on random tokens.
+
+    Raises:
+      InputError: it is above `TOLERANCE`.
+    """
+    _, config = hub.read_config(folder)
+    plain = hub.abstract_model(
+        config, mesh=make_mesh(devices=jax.local_devices()[:1]), dtype=jnp.float32
+    )
+    stored = open_folder(folder)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, SHAPE)
+    expected = _logits(model, reference, tokens)
+    actual = _logits(plain, lambda name: stored.read(name).astype(np.float32), tokens)
+    difference = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+    if not difference <= TOLERANCE:
+        raise InputError(
+            f"{folder}: what was written does not compute what base + adapter do: their float32 "
+            f"logits differ by {difference:.1e} (relative), more than {TOLERANCE:.0e}; nothing of "
+            "it was kept. This is a defect, of the program or of the disk"
+        )
+    return difference
+
+
+def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
+    """A model's logits with its base weights from `read`, one layer after the other."""
+    config = model.config
+    names = FAMILIES[config.family].tensor_names(config)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    rotation = rope.rotation_tables(config.rope, config.head_dim, positions_BT)
+    graphdef, state = nnx.split(_without_mesh(model.layers))
+
+    @jax.jit
+    def run(layer: nnx.State, x_BTD: jax.Array) -> jax.Array:
+        return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None)
+
+    embedding_VD = read(names["embed.embedding"].pattern)
+    x_BTD = jnp.asarray(embedding_VD[tokens_BT])
+    for layer in range(config.layers):
+        x_BTD = run(_one_layer(state, names, layer, read), x_BTD)
+    scale_D = jnp.asarray(read(names["final_norm.scale"].pattern))
+    x_BTD = ops.rms_norm(x_BTD, scale_D, config.norm_epsilon)
+    head_VD = embedding_VD if config.tie_embeddings else read(names["lm_head.kernel"].pattern)
+    chunks = range(0, config.vocab_size, VOCAB_CHUNK)
+    return np.concatenate([x_BTD @ head_VD[v : v + VOCAB_CHUNK].T for v in chunks], axis=-1)
+
+
+def _one_layer(
+    stack: nnx.State, names: Mapping[str, TensorName], layer: int, read: Read
+) -> nnx.State:
+    """A stack of one layer: its base weights from `read`, its adapters those of `stack`."""
+
+    def fill(path: tuple[Any, ...], variable: Any) -> Any:
+        if isinstance(variable, MaskKey):
+            return variable.replace(variable.get_value()[layer : layer + 1, ..., :0])
+        if isinstance(variable, nnx.LoRAParam):
+            return variable.replace(jax.device_get(variable.get_value()[layer : layer + 1]))
+        name = names["layers." + dotted(path).replace(".base.", ".")]
+        tensor = read(name.of_layer(layer))
+        return variable.replace((tensor.T if name.transposed else tensor)[None])
+
+    return nnx.map_state(fill, stack)
+
+
+def _without_mesh(layers: Layer) -> Layer:
+    layers = view(layers)
+    layers.mesh = None
+    return layers
