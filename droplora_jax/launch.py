@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import data, display, export, hub, optim, prng, run, weights
+from droplora_jax import data, display, export, files, hub, optim, prng, run
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder, ModelConfig
@@ -73,7 +73,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     )
     display.say(console, _describe(prepared))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(run.dump(config), encoding="utf-8")
+    files.write_file(folder / CONFIG_FILE, run.dump(config))
     model = train(prepared)
     export.save_adapter(model, adapter, extra=_extra(record), replace=True)
     display.say(console, f"done: {_after(folder)}")
@@ -91,7 +91,7 @@ def export_run(
       step: `last`, `best`, or the number of a checkpoint.
       dtype: of a merged folder; default: the base's.
     """
-    weights.check_free(target)
+    files.check_free(target)
     if not (folder / CONFIG_FILE).exists():
         raise InputError(f"{folder}: no run of droplora in it (no {CONFIG_FILE})")
     if dtype is not None and format != "merged":
@@ -114,7 +114,7 @@ def check_folder(config: run.RunConfig, folder: Path) -> None:
     """
     file = folder / CONFIG_FILE
     if folder.exists() and not file.exists():
-        weights.check_free(folder)
+        files.check_free(folder, ignore=[files.temporary_file(file)])
     if file.exists():
         try:
             old = run.read(file)

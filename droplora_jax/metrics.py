@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from droplora_jax.files import write_file
 
 Row = dict[str, Any]
 
@@ -41,9 +43,7 @@ class MetricsLog:
 
     def _cut(self, step: int) -> None:
         rows = [row for row in read_rows(self.file) if row["step"] <= step]
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self.file)
+        write_file(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -76,6 +76,6 @@ def plot_losses(rows: list[Row], file: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per trained token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = file.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, file)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_file(file, picture.getvalue())

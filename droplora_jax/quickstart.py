@@ -23,10 +23,10 @@ from droplora_jax import display, export, hub, launch, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
+from droplora_jax.files import check_free
 from droplora_jax.optim import OptimConfig
 from droplora_jax.sharding import make_mesh
 from droplora_jax.train import TrainConfig
-from droplora_jax.weights import check_free
 
 BASE = Path(__file__).with_name("quickstart_base")
 LENGTH = 64  # longer than any question with its answer

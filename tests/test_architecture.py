@@ -16,6 +16,7 @@ FLOORS = {
     "attention": 0,
     "display": 0,
     "errors": 0,
+    "files": 0,
     "loss": 0,
     "lowrank": 0,
     "metrics": 0,
@@ -50,11 +51,14 @@ WITHIN = {
     ("attention", "ops"),
     ("checkpoint", "step"),
     ("hub", "surgery"),
+    ("files", "errors"),
     ("lowrank", "ops"),
+    ("metrics", "files"),
     ("optim", "errors"),
     ("shared", "lowrank"),
     ("sharding", "errors"),
     ("weights", "errors"),
+    ("weights", "files"),
 }
 
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -17,16 +17,13 @@ from safetensors.numpy import save_file
 from droplora_jax import hub
 from droplora_jax.errors import InputError
 from droplora_jax.export.probe import probe
+from droplora_jax.files import atomic_folder, check_free, read_json, write_json
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.surgery import adapters_of
 from droplora_jax.weights import (
     INDEX_FILE,
     TensorFiles,
-    atomic_folder,
-    check_free,
     open_folder,
-    read_json,
-    write_json,
 )
 
 # What is carried over from the base beside the weights.

@@ -16,9 +16,10 @@ from droplora_jax import prng
 from droplora_jax.adapters import ADAPTERS, DropLoRA
 from droplora_jax.adapters.droplora import DropLoRALinear
 from droplora_jax.errors import InputError
+from droplora_jax.files import atomic_folder, read_json, write_json
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.surgery import adapters_of, inject, view
-from droplora_jax.weights import TensorFiles, atomic_folder, open_file, read_json, write_json
+from droplora_jax.weights import TensorFiles, open_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_FILE = "adapter_config.json"

@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from droplora_jax.files import write_json
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.quickstart import random_number, random_word
 from droplora_jax.step import loss_sum
-from droplora_jax.weights import write_json
 
 LENGTH, ROWS = 64, 32
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

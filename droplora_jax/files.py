@@ -1,0 +1,100 @@
+"""JSON objects, and files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from droplora_jax.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def check_free(folder: Path, *, ignore: Collection[Path] = ()) -> None:
+    """Raise InputError if `folder` exists and holds anything, the files `ignore` apart."""
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(ignore)):
+        raise InputError(
+            f"{folder}: exists and is not empty; nothing is overwritten. Name another folder, "
+            "or move that one away"
+        )
+
+
+def temporary_file(path: Path) -> Path:
+    """Where `write_file` writes first: what a killed process may leave."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all, in place of an old one."""
+    temporary = temporary_file(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name when the block ends well.
+
+    After an error nothing remains. `folder` may exist if it is empty, or with `replace`.
+    """
+    if not replace:
+        check_free(folder)
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield temporary
+        _finish(temporary)
+        if replace and folder.exists():
+            old = temporary.with_name(temporary.name + ".old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise InputError(
+                f"{folder}: could not be written ({error}); nothing of it was kept"
+            ) from error
+        raise
+
+
+def _finish(folder: Path) -> None:
+    """The usual permissions, and the bytes on disk before a rename makes them visible."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
