@@ -46,7 +46,8 @@ def rank_mask(
       mask_key: one key a row, [B], at `token` and `sequence`; at `sequence` also [B, T], one a
         position, equal within a document; [1] at `step`.
       shape: the shape of `x @ A`, [B, ..., R].
-      drop_rate: the probability p in [0, 1) that a rank is dropped.
+      drop_rate: the probability p in [0, 1) that a rank is dropped; `bernoulli` rounds it to
+        a multiple of 2**-16.
       sampler: `bernoulli` keeps each rank with probability 1 - p; `exact` keeps
         round((1 - p) * R) of them, uniformly chosen.
       rescale: scale what is kept by 1 / (1 - p).
@@ -55,13 +56,17 @@ def rank_mask(
       A mask that broadcasts against `shape`.
     """
     own_shape = shape[1:] if granularity == "token" else shape[-1:]
+    threshold = jnp.uint32(min(round(drop_rate * 2**16), 2**16 - 1))
 
     def sample(key: Array) -> Array:
-        return _keep(jax.random.bits(key, own_shape, jnp.uint32), drop_rate, sampler)
+        if sampler == "exact":
+            return _keep_exactly(key, own_shape, drop_rate)
+        return _random_halves(key, own_shape) >= threshold
 
     for _ in range(mask_key.ndim):
         sample = jax.vmap(sample)
-    keep = sample(mask_key)  # [*keys, *own_shape]
+    # A byte a rank is cheaper to save for the backward pass than to draw again.
+    keep = checkpoint_name(sample(mask_key), "dots")  # [*keys, *own_shape]
 
     missing = max(len(shape) - keep.ndim, 0)
     keep = keep.reshape(*mask_key.shape, *(1,) * missing, *own_shape)
@@ -69,12 +74,18 @@ def rank_mask(
     return jnp.where(keep, jnp.asarray(kept_value, dtype), jnp.asarray(0, dtype))
 
 
-def _keep(bits: Array, drop_rate: float, sampler: Sampler) -> Bool[Array, "... R"]:
-    if sampler == "bernoulli":
-        return bits >= jnp.uint32(min(round(drop_rate * 2**32), 2**32 - 1))
+def _random_halves(key: Array, shape: tuple[int, ...]) -> Array:
+    """Uniform numbers of 16 bits, two from each word that is drawn: words are what costs."""
+    *rest, rank = shape
+    words = jax.random.bits(key, (*rest, -(-rank // 2)), jnp.uint32)
+    return jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :rank]
+
+
+def _keep_exactly(key: Array, shape: tuple[int, ...], drop_rate: float) -> Bool[Array, "... R"]:
+    bits = jax.random.bits(key, shape, jnp.uint32)
     # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
     order = jnp.argsort(jnp.argsort(bits, axis=-1), axis=-1)
-    return order < kept_ranks(bits.shape[-1], drop_rate)
+    return order < kept_ranks(shape[-1], drop_rate)
 
 
 def compress(
