@@ -24,8 +24,8 @@ from droplora_jax.attention import attention
 from droplora_jax.sharding import constrain
 from droplora_jax.shared import apply_all
 
-# What the forward pass of a layer saves for its backward pass: all of it; the results of matrix
-# products that the backward pass reads, each once, but no attention scores; or only its input.
+# What the forward pass of a layer saves for its backward pass: all of it; what costs more to find
+# again than to keep (products that are read again, and masks); or only its input.
 Remat = Literal["everything", "dots", "nothing"]
 
 # The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
