@@ -1,21 +1,24 @@
 """Rotary position embeddings and the frequency scalings of the LLaMA family.
 
 Source: RoFormer (arXiv 2104.09864); `linear` is position interpolation (arXiv 2306.15595), `llama3`
-the piecewise scaling of the LLaMA 3.1 report (arXiv 2407.21783). Letters: `H` head width.
+the piecewise scaling of the LLaMA 3.1 report (arXiv 2407.21783), `yarn` arXiv 2309.00071, `dynamic`
+its section 3.3. Letters: `H` head width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 Parameters = tuple[tuple[str, float], ...]
+Frequencies = Any  # [H / 2], float32: a numpy array, or a JAX array if they depend on the positions
 
 
 @dataclass(frozen=True)
@@ -27,19 +30,25 @@ class RopeConfig:
     parameters: Parameters = field(default=())
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular step per position of each pair of dimensions: [H / 2], float32."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(config.theta), exponents)).astype(np.float32)
-    return SCALINGS[config.kind].scale(frequencies, dict(config.parameters))
+def inverse_frequencies(
+    config: RopeConfig, head_dim: int, length: Int[Array, ""] | int = 0
+) -> Frequencies:
+    """Angular step per position of each pair of dimensions: [H / 2], float32.
+
+    `length` is that of the longest row, which only `dynamic` looks at.
+    """
+    scale = SCALINGS[config.kind].frequencies
+    return scale(config.theta, head_dim, dict(config.parameters), length)
 
 
 def rotation_tables(
     config: RopeConfig, head_dim: int, positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
     """Cosine and sine of every position's angles, in float32: two arrays [B, T, H / 2]."""
-    angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies = inverse_frequencies(config, head_dim, jnp.max(positions_BT) + 1)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    magnitude = SCALINGS[config.kind].magnitude(dict(config.parameters))
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
 def rotate(
@@ -51,41 +60,91 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _linear(frequencies: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
-    return frequencies / np.float32(parameters["factor"])
+def _exponents(head_dim: int) -> np.ndarray:
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
-def _llama3(frequencies: np.ndarray, parameters: dict[str, float]) -> np.ndarray:
-    factor = np.float32(parameters["factor"])
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    original = parameters["original_max_position_embeddings"]
+def _default(theta: float, head_dim: int, _: Mapping, length: Any) -> Frequencies:
+    return (1.0 / np.power(np.float32(theta), _exponents(head_dim))).astype(np.float32)
+
+
+def _linear(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+    return _default(theta, head_dim, given, length) / np.float32(given["factor"])
+
+
+def _llama3(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+    frequencies = _default(theta, head_dim, given, length)
+    low, high = given["low_freq_factor"], given["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
     # 0 where a wave is longer than the original context, 1 where many fit, linear in between.
+    original = given["original_max_position_embeddings"]
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    blended = (1 - smooth) * frequencies / np.float32(given["factor"]) + smooth * frequencies
     return blended.astype(np.float32)
+
+
+def _dynamic(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+    original, factor = given["max_position_embeddings"], given["factor"]
+    longest = jnp.maximum(length, int(original)).astype(jnp.float32)
+    stretch = factor * longest / original - (factor - 1)
+    base = theta * stretch ** (head_dim / (head_dim - 2))
+    return 1.0 / base ** jnp.asarray(_exponents(head_dim))
+
+
+def _yarn(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+    frequencies = _default(theta, head_dim, given, length)
+    original = given["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        """Which pair of dimensions turns so often within the original context."""
+        waves = original / (rotations * 2 * math.pi)
+        return head_dim * math.log(waves) / (2 * math.log(theta))
+
+    first, last = dimension(given.get("beta_fast", 32)), dimension(given.get("beta_slow", 1))
+    if given.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    # 0 where a pair is left as it is, 1 where its positions are interpolated.
+    ramp = np.clip((pairs - first) / (last - first or 1e-3), 0, 1)
+    return (frequencies / given["factor"] * ramp + frequencies * (1 - ramp)).astype(np.float32)
+
+
+def _yarn_magnitude(given: Mapping) -> float:
+    if "attention_factor" in given:
+        return given["attention_factor"]
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(given["factor"]) + 1.0 if given["factor"] > 1 else 1.0
+
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
+    return magnitude(1.0)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """One kind: the function, and the parameters that the configuration must give."""
+    """One kind: its functions, and the parameters that the configuration must or may give."""
 
-    scale: Callable[[np.ndarray, dict[str, float]], np.ndarray]
+    frequencies: Callable[[float, int, Mapping, Any], Frequencies]
     required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    magnitude: Callable[[Mapping], float] = lambda _: 1.0  # of cosine and sine
 
+
+ORIGINAL = "original_max_position_embeddings"
 
 SCALINGS = MappingProxyType(
     {
-        "default": Scaling(lambda frequencies, _: frequencies),
+        "default": Scaling(_default),
         "linear": Scaling(_linear, ("factor",)),
-        "llama3": Scaling(
-            _llama3,
-            (
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            ),
+        "dynamic": Scaling(_dynamic, ("factor", "max_position_embeddings"), (ORIGINAL,)),
+        "yarn": Scaling(
+            _yarn,
+            ("factor", ORIGINAL),
+            ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+            _yarn_magnitude,
         ),
+        "llama3": Scaling(_llama3, ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)),
     }
 )

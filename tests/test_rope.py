@@ -18,6 +18,8 @@ LLAMA31 = {
 }
 LLAMA32 = LLAMA31 | {"factor": 32.0}
 
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32_768}
+
 CASES = [
     pytest.param("default", 10_000.0, {}, 128, id="llama2"),
     pytest.param("default", 500_000.0, {}, 128, id="llama3"),
@@ -27,6 +29,18 @@ CASES = [
     pytest.param(
         "llama3", 10_000.0, LLAMA31 | {"original_max_position_embeddings": 64}, 16, id="short"
     ),
+    pytest.param("yarn", 1e6, YARN, 128, id="qwen2.5"),
+    pytest.param("yarn", 1e4, YARN | {"factor": 1.0}, 32, id="yarn of 1"),
+    pytest.param("yarn", 1e4, YARN | {"attention_factor": 0.7}, 16, id="yarn, attention factor"),
+    pytest.param("yarn", 1e4, YARN | {"mscale": 0.7, "mscale_all_dim": 1.1}, 64, id="yarn, mscale"),
+    pytest.param(
+        "yarn",
+        1e4,
+        YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        64,
+        id="yarn, betas",
+    ),
+    pytest.param("dynamic", 10_000.0, {"factor": 3.0}, 32, id="dynamic"),
 ]
 
 
@@ -35,9 +49,11 @@ def both(kind: str, theta: float, parameters: dict, head_dim: int):
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         head_dim=head_dim,
-        max_position_embeddings=131_072,
+        max_position_embeddings=64 if kind == "dynamic" else 131_072,
         rope_parameters={"rope_type": kind, "rope_theta": theta, **parameters},
     )
+    if kind == "dynamic":
+        parameters = {**parameters, "max_position_embeddings": 64}
     ours = rope.RopeConfig(theta, kind, tuple(parameters.items()))
     return ours, LlamaRotaryEmbedding(config)
 
@@ -55,7 +71,7 @@ def test_rotation_equals_transformers(kind, theta, parameters, head_dim, strict)
     ours, theirs = both(kind, theta, parameters, head_dim)
     rng = np.random.default_rng(0)
     x_BTNH = rng.normal(size=(2, 5, 3, head_dim)).astype(np.float32)
-    positions = np.asarray([[0, 1, 2, 3, 4], [7, 100, 1000, 3, 0]], np.int32)
+    positions = np.asarray([[0, 1, 2, 3, 4], [7, 100, 1000, 3, 0]], np.int32)  # past 64
 
     rotated = rope.rotate(
         jnp.asarray(x_BTNH), *rope.rotation_tables(ours, head_dim, jnp.asarray(positions))

@@ -98,14 +98,24 @@ def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
     settings.pop("rope_theta", None)
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
+    settings = {name: value for name, value in settings.items() if value is not None}
     if kind not in SCALINGS:
         raise InputError(
             f"rotary scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}"
         )
-    required = SCALINGS[kind].required
+    required, optional = SCALINGS[kind].required, SCALINGS[kind].optional
+    # What the model was made for stands beside the settings, not in them.
+    for name in ("max_position_embeddings", "original_max_position_embeddings"):
+        if name in required and "max_position_embeddings" in hf:
+            settings.setdefault(name, hf["max_position_embeddings"])
     if missing := [name for name in required if name not in settings]:
         raise InputError(f"rotary scaling {kind!r} lacks {', '.join(missing)}")
-    if unknown := [name for name in settings if name not in required]:
+    if unknown := [name for name in settings if name not in (*required, *optional)]:
         raise InputError(f"rotary scaling {kind!r} has unknown keys {', '.join(unknown)}")
-    parameters = tuple((name, positive(settings, name)) for name in required)
+    read = {"truncate": lambda settings, name: float(bool(settings[name]))}
+    parameters = tuple(
+        (name, read.get(name, positive)(settings, name))
+        for name in (*required, *optional)
+        if name in settings
+    )
     return RopeConfig(theta=theta, kind=kind, parameters=parameters)
