@@ -32,28 +32,36 @@ def attention(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     segment_ids_BT: Int[Array, "B T"] | None = None,
+    window: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal softmax attention with grouped keys and values, scaled by H ** -0.5.
 
-    A position sees earlier ones of its own segment only. The softmax is in float32, the result in
+    A position sees earlier ones of its own segment only, and with a `window` itself and the
+    `window - 1` before it. The softmax is in float32, the result in
     the dtype of `q`. Under remat, a policy that saves the name `attention` runs it once.
     """
-    return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)[0]
+    return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window)[0]
 
 
-def _forward(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array | None):
+def _forward(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BT: Array | None,
+    window: Array | None,
+):
     q, k, v = _by_key_head(q_BTNH, k_BSKH.shape[2]), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     blocks = [
         _attend(q[:, :, :, queries], k[:, :, keys], v[:, :, keys], visible)
-        for queries, keys, visible in _blocks(q.shape[3], segment_ids_BT)
+        for queries, keys, visible in _blocks(q.shape[3], segment_ids_BT, window)
     ]
     y, log_total = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
     y, log_total = checkpoint_name((_by_position(y), log_total), "attention")
-    return y, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, y, log_total)
+    return y, (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, y, log_total)
 
 
 def _backward(saved: Saved, dy_BTNH: Array):
-    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, y_BTNH, log_total = saved
+    q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window, y_BTNH, log_total = saved
     kv_heads = k_BSKH.shape[2]
     q, k, v = _by_key_head(q_BTNH, kv_heads), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     dy = _by_key_head(dy_BTNH, kv_heads)
@@ -70,12 +78,12 @@ def _backward(saved: Saved, dy_BTNH: Array):
             v[:, :, keys],
             visible,
         )
-        for queries, keys, visible in _blocks(q.shape[3], segment_ids_BT)
+        for queries, keys, visible in _blocks(q.shape[3], segment_ids_BT, window)
     ]
     dq, dk, dv = zip(*blocks, strict=True)
     dq_BTNH = _by_position(jnp.concatenate(dq, axis=3))
     dk_BSKH, dv_BSKH = (_sum_over_blocks(x).swapaxes(1, 2).astype(k.dtype) for x in (dk, dv))
-    return dq_BTNH, dk_BSKH, dv_BSKH, None
+    return dq_BTNH, dk_BSKH, dv_BSKH, None, None
 
 
 attention.defvjp(_forward, _backward)
@@ -140,12 +148,17 @@ def _sum_over_blocks(parts: Sequence[Array]) -> Float[Array, "B K S H"]:
     return functools.reduce(jnp.add, padded)
 
 
-def _blocks(length: int, segment_ids_BT: Array | None) -> Iterator[tuple[slice, slice, Array]]:
+def _blocks(
+    length: int, segment_ids_BT: Array | None, window: Array | None
+) -> Iterator[tuple[slice, slice, Array]]:
     """Every block of queries with the keys that it may see, and which sees which."""
     size = -(-length // QUERY_BLOCKS)
     for start in range(0, length, size):
         stop = min(start + size, length)
         visible = jnp.tri(stop - start, stop, start, dtype=bool)
+        if window is not None:
+            distance = jnp.arange(start, stop)[:, None] - jnp.arange(stop)
+            visible = visible & (distance < window)
         if segment_ids_BT is not None:
             same = segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop]
             visible = (visible & same)[:, None, None]

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 # Every annotation of the package is checked at every call, in tests only.
 install_import_hook("droplora_jax", "oracles.checked")
 
-from oracles import Folder, llama_folder
+from oracles import Folder, model_folder
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "droplora_jax" / "tests"
 
@@ -53,14 +53,14 @@ def strict():
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Untied embeddings, grouped-query heads, llama3 rotary scaling, several shards."""
-    return llama_folder(tmp_path_factory.mktemp("untied"), rope_parameters=LLAMA3)
+    return model_folder(tmp_path_factory.mktemp("untied"), rope_parameters=LLAMA3)
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """As `untied`, with tied embeddings."""
     folder = tmp_path_factory.mktemp("tied")
-    return llama_folder(folder, rope_parameters=LLAMA3, tie_word_embeddings=True)
+    return model_folder(folder, rope_parameters=LLAMA3, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])
@@ -72,4 +72,4 @@ def either(request: pytest.FixtureRequest) -> Folder:
 def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """As `untied`, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("bfloat16")
-    return llama_folder(folder, rope_parameters=LLAMA3, dtype=torch.bfloat16)
+    return model_folder(folder, rope_parameters=LLAMA3, dtype=torch.bfloat16)

@@ -40,12 +40,14 @@ class Folder:
         return torch_logits(self.torch, tokens, attention_mask)
 
 
-def llama_folder(path: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Folder:
-    """A LLaMA of random weights, large enough for every part to matter, in several shards."""
+def model_folder(
+    path: Path, model_type: str = "llama", *, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Folder:
+    """A model of random weights, large enough for every part to matter, in several shards."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**{**TINY, **overrides})
-        model = transformers.LlamaForCausalLM(config).eval()
+        config = transformers.AutoConfig.for_model(model_type, **{**TINY, **overrides})
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from data_fixtures import make_tokenizer, write_jsonl
-from oracles import Folder, llama_folder
+from oracles import Folder, model_folder
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 def make_base(path: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Folder:
     """A Hugging Face folder with weights in several shards and a tokenizer."""
-    base = llama_folder(
+    base = model_folder(
         path,
         dtype=dtype,
         **{

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax.export import EXPORTERS, merged
-from droplora_jax.models.llama import NAMES
+from droplora_jax.models.family import NAMES
 from droplora_jax.sharding import make_mesh
 from droplora_jax.surgery import adapters_of
 

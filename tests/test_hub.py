@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import Folder, llama_folder
+from oracles import Folder, model_folder
 from safetensors.numpy import load_file, save_file
 
 import droplora_jax as dl
@@ -87,7 +87,7 @@ def test_no_mesh_means_every_device_along_fsdp(untied):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_file_in_any_float_dtype(stored, tmp_path):
-    folder = llama_folder(tmp_path, dtype=stored, num_hidden_layers=1)
+    folder = model_folder(tmp_path, dtype=stored, num_hidden_layers=1)
     folder.torch.save_pretrained(tmp_path / "one")
     assert [file.name for file in shards(tmp_path / "one")] == ["model.safetensors"]
     for path in (tmp_path, tmp_path / "one"):

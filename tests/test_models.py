@@ -11,9 +11,10 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from gradients import loss_and_gradients
 from oracles import (
     Folder,
-    llama_folder,
+    model_folder,
     random_tokens,
     randomized,
     raw,
@@ -24,11 +25,10 @@ from oracles import (
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
-from droplora_jax.export.peft import adapter_tensors
-from droplora_jax.loss import cross_entropy
 from droplora_jax.lowrank import rank_mask
+from droplora_jax.models import FAMILIES
 from droplora_jax.models.decoder import LOGICAL_AXES
-from droplora_jax.models.llama import NAMES
+from droplora_jax.models.family import NAMES
 from droplora_jax.sharding import MeshConfig, make_mesh, named_sharding
 from droplora_jax.surgery import adapters_of
 
@@ -74,7 +74,7 @@ ROPE = {
 
 @pytest.mark.parametrize("kind", ROPE)
 def test_rotary_settings_in_the_new_and_in_the_old_spelling(kind, tmp_path):
-    folder = llama_folder(tmp_path / "new", num_hidden_layers=1, rope_parameters=ROPE[kind])
+    folder = model_folder(tmp_path / "new", num_hidden_layers=1, rope_parameters=ROPE[kind])
     tokens = random_tokens(1, LONG)
     expected = folder.logits(tokens)
     assert relative(forward(load(folder), tokens), expected) < 1e-5
@@ -115,7 +115,7 @@ def test_rotary_settings_in_the_new_and_in_the_old_spelling(kind, tmp_path):
     ids=str,
 )
 def test_shapes_equal_transformers(shape, tmp_path):
-    folder = llama_folder(tmp_path, num_hidden_layers=1, **shape)
+    folder = model_folder(tmp_path, num_hidden_layers=1, **shape)
     tokens = random_tokens(2, 16)
     assert relative(forward(load(folder), tokens), folder.logits(tokens)) < 1e-5
 
@@ -171,26 +171,6 @@ def test_a_token_changes_no_earlier_logit(untied):
         assert np.all(np.any(other[:, t:] != logits[:, t:], axis=-1))
 
 
-def loss_and_gradients(model, tokens, key=None):
-    """Mean cross-entropy of the next token and its gradient for the adapters, by their paths."""
-    graphdef, adapters, mask_keys, frozen = dl.split(model)
-
-    @jax.jit
-    def run(adapters, mask_keys, frozen, tokens):
-        def loss(adapters):
-            keys = mask_keys
-            if key is not None:
-                keys = dl.draw(mask_keys, key, rows=jnp.arange(tokens.shape[0]))
-            logits = nnx.merge(graphdef, adapters, keys, frozen)(tokens)
-            total, count = cross_entropy(logits[:, :-1], tokens[:, 1:])
-            return total / count.astype(jnp.float32)
-
-        return jax.value_and_grad(loss)(adapters)
-
-    loss, gradients = run(adapters, mask_keys, frozen, jnp.asarray(tokens))
-    return loss, {path: np.asarray(g[...]) for path, g in nnx.to_flat_state(gradients)}
-
-
 def injected(model: nnx.Module, **options) -> nnx.Module:
     config = dl.DropLoRA(**{"rank": 4, "alpha": 6.0, **options})
     return randomized(dl.inject(model, config, key=KEY))
@@ -208,33 +188,6 @@ def test_every_rematerialisation_gives_the_same_gradients(untied):
         assert relative(loss, results[0][0]) < 1e-6
         for path, gradient in gradients.items():
             assert relative(gradient, results[0][1][path]) < 1e-5, path
-
-
-def test_adapter_gradients_equal_peft(either):
-    model = injected(load(either), alpha=6.0, targets="all-linear")
-    tokens = random_tokens(2, 24)
-    theirs = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(either.path, dtype=torch.float32),
-        peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", lora_dropout=0.0),
-    )
-    weights = {name: torch.tensor(value) for name, value in adapter_tensors(model).items()}
-    peft.set_peft_model_state_dict(theirs, weights)
-    batch = torch.tensor(tokens, dtype=torch.long)
-    expected_loss = theirs(batch, labels=batch).loss
-    expected_loss.backward()
-
-    loss, gradients = loss_and_gradients(model, tokens)
-    assert relative(loss, expected_loss.detach()) < 1e-5
-    parameters = dict(theirs.named_parameters())
-    compared = 0
-    for (*path, factor), gradient in gradients.items():
-        module = NAMES[f"{'.'.join(path)}.kernel"].module
-        letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
-        for layer in range(3):
-            name = f"base_model.model.{module.format(layer=layer)}.{letter}.default.weight"
-            assert relative(gradient[layer].T, parameters[name].grad) < 1e-4, name
-            compared += 1
-    assert compared == sum("lora_" in name for name in parameters) == 2 * 7 * 3
 
 
 def test_bfloat16_loads_and_is_close(untied):
@@ -338,9 +291,8 @@ def test_every_parameter_has_a_name_and_logical_axes(either):
     paths = {".".join(path) for path, _ in nnx.to_flat_state(nnx.state(load(either)))}
     assert paths <= LOGICAL_AXES.keys()
     assert LOGICAL_AXES.keys() == NAMES.keys()
-    assert LOGICAL_AXES.keys() - paths == (
-        {"lm_head.kernel"} if load(either).config.tie_embeddings else set()
-    )
+    config = load(either).config
+    assert paths == FAMILIES[config.family].tensor_names(config).keys()
 
 
 def test_the_head_is_no_target_as_in_peft(untied):

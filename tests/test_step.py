@@ -13,7 +13,7 @@ from flax import nnx
 from oracles import (
     RANDOM,
     Folder,
-    llama_folder,
+    model_folder,
     primitives,
     random_tokens,
     randomized,
@@ -383,7 +383,7 @@ def nbytes(tree) -> int:
 
 def test_the_frozen_base_is_not_copied_and_the_state_is_reused(tmp_path):
     """A base far larger than the activations and the adapters: a copy of it would be seen."""
-    folder = llama_folder(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    folder = model_folder(tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
     model = Trainable(folder, tx=optax.adamw(1e-3), rank=2, remat="nothing")
     batch = {name: x[:2, :8] for name, x in ragged().items()}
     state = model.start()

@@ -69,13 +69,15 @@ def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
     graphdef, state = nnx.split(_without_mesh(model.layers))
 
     @jax.jit
-    def run(layer: nnx.State, x_BTD: jax.Array) -> jax.Array:
-        return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None)
+    def run(layer: nnx.State, x_BTD: jax.Array, window: jax.Array | None) -> jax.Array:
+        return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)
 
     embedding_VD = read(names["embed.embedding"].pattern)
     x_BTD = jnp.asarray(embedding_VD[tokens_BT])
+    windows_L = config.windows_L
     for layer in range(config.layers):
-        x_BTD = run(_one_layer(state, names, layer, read), x_BTD)
+        window = None if windows_L is None else windows_L[layer : layer + 1]
+        x_BTD = run(_one_layer(state, names, layer, read), x_BTD, window)
     scale_D = jnp.asarray(read(names["final_norm.scale"].pattern))
     x_BTD = ops.rms_norm(x_BTD, scale_D, config.norm_epsilon)
     head_VD = embedding_VD if config.tie_embeddings else read(names["lm_head.kernel"].pattern)

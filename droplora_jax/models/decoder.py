@@ -28,6 +28,8 @@ from droplora_jax.shared import apply_all
 # again than to keep (products that are read again, and masks); or only its input.
 Remat = Literal["everything", "dots", "nothing"]
 
+SEES_ALL = 2**30  # a window wider than any row
+
 # The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
 REMAT_POLICIES = MappingProxyType(
     {
@@ -42,13 +44,22 @@ LOGICAL_AXES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
         "embed.embedding": ("vocab", "width"),
         "layers.attention_norm.scale": ("layers", "norm"),
         "layers.q_proj.kernel": ("layers", "width", "heads"),
+        "layers.q_proj.bias": ("layers", "heads"),
         "layers.k_proj.kernel": ("layers", "width", "heads"),
+        "layers.k_proj.bias": ("layers", "heads"),
         "layers.v_proj.kernel": ("layers", "width", "heads"),
+        "layers.v_proj.bias": ("layers", "heads"),
+        "layers.q_norm.scale": ("layers", "norm"),
+        "layers.k_norm.scale": ("layers", "norm"),
         "layers.o_proj.kernel": ("layers", "heads", "width"),
+        "layers.o_proj.bias": ("layers", "norm"),
         "layers.mlp_norm.scale": ("layers", "norm"),
         "layers.gate_proj.kernel": ("layers", "width", "ffn"),
+        "layers.gate_proj.bias": ("layers", "ffn"),
         "layers.up_proj.kernel": ("layers", "width", "ffn"),
+        "layers.up_proj.bias": ("layers", "ffn"),
         "layers.down_proj.kernel": ("layers", "ffn", "width"),
+        "layers.down_proj.bias": ("layers", "norm"),
         "final_norm.scale": ("norm",),
         "lm_head.kernel": ("width", "vocab"),
     }
@@ -65,7 +76,13 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, and the family (`FAMILIES`) whose tensor names it has."""
+    """The shape of a decoder, and the family (`FAMILIES`) that it is read and written as.
+
+    Attributes:
+      qkv_bias, o_bias, mlp_bias: which projections have a bias.
+      qk_norm: queries and keys are normed head by head before they are rotated.
+      windows: of each layer, how many positions it sees, itself included; None sees all of them.
+    """
 
     family: str
     vocab_size: int
@@ -79,6 +96,18 @@ class ModelConfig:
     rope: rope.RopeConfig
     tie_embeddings: bool
     max_positions: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def windows_L(self) -> Int[Array, "L"] | None:
+        """The windows as an array; None where every layer sees everything."""
+        if not any(self.windows):
+            return None
+        return jnp.asarray([window or SEES_ALL for window in self.windows], jnp.int32)
 
 
 class RMSNorm(nnx.Module):
@@ -86,7 +115,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*x D"]) -> Float[Array, "*x D"]:
         return ops.rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -105,42 +134,49 @@ class Layer(nnx.Module):
     """Attention and SwiGLU, each behind a norm and a residual."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
-        def linear(features_in: int, features_out: int) -> nnx.Linear:
+        def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
             # No dtype of the computation: it is that of the weights.
             return nnx.Linear(
-                features_in, features_out, use_bias=False, param_dtype=dtype, rngs=rngs
+                features_in, features_out, use_bias=bias, param_dtype=dtype, rngs=rngs
             )
 
         c = config
         self.config, self.mesh = config, mesh
         self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
-        self.q_proj = linear(c.width, c.heads * c.head_dim)
-        self.k_proj = linear(c.width, c.kv_heads * c.head_dim)
-        self.v_proj = linear(c.width, c.kv_heads * c.head_dim)
-        self.o_proj = linear(c.heads * c.head_dim, c.width)
+        self.q_proj = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_epsilon, dtype=dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_epsilon, dtype=dtype)
+        self.o_proj = linear(c.heads * c.head_dim, c.width, c.o_bias)
         self.mlp_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
-        self.gate_proj = linear(c.width, c.ffn)
-        self.up_proj = linear(c.width, c.ffn)
-        self.down_proj = linear(c.ffn, c.width)
+        self.gate_proj = linear(c.width, c.ffn, c.mlp_bias)
+        self.up_proj = linear(c.width, c.ffn, c.mlp_bias)
+        self.down_proj = linear(c.ffn, c.width, c.mlp_bias)
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
         segment_ids_BT: Int[Array, "B T"] | None,
+        window: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        x_BTD = x_BTD + self.attend(self.attention_norm(x_BTD), rotation, segment_ids_BT)
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attend(normed_BTD, rotation, segment_ids_BT, window)
         x_BTD = checkpoint_name(x_BTD, "dots")
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
         return constrain(x_BTD, ("batch", None, None), self.mesh)
 
-    def attend(self, x_BTD, rotation, segment_ids_BT):
+    def attend(self, x_BTD, rotation, segment_ids_BT, window):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in qkv)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
-        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):
@@ -209,7 +245,8 @@ class Decoder(nnx.Module):
         # Gathered along its width first: the compiler can't move a sharded width to the batch.
         table_VD = constrain(self.embed.embedding[...], ("vocab", None), self.mesh)
         x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
-        x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, remat=self.remat)
+        windows_L = self.config.windows_L
+        x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, windows_L, remat=self.remat)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -226,16 +263,18 @@ def run_layers(
     x_BTD: Float[Array, "B T D"],
     rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
     segment_ids_BT: Int[Array, "B T"] | None,
+    windows_L: Int[Array, "L"] | None,
     *,
     remat: Remat = "everything",
 ) -> Float[Array, "B T D"]:
     """Run a stack of layers, one after the other, in a scan."""
     graphdef, state = nnx.split(layers)
 
-    def run(x_BTD, layer_state):
+    def run(x_BTD, of_layer):
+        layer_state, window = of_layer
         layer = nnx.merge(graphdef, layer_state)
-        return layer(x_BTD, rotation, segment_ids_BT), None
+        return layer(x_BTD, rotation, segment_ids_BT, window), None
 
     if remat != "everything":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(run, x_BTD, state)[0]
+    return jax.lax.scan(run, x_BTD, (state, windows_L))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from droplora_jax.errors import InputError
@@ -53,8 +54,14 @@ class Family:
 
     def tensor_names(self, config: ModelConfig) -> dict[str, TensorName]:
         """The names of the parameters that a model of this shape has."""
-        tied = {"lm_head.kernel"} if config.tie_embeddings else set()
-        return {path: name for path, name in self.names.items() if path not in tied}
+        has = {
+            "lm_head.kernel": not config.tie_embeddings,
+            **{f"layers.{name}_proj.bias": config.qkv_bias for name in ("q", "k", "v")},
+            "layers.o_proj.bias": config.o_bias,
+            **{f"layers.{name}_proj.bias": config.mlp_bias for name in ("gate", "up", "down")},
+            **{f"layers.{name}_norm.scale": config.qk_norm for name in ("q", "k")},
+        }
+        return {path: name for path, name in self.names.items() if has.get(path, True)}
 
     def check_keys(self, hf: Mapping[str, Any], where: str, ignore: Sequence[str] = ()) -> None:
         """Raise InputError for a configuration key that is refused or not known."""
@@ -72,6 +79,119 @@ class Family:
                     f"{where}: {key}={value!r} is not supported; supported: "
                     f"{', '.join(map(repr, accepted))}"
                 )
+
+
+def _layer(name: str, of: str = "weight") -> TensorName:
+    transposed = name.endswith("_proj") and of == "weight"
+    return TensorName(f"model.layers.{{layer}}.{name}.{of}", transposed=transposed)
+
+
+# How LLaMA's tensors are called, and those of all the families that follow it.
+NAMES = {
+    "embed.embedding": TensorName("model.embed_tokens.weight"),
+    "layers.attention_norm.scale": _layer("input_layernorm"),
+    **{
+        f"layers.{name}_proj.{ours}": _layer(f"{block}.{name}_proj", theirs)
+        for block, names in {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}.items()
+        for name in names
+        for ours, theirs in {"kernel": "weight", "bias": "bias"}.items()
+    },
+    "layers.q_norm.scale": _layer("self_attn.q_norm"),
+    "layers.k_norm.scale": _layer("self_attn.k_norm"),
+    "layers.mlp_norm.scale": _layer("post_attention_layernorm"),
+    "final_norm.scale": TensorName("model.norm.weight"),
+    "lm_head.kernel": TensorName("lm_head.weight", transposed=True),
+}
+
+# The keys of `config.json` that all these families have.
+READ = frozenset(
+    {
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    }
+)
+
+HARMLESS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_sequence_length",
+        "model_type",
+        "pad_token_id",
+        "pretraining_tp",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+REFUSED: Mapping[str, Sequence[Any]] = MappingProxyType(
+    {"attention_dropout": (0.0,), "hidden_act": ("silu",), "quantization_config": (None,)}
+)
+
+
+def decoder_config(
+    hf: Mapping[str, Any], family: str, defaults: Mapping[str, Any], **features: Any
+) -> ModelConfig:
+    """The shape that the common keys describe.
+
+    Args:
+      defaults: of the family, for keys that `hf` lacks.
+      features: what else a `ModelConfig` has.
+    """
+    given = {"rms_norm_eps": 1e-6, **defaults, **hf}
+    width, heads = whole(given, "hidden_size"), whole(given, "num_attention_heads")
+    if given.get("num_key_value_heads") is None:
+        given["num_key_value_heads"] = heads
+    if given.get("head_dim") is None:
+        given["head_dim"] = width // heads
+    return ModelConfig(
+        family=family,
+        vocab_size=whole(given, "vocab_size"),
+        width=width,
+        layers=whole(given, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=whole(given, "num_key_value_heads"),
+        head_dim=whole(given, "head_dim"),
+        ffn=whole(given, "intermediate_size"),
+        norm_epsilon=positive(given, "rms_norm_eps"),
+        rope=rope_config(given),
+        tie_embeddings=bool(given.get("tie_word_embeddings", False)),
+        max_positions=whole(given, "max_position_embeddings"),
+        **features,
+    )
+
+
+def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """The window of each layer as Qwen describes them: `layer_types`, or from a layer on."""
+    layers = whole(hf, "num_hidden_layers")
+    given = {"sliding_window": 4096, "max_window_layers": 28, **hf}
+    if not given.get("use_sliding_window") or given["sliding_window"] is None:
+        return ()
+    window, first = whole(given, "sliding_window"), given["max_window_layers"]
+    types = given.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
+    ]
+    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+        raise InputError(
+            f"layer_types={types!r}: must be {layers} times 'full_attention' or 'sliding_attention'"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def whole(hf: Mapping[str, Any], key: str) -> int:
