@@ -51,8 +51,8 @@ class MergeReport:
             f"{self.folder}: {self.merged} of {self.tensors} tensors merged; read back bit for "
             f"bit; float32 logits differ from those of base + adapter by {self.difference:.1e}"
         )
-        if self.rounding:
-            name, worst = self.rounding[0]
+        name, worst = self.rounding[0] if self.rounding else ("", 0.0)
+        if worst:
             text += f"; rounding took at most {worst:.1e} of the adapter (relative; {name})"
         return text
 
