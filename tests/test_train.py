@@ -198,6 +198,23 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(
     assert rows == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_again_and_again_ends_in_the_same_bits(
+    finished, base, tmp_path, droplora, seed
+):
+    """Killed at any moment: while it starts, in a step, in a save, between two."""
+    yaml = write_run(base, tmp_path, **LONG)
+    random = np.random.default_rng(seed)
+    for _ in range(8):
+        running = process("train", yaml)
+        time.sleep(random.uniform(2, 14))
+        running.kill()
+        running.communicate()
+    droplora.good("train", yaml)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(finished / "run")
+
+
 def send(monkeypatch, numbers: list[signal.Signals], *, at: int) -> None:
     """Signals to this process while the batch of a step is made."""
     original = Run.batch
