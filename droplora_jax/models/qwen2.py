@@ -27,6 +27,6 @@ FAMILY = Family(
     names=NAMES,
     read=READ | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
     harmless=HARMLESS,
-    refused=REFUSED,
+    refused={**REFUSED, "use_mrope": (False,)},
     buffers=("rotary_emb.inv_freq",),
 )
