@@ -7,10 +7,10 @@
     plain = dl.merge(model)                                     # adapters folded in
     dl.save_merged(model, out_dir)                              # export/: Hugging Face, PEFT
 
-The method itself is `lowrank.py`. Above the pure functions (`ops`, `loss`, `rope`, `prng`,
-`sharding`) stand the model (`models/`), the data (`data/`), the step (`step.py`), checkpoints
-(`checkpoint.py`), the loop (`train.py`), a run's configuration (`run.py`) and the command line
-(`cli.py`).
+The method itself is `lowrank.py`. Above the pure functions (`ops`, `attention`, `loss`, `rope`,
+`prng`, `sharding`) stand the model (`models/`), the data (`data/`), the step (`step.py`),
+checkpoints (`checkpoint.py`), the loop (`train.py`), a run's configuration (`run.py`) and the
+command line (`cli.py`).
 """
 
 from droplora_jax.adapters import DropLoRA, LinearSpec, MaskKey, linear_spec

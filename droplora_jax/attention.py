@@ -37,8 +37,8 @@ def attention(
     """Causal softmax attention with grouped keys and values, scaled by H ** -0.5.
 
     A position sees earlier ones of its own segment only, and with a `window` itself and the
-    `window - 1` before it. The softmax is in float32, the result in
-    the dtype of `q`. Under remat, a policy that saves the name `attention` runs it once.
+    `window - 1` before it. The softmax is in float32, the result in the dtype of `q`. Under remat,
+    a policy that saves the name `attention` runs it once.
     """
     return _forward(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, window)[0]
 

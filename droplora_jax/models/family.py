@@ -177,6 +177,12 @@ def decoder_config(
     )
 
 
+# What `windows` reads.
+WINDOW_KEYS = frozenset(
+    {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
+)
+
+
 def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The window of each layer as Qwen describes them: `layer_types`, or from a layer on."""
     layers = whole(hf, "num_hidden_layers")

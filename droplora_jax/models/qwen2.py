@@ -11,6 +11,7 @@ from droplora_jax.models.family import (
     NAMES,
     READ,
     REFUSED,
+    WINDOW_KEYS,
     Family,
     decoder_config,
     windows,
@@ -25,7 +26,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 FAMILY = Family(
     model_config=model_config,
     names=NAMES,
-    read=READ | {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"},
+    read=READ | WINDOW_KEYS,
     harmless=HARMLESS,
     refused={**REFUSED, "use_mrope": (False,)},
     buffers=("rotary_emb.inv_freq",),

@@ -11,6 +11,7 @@ from droplora_jax.models.family import (
     NAMES,
     READ,
     REFUSED,
+    WINDOW_KEYS,
     Family,
     decoder_config,
     windows,
@@ -33,14 +34,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 FAMILY = Family(
     model_config=model_config,
     names=NAMES,
-    read=READ
-    | {
-        "attention_bias",
-        "layer_types",
-        "max_window_layers",
-        "sliding_window",
-        "use_sliding_window",
-    },
+    read=READ | WINDOW_KEYS | {"attention_bias"},
     harmless=HARMLESS,
     refused=REFUSED,
 )
