@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,23 @@ def check_free(folder: Path, *, ignore: Collection[Path] = ()) -> None:
             f"{folder}: exists and is not empty; nothing is overwritten. Name another folder, "
             "or move that one away"
         )
+
+
+def check_links(folder: Path, patterns: Sequence[str]) -> None:
+    """Raise InputError for a file that is a link to somewhere outside `folder`.
+
+    The cache of huggingface_hub is made of links; they lead to the `blobs` beside its snapshots.
+    """
+    inside = [folder]
+    if folder.parent.name == "snapshots":
+        inside.append(folder.parent.parent / "blobs")
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        target = file.resolve()
+        if file.is_symlink() and not any(target.is_relative_to(place) for place in inside):
+            raise InputError(
+                f"{file}: a link to {target}, outside its folder; it is not followed. Copy the "
+                "file into the folder"
+            )
 
 
 def temporary_file(path: Path) -> Path:

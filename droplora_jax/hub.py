@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from numpy.typing import DTypeLike
 
+from droplora_jax import buckets
 from droplora_jax.errors import InputError
-from droplora_jax.files import read_json
+from droplora_jax.files import check_links, read_json
 from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
 from droplora_jax.models.decoder import LOGICAL_AXES
 from droplora_jax.sharding import make_mesh, named_sharding
 from droplora_jax.surgery import dotted
-from droplora_jax.weights import TensorFiles, open_folder
+from droplora_jax.weights import Each, TensorFiles, open_folder
 
 # The files of a hub repository that are fetched: no pickles, no other frameworks' weights.
-HUB_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt"]
+SMALL_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
+HUB_PATTERNS = ["*.safetensors", *SMALL_PATTERNS]
 
 
 def load(
@@ -37,7 +42,8 @@ def load(
     """Load a Hugging Face folder or hub id straight onto the mesh.
 
     Args:
-      path: a folder with `config.json` and safetensors, or a hub id.
+      path: a folder with `config.json` and safetensors, the URL of one on a bucket (`gs://`,
+        `s3://`), or a hub id.
       mesh: where the weights go; default: all local devices along `fsdp`.
       dtype: of the weights and the activations.
       remat: what a layer's forward pass saves for its backward pass.
@@ -56,26 +62,29 @@ def load(
     weights = open_folder(folder)
     names = family.tensor_names(config)
     check_tensors(weights, folder, names, model, family)
-
-    def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-        leaf = parameter.get_value()
-        name = names[dotted(path)]
-        array = jax.make_array_from_callback(
-            leaf.shape,
-            leaf.sharding,
-            lambda index: _read_slice(weights, name, index or (), leaf.shape).astype(leaf.dtype),
-        )
-        return parameter.replace(array)
-
     graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, nnx.map_state(read, state))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
+            array = _read_sharded(weights, names[dotted(path)], parameter.get_value(), pool.map)
+            return parameter.replace(array)
+
+        return nnx.merge(graphdef, nnx.map_state(read, state))
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a path or hub id; a hub id is fetched into huggingface_hub's cache."""
+    """The local folder of a path, hub id or URL.
+
+    A hub id is fetched into huggingface_hub's cache (and found there when offline); of a bucket
+    only the small files are fetched, and its tensors are read where they are.
+    """
+    if buckets.is_url(path):
+        return buckets.fetch(str(path), SMALL_PATTERNS)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return folder.resolve()
+        folder = folder.resolve()
+        check_links(folder, HUB_PATTERNS)
+        return folder
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or str(path).startswith((".", "~")):
         raise InputError(f"model.path={str(path)!r}: no such folder (a hub id is 'owner/name')")
@@ -93,9 +102,20 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
 
 
 def source(path: str | Path, revision: str | None = None) -> Source:
-    """A record of where a model comes from that holds in any working directory."""
+    """A record of where a model comes from that holds in any working directory and later on."""
     folder = Path(path).expanduser()
-    return Source(str(folder.resolve() if folder.is_dir() else path), revision)
+    if buckets.is_url(path):
+        return Source(str(path))
+    if folder.is_dir():
+        return Source(str(folder.resolve()))
+    return Source(str(path), pinned_revision(path, revision))
+
+
+def pinned_revision(path: str | Path, revision: str | None) -> str | None:
+    """The commit that a hub id's revision is now; what is no hub id has none."""
+    if buckets.is_url(path) or Path(path).expanduser().is_dir():
+        return revision
+    return resolve(path, revision).name  # a snapshot's folder is named for its commit
 
 
 def source_folder(model: Decoder) -> Path:
@@ -185,25 +205,38 @@ def check_tensors(
             )
 
 
-def _read_slice(
-    weights: TensorFiles,
-    name: TensorName,
-    index: tuple[slice, ...],
-    shape: tuple[int, ...],
-) -> np.ndarray:
-    """The part `index` of a parameter, from the tensors that it is stored in."""
-    if not name.stacked:
-        return _read_tensor(weights, name.pattern, index, name.transposed)
-    layers = range(*index[0].indices(shape[0]))
-    parts = [
-        _read_tensor(weights, name.of_layer(layer), index[1:], name.transposed) for layer in layers
-    ]
-    return np.stack(parts)
+def _read_sharded(weights: TensorFiles, name: TensorName, leaf: Any, each: Each) -> jax.Array:
+    """A parameter on its devices, one device's part in host memory at a time."""
+    parts = []
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        index = index or ()
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        part = _aligned_empty(shape, np.dtype(leaf.dtype))
+        if name.stacked:
+            layers = range(*index[0].indices(leaf.shape[0]))
+            for out, layer in zip(part, layers, strict=True):
+                _read_tensor(weights, name.of_layer(layer), out, index[1:], name.transposed, each)
+        else:
+            _read_tensor(weights, name.pattern, part, index, name.transposed, each)
+        parts.append(jax.device_put(part, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
 def _read_tensor(
-    weights: TensorFiles, name: str, index: tuple[slice, ...], transposed: bool
-) -> np.ndarray:
-    if transposed:
-        return weights.read(name, index[::-1]).T
-    return weights.read(name, index)
+    weights: TensorFiles,
+    name: str,
+    out: np.ndarray,
+    index: tuple[slice, ...],
+    transposed: bool,
+    each: Each,
+) -> None:
+    index = index[::-1] if transposed else index
+    weights.read_into(out, name, index, transposed=transposed, each=each)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is: XLA wants 64 bytes of alignment."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)

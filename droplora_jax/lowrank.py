@@ -127,4 +127,6 @@ def merged_kernel(
     f32 = jnp.float32
     # HIGHEST: on a TPU a float32 product would otherwise run in bfloat16 passes.
     ab = jnp.einsum(product, a.astype(f32), b.astype(f32), precision=jax.lax.Precision.HIGHEST)
-    return w.astype(f32) + jnp.asarray(scale, f32) * ab
+    # Apart, or some compilations round once (a fused multiply and add) where others round twice.
+    delta = jax.lax.optimization_barrier(jnp.asarray(scale, f32) * ab)
+    return w.astype(f32) + delta

@@ -14,6 +14,7 @@ ROOT = Path(droplora_jax.__file__).parent
 # A module, or a folder as a whole, and its floor. A new module is a new line.
 FLOORS = {
     "attention": 0,
+    "buckets": 0,
     "display": 0,
     "errors": 0,
     "files": 0,
@@ -27,6 +28,7 @@ FLOORS = {
     "shared": 0,
     "sharding": 0,
     "signals": 0,
+    "tensors": 0,
     "weights": 0,
     "adapters": 1,
     "data": 1,
@@ -49,6 +51,8 @@ FLOORS = {
 # Imports within a floor that are allowed: `errors` is what everything raises.
 WITHIN = {
     ("attention", "ops"),
+    ("buckets", "errors"),
+    ("buckets", "files"),
     ("checkpoint", "step"),
     ("hub", "surgery"),
     ("files", "errors"),
@@ -57,8 +61,11 @@ WITHIN = {
     ("optim", "errors"),
     ("shared", "lowrank"),
     ("sharding", "errors"),
+    ("tensors", "errors"),
+    ("weights", "buckets"),
     ("weights", "errors"),
     ("weights", "files"),
+    ("weights", "tensors"),
 }
 
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

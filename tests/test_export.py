@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -144,7 +145,7 @@ def test_shards_names_and_other_files_are_those_of_the_base(untied, tmp_path):
     (base / "notes.txt").write_text("not of the model")
     dl.save_merged(adapted(base), tmp_path / "out")
     ours, theirs = ({f.name for f in d.iterdir()} for d in (tmp_path / "out", base))
-    assert ours == theirs - {"notes.txt"}
+    assert ours == theirs - {"notes.txt"} | {"droplora_merge.json"}
     for name in [*extra, "config.json", "generation_config.json"]:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     shards = sorted(base.glob("*.safetensors"))
@@ -161,14 +162,18 @@ def test_shards_names_and_other_files_are_those_of_the_base(untied, tmp_path):
     assert a["metadata"]["total_size"] == b["metadata"]["total_size"]
 
 
-# Beside `model.layers.1.`: a merge that is forgotten, of another layer, transposed, or not scaled.
+# Merges of `model.layers.1.`: forgotten, of another layer, transposed, or done twice.
 WRONG_MERGES = {
-    "forgotten": lambda merges, stored: np.float32(stored),
-    "another layer": lambda merges, stored: merges[Q_PROJ.of_layer(0)](stored),
-    "transposed": lambda merges, stored: merges[Q_PROJ.of_layer(1)](stored.T).T,
-    "twice": lambda merges, stored: merges[Q_PROJ.of_layer(1)](merges[Q_PROJ.of_layer(1)](stored)),
+    "forgotten": lambda merges, kernel: np.float32(kernel),
+    "another layer": lambda merges, kernel: merges[Q_PROJ.of_layer(0)].run(kernel),
+    "transposed": lambda merges, kernel: merges[Q_PROJ.of_layer(1)].run(kernel.T).T,
+    "twice": lambda merges, kernel: honest(merges, honest(merges, kernel)),
 }
 Q_PROJ = NAMES["layers.q_proj.kernel"]
+
+
+def honest(merges, kernel):
+    return merges[Q_PROJ.of_layer(1)].run(kernel)
 
 
 @pytest.mark.parametrize("wrong", WRONG_MERGES)
@@ -180,14 +185,12 @@ def test_a_merge_that_computes_something_else_is_not_kept(
     model = adapted(bfloat16.path, jnp.bfloat16)
     for adapter in adapters_of(model).values():
         adapter.lora_b[...] *= 0.05
-    honest = merged.merges_by_tensor
+    real = merged.merges_by_tensor
 
     def merges(model):
-        of_tensors = honest(model)
-        return {
-            **of_tensors,
-            Q_PROJ.of_layer(1): lambda stored: WRONG_MERGES[wrong](of_tensors, stored),
-        }
+        right = real(model)
+        run = partial(WRONG_MERGES[wrong], right)
+        return {**right, Q_PROJ.of_layer(1): merged.Merge(run, transposed=True)}
 
     assert dl.save_merged(model, tmp_path / "good", dtype=dtype).difference < 1e-5
     monkeypatch.setattr(merged, "merges_by_tensor", merges)
@@ -227,14 +230,14 @@ def test_what_is_there_is_not_touched(kind, model, tmp_path):
 def test_a_disk_full_half_way_leaves_nothing(model, tmp_path, monkeypatch):
     written = []
 
-    def save_file(tensors, path, metadata):
+    def write_tensors(path, entries, tensors):
         if written:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(path)
-        real(tensors, path, metadata=metadata)
+        real(path, entries, tensors)
 
-    real = merged.save_file
-    monkeypatch.setattr(merged, "save_file", save_file)
+    real = merged.write_tensors
+    monkeypatch.setattr(merged, "write_tensors", write_tensors)
     with pytest.raises(dl.InputError, match=r"out: could not be written.*No space left on device"):
         dl.save_merged(model, tmp_path / "out")
     assert written

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import Folder, model_folder
+from oracles import Folder, model_folder, randomized
 from safetensors.numpy import load_file, save_file
 
 import droplora_jax as dl
 from droplora_jax import hub
+from droplora_jax.buckets import BucketFile
 from droplora_jax.models import FAMILIES, Family
+from droplora_jax.models.decoder import Source
 from droplora_jax.models.family import rope_config
 from droplora_jax.models.llama import FAMILY
 from droplora_jax.sharding import MeshConfig, make_mesh
@@ -263,8 +266,141 @@ def test_a_missing_tensor(copy):
     index = json.loads(file.read_text())
     del index["weight_map"][TENSOR]
     file.write_text(json.dumps(index))
+    shard = next(file for file in shards(copy) if TENSOR in load_file(file))
+    with pytest.raises(dl.InputError, match=rf"{shard.name}: holds {TENSOR}, which is not listed"):
+        load(copy)
+    edit_tensors(shard, **{TENSOR.replace(".", "__"): None})
     with pytest.raises(dl.InputError, match=rf"copy: 1 tensor\(s\) missing, such as {TENSOR}"):
         load(copy)
+
+
+def test_a_tensor_in_two_shards(copy):
+    file = shard_of(copy, TENSOR)
+    other = next(shard for shard in shards(copy) if shard != file)
+    edit_tensors(other, **{TENSOR.replace(".", "__"): np.zeros((48, 32), np.float32)})
+    message = rf"{other.name}: holds {TENSOR}, which is in {file.name} by .*index\.json"
+    with pytest.raises(dl.InputError, match=message):
+        load(copy)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", 3])
+def test_an_index_that_names_a_file_elsewhere(copy, file):
+    path = copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][TENSOR] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(dl.InputError, match=rf"index\.json: names the file {file!r}"):
+        load(copy)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite(copy, value):
+    file = shard_of(copy, TENSOR)
+    wrong = np.zeros((48, 32), np.float32)
+    wrong[47, 31] = value
+    edit_tensors(file, **{TENSOR.replace(".", "__"): wrong})
+    with pytest.raises(dl.InputError, match=rf"{file.name}: {TENSOR} holds NaN or infinity"):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00003.safetensors"])
+def test_a_link_that_leads_outside_the_folder(copy, tmp_path, name):
+    name = name if name == "config.json" else shards(copy)[0].name
+    (copy / name).rename(tmp_path / "elsewhere")
+    (copy / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(dl.InputError, match=rf"{name}: a link to .*elsewhere.*Copy the file"):
+        load(copy)
+    (copy / name).unlink()
+    (tmp_path / "elsewhere").rename(copy / "within")
+    (copy / name).symlink_to(copy / "within")
+    load(copy)
+
+
+# The hub, as its cache is on a machine that is offline, and buckets.
+
+
+@pytest.fixture
+def cached(untied, tmp_path, monkeypatch):
+    """huggingface_hub's cache with two commits of one model, as it lies on the disk."""
+    repository = tmp_path / "models--owner--name"
+    for commit, scale in {"a" * 40: 1.0, "b" * 40: 2.0}.items():
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in untied.path.iterdir():
+            blob = repository / "blobs" / f"{commit[0]}-{file.name}"
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        norm = shard_of(snapshot, "model.norm.weight").resolve()
+        edit_tensors(norm, model__norm__weight=np.full(32, scale, np.float32))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("b" * 40)
+    (repository / "refs" / "old").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repository
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit", "scale"),
+    [(None, "b", 2), ("main", "b", 2), ("old", "a", 1), ("a" * 40, "a", 1)],
+)
+def test_a_hub_id_offline_and_pinned(cached, revision, commit, scale):
+    model = dl.load("owner/name", dtype=jnp.float32, revision=revision)
+    assert float(model.final_norm.scale[0]) == scale
+    # The commit, not the name that may move on.
+    assert model.source == Source("owner/name", commit * 40)
+    (cached / "refs" / "main").write_text("a" * 40)
+    assert hub.source_folder(model).name == commit * 40
+
+
+def test_a_revision_that_is_not_in_the_cache(cached):
+    with pytest.raises(dl.InputError, match=r"owner/name.*not to be had from the hub"):
+        dl.load("owner/name", revision="other")
+
+
+@pytest.fixture
+def bucket(untied, tmp_path, monkeypatch):
+    """A bucket in memory, and a home for what is fetched of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    for file in untied.path.iterdir():
+        memory.pipe_file(f"/models/tiny/{file.name}", file.read_bytes())
+    yield "memory://models/tiny"
+    memory.rm("/models", recursive=True)
+
+
+def test_a_bucket_is_read_by_ranges(untied, bucket, tmp_path, monkeypatch):
+    requests = []
+    real = BucketFile.range
+
+    def range_(self, start, stop):
+        requests.append((self._path, stop - start))
+        return real(self, start, stop)
+
+    monkeypatch.setattr(BucketFile, "range", range_)
+    theirs, ours = (dl.load(path, dtype=jnp.float32) for path in (untied.path, bucket))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(x)) for x in (theirs, ours)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding
+    sizes = {shard: file.stat().st_size for file in shards(untied.path) for shard in [file.name]}
+    for path, size in requests:
+        assert size < sizes[path.rsplit("/", 1)[-1]]
+    fetched = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert not any(name.endswith(".safetensors") for name in fetched)
+
+    adapted = randomized(dl.inject(ours, dl.DropLoRA(rank=2), key=dl.root_key(0)), size=0.1)
+    dl.save_merged(adapted, tmp_path / "out")
+    assert {file.name for file in shards(tmp_path / "out")} == sizes.keys()
+
+
+def test_buckets_that_cannot_be_read(bucket):
+    with pytest.raises(dl.InputError, match=r"memory://models/none: can't be read"):
+        dl.load("memory://models/none")
+    with pytest.raises(dl.InputError, match=r"gs://b/m: needs gcsfs: pip install gcsfs"):
+        dl.load("gs://b/m")
+    with pytest.raises(dl.InputError, match=r"no://b/m: .*[Pp]rotocol"):
+        dl.load("no://b/m")
 
 
 def test_a_tensor_that_its_shard_does_not_hold(copy):

@@ -7,7 +7,7 @@ that it makes) and one line in `ADAPTERS`.
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol, runtime_checkable
@@ -166,12 +166,23 @@ class Adapter(nnx.Module):
     def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
         raise NotImplementedError
 
-    def merged_kernel(self, kernel: Array, index: tuple[int, ...] = ()) -> Array:
+    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
         """The float32 kernel that replaces `kernel` at evaluation.
 
         `index` picks one layer of a stacked adapter, and `kernel` is that layer's.
         """
         raise NotImplementedError
+
+    def merger(self, sharding: Any = None) -> Callable[..., Array]:
+        """`merged_kernel(kernel, index)` compiled, as a function of `kernel, *index`."""
+        graphdef, factors, rest = nnx.split(self, nnx.LoRAParam, ...)
+
+        # The factors are arguments: as constants their product would be made by the compiler.
+        def merge(kernel, factors, index):
+            return nnx.merge(graphdef, factors, rest).merged_kernel(kernel, index)
+
+        compiled = jax.jit(merge, out_shardings=sharding)
+        return lambda kernel, *index: compiled(kernel, factors, index)
 
     @property
     def kernel(self) -> nnx.Variable:
@@ -183,8 +194,7 @@ class Adapter(nnx.Module):
         layer = nnx.merge(*nnx.split(self.base))
         kernel = getattr(layer, self.spec.attribute)
         value = kernel.get_value()
-        sharding = getattr(value, "sharding", None)  # a tracer has none
-        merged = jax.jit(self.merged_kernel, out_shardings=sharding)(value)
+        merged = self.merger(getattr(value, "sharding", None))(value)  # a tracer has none
         setattr(layer, self.spec.attribute, kernel.replace(merged.astype(value.dtype)))
         return layer
 

@@ -134,7 +134,7 @@ class DropLoRALinear(base.Adapter):
             dtype=h.dtype,
         )
 
-    def merged_kernel(self, kernel: Array, index: tuple[int, ...] = ()) -> Array:
+    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
         return lowrank.merged_kernel(
             kernel,
             self.lora_a[index or ...],

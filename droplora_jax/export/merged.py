@@ -1,10 +1,12 @@
-"""Base + adapters as a plain Hugging Face folder, written shard by shard and then verified."""
+"""Base + adapters as a plain Hugging Face folder, written tensor by tensor and then verified."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,22 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from droplora_jax import hub
 from droplora_jax.errors import InputError
 from droplora_jax.export.probe import probe
-from droplora_jax.files import atomic_folder, check_free, read_json, write_json
+from droplora_jax.files import atomic_folder, check_free, check_links, read_json, write_json
 from droplora_jax.models import FAMILIES, Decoder
 from droplora_jax.surgery import adapters_of
-from droplora_jax.weights import (
-    INDEX_FILE,
-    TensorFiles,
-    open_folder,
-)
+from droplora_jax.tensors import is_finite, write_tensors
+from droplora_jax.weights import INDEX_FILE, Each, TensorFiles, open_folder, turned
 
 # What is carried over from the base beside the weights.
 CARRIED = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*")
+REPORT_FILE = "droplora_merge.json"  # what the folder is, and what was verified
+WORST = 3  # tensors that are named
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,13 @@ class MergeReport:
             f"{self.folder}: {self.merged} of {self.tensors} tensors merged; read back bit for "
             f"bit; float32 logits differ from those of base + adapter by {self.difference:.1e}"
         )
-        name, worst = self.rounding[0] if self.rounding else ("", 0.0)
+        worst = [f"{name} {loss:.1e}" for name, loss in self.rounding[:WORST] if loss]
         if worst:
-            text += f"; rounding took at most {worst:.1e} of the adapter (relative; {name})"
+            median = float(np.median([loss for _, loss in self.rounding]))
+            text += (
+                f"\nrounding to the stored dtype took {median:.1e} of the adapter (relative, "
+                f"median of the tensors), at most: {', '.join(worst)}"
+            )
         return text
 
 
@@ -62,10 +66,11 @@ def save_merged(
 ) -> MergeReport:
     """Write the merged model as a Hugging Face folder.
 
-    The base's own shards are read again, one in memory at a time, so `model` needs its adapters
-    but no base weights. The sum is made in float32 and cast once, to the base's stored dtype or
-    to `dtype`. The folder appears under its name only when complete, read back bit for bit, and
-    found to compute what base + adapter do (`probe`, which holds one layer in float32).
+    The base's own shards are read again, one tensor in memory at a time, so `model` needs its
+    adapters but no base weights. The sum is made in float32 and cast once, to the base's stored
+    dtype or to `dtype`. The folder appears under its name only when complete, read back bit for
+    bit, and found to compute what base + adapter do (`probe`, which holds one layer in float32).
+    `droplora_merge.json` in it keeps the report.
 
     Raises:
       InputError: an output folder that holds something, a value that is not finite, no space.
@@ -73,108 +78,140 @@ def save_merged(
     folder = Path(folder)
     check_free(folder)
     base_folder = hub.source_folder(model)
-    base = open_folder(base_folder)
-    merges = merges_by_tensor(model)
-    rounding: dict[str, float] = {}
-    total_size = 0
-    with atomic_folder(folder) as temporary:
+    base, merges = open_folder(base_folder), merges_by_tensor(model)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_folder(folder) as temporary:
+        merge = _Merging(base, merges, dtype, pool.map)
         for shard, names in base.shards().items():
-            tensors = dict(_merged_shard(base, names, merges, dtype, rounding))
-            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
-            _verify(temporary / shard.name, tensors)
-            total_size += sum(tensor.nbytes for tensor in tensors.values())
-            del tensors
+            merge.write(temporary / shard, names)
         _carry_over(base_folder, temporary, dtype)
         if (base_folder / INDEX_FILE).exists():
-            weight_map = {name: file.name for name, file in base.files.items()}
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            weight_map = {name: Path(file).name for name, file in base.files.items()}
+            index = {"metadata": {"total_size": merge.written}, "weight_map": weight_map}
             write_json(temporary / INDEX_FILE, index)
-        difference = probe(model, partial(_less_rounding, base, merges, dtype), temporary)
-    worst_first = sorted(rounding.items(), key=lambda item: -item[1])
-    return MergeReport(folder, len(base.files), len(merges), tuple(worst_first), difference)
+        report = MergeReport(
+            folder=folder,
+            tensors=len(base.files),
+            merged=len(merges),
+            rounding=tuple(sorted(merge.rounding.items(), key=lambda item: -item[1])),
+            difference=probe(model, merge.less_rounding, temporary, pool.map),
+        )
+        write_json(temporary / REPORT_FILE, _as_json(report, model))
+    return report
 
 
-Merge = Callable[[np.ndarray], np.ndarray]
+def _as_json(report: MergeReport, model: Decoder) -> dict:
+    source = model.source
+    return {
+        "format_version": 1,
+        "base": source.path if source else None,
+        "base_revision": source.revision if source else None,
+        "logits_difference": report.difference,
+        "rounding": dict(report.rounding),
+    }
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What an adapter makes of one stored tensor.
+
+    Attributes:
+      run: the kernel as the model has it to the kernel with its adapter, in float32.
+      transposed: the kernel is the transpose of what is stored.
+    """
+
+    run: Callable[[np.ndarray], np.ndarray]
+    transposed: bool
 
 
 def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
-    """For every stored tensor with an adapter: stored value to float32 merge, as stored."""
+    """The merge of every stored tensor that has an adapter."""
     names = FAMILIES[model.config.family].tensor_names(model.config)
     merges: dict[str, Merge] = {}
     for path, adapter in adapters_of(model).items():
         name = names[f"{path}.{adapter.spec.attribute}"]
-        merge = jax.jit(adapter.merged_kernel, static_argnums=1)
+        merger = adapter.merger()
+
+        def run(kernel, layer, merger=merger):
+            return np.asarray(merger(kernel, layer))
+
         for layer in range(model.config.layers):
-            merges[name.of_layer(layer)] = _as_stored(merge, layer, name.transposed)
+            merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
     return merges
 
 
-def _as_stored(merge: Callable, layer: int, transposed: bool) -> Merge:
-    def run(stored: np.ndarray) -> np.ndarray:
-        kernel = stored.T if transposed else stored
-        merged = np.asarray(merge(jnp.asarray(kernel), (layer,)))
-        return merged.T if transposed else merged
+@dataclass
+class _Merging:
+    """A base on its way into a merged folder; what is seen on the way is kept for the report."""
 
-    return run
+    base: TensorFiles
+    merges: dict[str, Merge]
+    dtype: DTypeLike | None
+    each: Each
+    rounding: dict[str, float] = field(default_factory=dict)
+    written: int = 0  # bytes
 
+    def target(self, name: str) -> np.dtype:
+        return np.dtype(self.dtype or self.base.dtype(name))
 
-def _merged_shard(
-    base: TensorFiles,
-    names: list[str],
-    merges: dict[str, Merge],
-    dtype: DTypeLike | None,
-    rounding: dict[str, float],
-) -> Iterator[tuple[str, np.ndarray]]:
-    for name in names:
-        stored = base.read(name)
-        target = np.dtype(dtype or stored.dtype)
-        if name not in merges:
-            yield name, np.ascontiguousarray(stored.astype(target))
-            continue
-        merged = merges[name](stored)
+    def write(self, file: Path, names: list[str]) -> None:
+        """Write one shard."""
+        entries = {name: (self.target(name), self.base.shape(name)) for name in names}
+        write_tensors(file, entries, map(self._merged, names))
+
+    def _merged(self, name: str) -> np.ndarray:
+        target, merge = self.target(name), self.merges.get(name)
+        kernel = self._read(name, merge is not None and merge.transposed)
+        merged = kernel if merge is None else merge.run(kernel)
         with np.errstate(over="ignore"):
-            out = np.ascontiguousarray(merged.astype(target))
-        if not np.isfinite(out).all():
+            out = merged.astype(target, copy=False)
+        if not is_finite(out):
             raise InputError(
-                f"{base.files[name]}: {name} is not finite once the adapter is merged into "
+                f"{self.base.files[name]}: {name} is not finite once the adapter is merged into "
                 f"{target.name}; the base or the adapter holds NaN, infinity or values too large"
             )
-        rounding[name] = _rounding_loss(stored, merged, out)
-        yield name, out
+        if merge is not None:
+            self.rounding[name] = float(_rounding_loss(kernel, merged, out))
+            out = turned(out, self.each) if merge.transposed else out
+        self.written += out.nbytes
+        return out
+
+    def less_rounding(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray:
+        """A base tensor in float32, less what the cast of its merge takes: see `probe`."""
+        target, merge = self.target(name), self.merges.get(name)
+        if merge is None:
+            kernel = self._read(name, transposed, index)
+            return kernel.astype(target, copy=False).astype(np.float32, copy=False)
+        kernel = self._read(name, merge.transposed)
+        merged = merge.run(kernel)
+        out = np.asarray(_less_rounding(kernel, merged, merged.astype(target)))
+        return (out if merge.transposed == transposed else out.T)[index]
+
+    def _read(self, name: str, transposed: bool, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self.base.read(name, index, transposed=transposed, each=self.each)
 
 
-def _less_rounding(
-    base: TensorFiles, merges: dict[str, Merge], dtype: DTypeLike | None, name: str
-) -> np.ndarray:
-    """A base tensor in float32, less what the cast of its merge takes: see `probe`."""
-    stored = base.read(name)
-    target = np.dtype(dtype or stored.dtype)
-    if name not in merges:
-        return stored.astype(target).astype(np.float32)
-    merged = merges[name](stored)
-    return stored.astype(np.float32) + (merged.astype(target).astype(np.float32) - merged)
+@jax.jit
+def _rounding_loss(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.Array:
+    """||stored delta - delta|| / ||delta||; 0 of an adapter that does nothing."""
+    size = jnp.linalg.norm(merged - kernel.astype(jnp.float32))
+    return jnp.linalg.norm(out.astype(jnp.float32) - merged) / jnp.where(size, size, 1.0)
 
 
-def _rounding_loss(stored: np.ndarray, merged: np.ndarray, out: np.ndarray) -> float:
-    delta = merged - stored.astype(np.float32)
-    size = float(np.linalg.norm(delta))
-    return float(np.linalg.norm(out.astype(np.float32) - merged)) / size if size else 0.0
-
-
-def _verify(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Read a shard back and compare every tensor's bytes."""
-    written = TensorFiles({name: file for name in tensors})
-    for name, expected in tensors.items():
-        actual = written.read(name)
-        if actual.dtype != expected.dtype or actual.tobytes() != expected.tobytes():
-            raise OSError(f"{name} was not read back from {file.name} as it was written")
+@jax.jit
+def _less_rounding(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.Array:
+    return kernel.astype(jnp.float32) + (out.astype(jnp.float32) - merged)
 
 
 def _carry_over(source: Path, target: Path, dtype: DTypeLike | None) -> None:
+    check_links(source, CARRIED)
     for pattern in CARRIED:
         for file in source.glob(pattern):
             # An index names files; the merged folder has its own, or none.
-            if file.is_file() and not file.name.endswith(".index.json"):
+            # (And a merge report is of the folder that it stands in.)
+            own = file.name.endswith(".index.json") or file.name == REPORT_FILE
+            if file.is_file() and not own:
                 shutil.copyfile(file, target / file.name)
     if dtype is not None:
         config = read_json(target / "config.json")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,23 @@ from droplora_jax.models import FAMILIES, Decoder, TensorName
 from droplora_jax.models.decoder import Layer, run_layers
 from droplora_jax.sharding import make_mesh
 from droplora_jax.surgery import dotted, view
-from droplora_jax.weights import open_folder
+from droplora_jax.weights import Each, open_folder
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
 SHAPE = (2, 32)  # rows and positions of the probe
 VOCAB_CHUNK = 16_384  # rows of the head that are float32 at a time
 
-Read = Callable[[str], np.ndarray]  # a stored tensor by its name, in float32
+
+@runtime_checkable
+class Read(Protocol):
+    """A stored tensor by its name, a slice of it, or its transpose, in float32."""
+
+    def __call__(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray: ...
 
 
-def probe(model: Decoder, reference: Read, folder: Path) -> float:
+def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> float:
     """Compare the logits of `folder` with those of `model`'s own forward pass, adapters beside.
 
     Args:
@@ -35,6 +42,7 @@ def probe(model: Decoder, reference: Read, folder: Path) -> float:
       reference: the base's tensors, those with an adapter shifted by what the cast of their merge
         to the stored dtype took, so that rounding does not hide a merge that is wrong.
       folder: what was exported.
+      each: a `map` to read with, such as that of a pool of threads.
 
     Returns:
       ||a - b|| / ||b|| of the logits on random tokens.
@@ -47,9 +55,13 @@ def probe(model: Decoder, reference: Read, folder: Path) -> float:
         config, mesh=make_mesh(devices=jax.local_devices()[:1]), dtype=jnp.float32
     )
     stored = open_folder(folder)
+
+    def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
+        return stored.read(name, index, dtype=np.float32, transposed=transposed, each=each)
+
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, SHAPE)
     expected = _logits(model, reference, tokens)
-    actual = _logits(plain, lambda name: stored.read(name).astype(np.float32), tokens)
+    actual = _logits(plain, exported, tokens)
     difference = float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
     if not difference <= TOLERANCE:
         raise InputError(
@@ -72,17 +84,18 @@ def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
     def run(layer: nnx.State, x_BTD: jax.Array, window: jax.Array | None) -> jax.Array:
         return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)
 
-    embedding_VD = read(names["embed.embedding"].pattern)
-    x_BTD = jnp.asarray(embedding_VD[tokens_BT])
+    embedding = names["embed.embedding"].pattern
+    rows = [read(embedding, (slice(token, token + 1),)) for token in tokens_BT.flat]
+    x_BTD = jnp.asarray(np.concatenate(rows).reshape(*tokens_BT.shape, -1))
     windows_L = config.windows_L
     for layer in range(config.layers):
         window = None if windows_L is None else windows_L[layer : layer + 1]
         x_BTD = run(_one_layer(state, names, layer, read), x_BTD, window)
     scale_D = jnp.asarray(read(names["final_norm.scale"].pattern))
     x_BTD = ops.rms_norm(x_BTD, scale_D, config.norm_epsilon)
-    head_VD = embedding_VD if config.tie_embeddings else read(names["lm_head.kernel"].pattern)
-    chunks = range(0, config.vocab_size, VOCAB_CHUNK)
-    return np.concatenate([x_BTD @ head_VD[v : v + VOCAB_CHUNK].T for v in chunks], axis=-1)
+    head = embedding if config.tie_embeddings else names["lm_head.kernel"].pattern
+    chunks = [slice(v, v + VOCAB_CHUNK) for v in range(0, config.vocab_size, VOCAB_CHUNK)]
+    return np.concatenate([x_BTD @ read(head, (chunk,)).T for chunk in chunks], axis=-1)
 
 
 def _one_layer(
@@ -96,8 +109,7 @@ def _one_layer(
         if isinstance(variable, nnx.LoRAParam):
             return variable.replace(jax.device_get(variable.get_value()[layer : layer + 1]))
         name = names["layers." + dotted(path).replace(".base.", ".")]
-        tensor = read(name.of_layer(layer))
-        return variable.replace((tensor.T if name.transposed else tensor)[None])
+        return variable.replace(read(name.of_layer(layer), transposed=name.transposed)[None])
 
     return nnx.map_state(fill, stack)
 
