@@ -13,7 +13,7 @@ checkpoints (`checkpoint.py`), the loop (`train.py`), a run's configuration (`ru
 command line (`cli.py`).
 """
 
-from droplora_jax.adapters import DropLoRA, LinearSpec, MaskKey, linear_spec
+from droplora_jax.adapters import DoRA, DropLoRA, LinearSpec, MaskKey, linear_spec
 from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
@@ -22,6 +22,7 @@ from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.surgery import draw, inject, masked, merge, split
 
 __all__ = [
+    "DoRA",
     "DropLoRA",
     "InputError",
     "LinearSpec",

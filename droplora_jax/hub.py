@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from numpy.typing import DTypeLike
 
 from droplora_jax import buckets
+from droplora_jax.adapters.targets import dotted
 from droplora_jax.errors import InputError
 from droplora_jax.files import check_links, read_json
 from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
 from droplora_jax.models.decoder import LOGICAL_AXES
 from droplora_jax.sharding import make_mesh, named_sharding
-from droplora_jax.surgery import dotted
 from droplora_jax.weights import Each, TensorFiles, open_folder
 
 # The files of a hub repository that are fetched: no pickles, no other frameworks' weights.

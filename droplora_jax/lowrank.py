@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from droplora_jax import ops
 
@@ -39,6 +39,7 @@ def rank_mask(
     sampler: Sampler,
     rescale: bool,
     dtype: Any,
+    rank: Int[Array, ""] | None = None,
 ) -> Float[Array, "*mask"]:
     """Draw the mask `m` that multiplies `x @ A`; 0 where a rank is dropped.
 
@@ -51,6 +52,8 @@ def rank_mask(
       sampler: `bernoulli` keeps each rank with probability 1 - p; `exact` keeps
         round((1 - p) * R) of them, uniformly chosen.
       rescale: scale what is kept by 1 / (1 - p).
+      rank: the ranks that are there, where R is padded to that of other layers; `exact` counts
+        and keeps only these.
 
     Returns:
       A mask that broadcasts against `shape`.
@@ -60,7 +63,7 @@ def rank_mask(
 
     def sample(key: Array) -> Array:
         if sampler == "exact":
-            return _keep_exactly(key, own_shape, drop_rate)
+            return _keep_exactly(key, own_shape, drop_rate, rank)
         return _random_halves(key, own_shape) >= threshold
 
     for _ in range(mask_key.ndim):
@@ -81,11 +84,19 @@ def _random_halves(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :rank]
 
 
-def _keep_exactly(key: Array, shape: tuple[int, ...], drop_rate: float) -> Bool[Array, "... R"]:
+def _keep_exactly(
+    key: Array, shape: tuple[int, ...], drop_rate: float, rank: Array | None
+) -> Bool[Array, "... R"]:
     bits = jax.random.bits(key, shape, jnp.uint32)
+    kept: int | Array = kept_ranks(shape[-1], drop_rate)
+    if rank is not None:
+        counts = [kept_ranks(there, drop_rate) for there in range(shape[-1] + 1)]
+        kept = jnp.asarray(counts, jnp.int32)[rank]
+        padding = jnp.arange(shape[-1]) >= rank
+        bits = jnp.where(padding, jnp.uint32(2**32 - 1), bits)  # and the sort is stable
     # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
     order = jnp.argsort(jnp.argsort(bits, axis=-1), axis=-1)
-    return order < kept_ranks(shape[-1], drop_rate)
+    return order < kept
 
 
 def compress(
@@ -105,7 +116,7 @@ def lowrank_delta(
     h: Float[Array, "..."],
     b: Float[Array, "..."],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     mask: Float[Array, "..."] | None = None,
     up: str = "...r,ro->...o",
 ) -> Float[Array, "..."]:
@@ -120,7 +131,7 @@ def merged_kernel(
     a: Float[Array, "..."],
     b: Float[Array, "..."],
     *,
-    scale: float,
+    scale: float | Float[Array, "..."],
     product: str = "ir,ro->io",
 ) -> Float[Array, "..."]:
     """`W + scale * A @ B` in float32, for a single cast to the final dtype by the caller."""

@@ -11,8 +11,6 @@ a module another variable rather than set the value of one in place.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
@@ -21,22 +19,18 @@ from jaxtyping import Array, Int, Key
 
 from droplora_jax import prng
 from droplora_jax.adapters.base import (
-    NAMED_TARGETS,
     Adapter,
     AdapterConfig,
     MaskKey,
-    Path,
     is_linear,
     linear_spec,
+    stack_of,
 )
+from droplora_jax.adapters.targets import Path, check_patterns, dotted, layer_names, select
+from droplora_jax.adapters.whole import plain, train_whole
 from droplora_jax.errors import InputError
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-
-def linear_paths(model: nnx.Module) -> list[Path]:
-    """The paths of all layers that can be adapted, in the order of the module graph."""
-    return [path for path, node in nnx.iter_graph(model) if is_linear(node)]
 
 
 def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
@@ -44,16 +38,12 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     return {dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, Adapter)}
 
 
-def dotted(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
 def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model:
     """Wrap every targeted linear layer in an adapter.
 
     Args:
       model: any nnx module; layers may be in a list, or stacked with leading axes.
-      config: which layers and which adapter, such as `DropLoRA`.
+      config: which layers and which adapter, such as `DropLoRA`; and what is trained whole.
       key: the root of the initial values, which depend on it, the path and the layer index only.
 
     Raises:
@@ -65,35 +55,21 @@ def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model
             f"the model has adapters already ({next(iter(present))}, {len(present)} in all): "
             "merge(model) first, or inject into the plain model"
         )
-    chosen = select(linear_paths(model), config.targets)
+    model = view(model)
+    linear = {path: node for path, node in nnx.iter_graph(model) if is_linear(node)}
+    stacks = {path: stack_of(node) for path, node in linear.items()}
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
+    chosen = select(stacks, targets, config.exclude)
+    check_patterns(config.patterns, {path: layer_names(path, stacks[path]) for path in chosen})
+    specs = {path: linear_spec(linear[path]) for path in chosen}
+    train_whole(model, config.train_whole, {(*path, specs[path].attribute) for path in chosen})
 
     def wrap(path: Path, node: Any) -> Any:
         if path not in chosen:
             return node
-        return config.adapt(node, linear_spec(node), path, key)
+        return config.adapt(node, specs[path], path, key, chosen[path])
 
-    return nnx.recursive_map(wrap, view(model))
-
-
-def select(paths: Sequence[Path], targets: str | Sequence[str]) -> set[Path]:
-    """The paths that the patterns match; each pattern must match at least one."""
-    chosen: set[Path] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        try:
-            pattern = re.compile(NAMED_TARGETS.get(target, target))
-        except re.error as error:
-            raise InputError(
-                f"adapter.targets={target!r}: not a regular expression ({error})"
-            ) from error
-        matched = {path for path in paths if pattern.search(dotted(path))}
-        if not matched:
-            names = ", ".join(map(dotted, paths[:20])) + (", ..." if len(paths) > 20 else "")
-            raise InputError(
-                f"adapter.targets={target!r} matches no module; "
-                f"linear modules are {names or 'none'} ({len(paths)} in all)"
-            )
-        chosen |= matched
-    return chosen
+    return nnx.recursive_map(wrap, model)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
@@ -172,7 +148,9 @@ def merge(model: Model) -> Model:
     def unwrap(path: Path, node: Any) -> Any:
         return node.merged() if isinstance(node, Adapter) else node
 
-    return nnx.recursive_map(unwrap, view(model))
+    merged = nnx.recursive_map(unwrap, view(model))
+    plain(merged)
+    return merged
 
 
 def view(model: Model) -> Model:

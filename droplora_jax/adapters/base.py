@@ -7,7 +7,7 @@ that it makes) and one line in `ADAPTERS`.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Protocol, runtime_checkable
@@ -18,12 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from droplora_jax.adapters.targets import Path
 from droplora_jax.errors import InputError
-
-Path = tuple[Any, ...]  # attribute names and list indices
-
-# `paper`: the layers that the published numbers adapt, not the attention output and not the gate.
-NAMED_TARGETS = {"paper": r"(^|\.)(q|k|v|up|down)_proj$", "all-linear": r""}
 
 
 class MaskKey(nnx.Variable):
@@ -206,9 +202,41 @@ class AdapterConfig(Protocol):
     @property
     def targets(self) -> str | tuple[str, ...]: ...
 
-    def adapt(self, layer: nnx.Module, spec: LinearSpec, path: Path, key: Array) -> Adapter:
-        """Wrap one layer. `key` is the run's `init_key`; fold the path into it."""
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
+
+    @property
+    def train_whole(self) -> tuple[str, ...]: ...
+
+    @property
+    def patterns(self) -> Mapping[str, tuple[str, ...]]:
+        """The patterns of each further option, which have to match something."""
         ...
+
+    def adapt(
+        self,
+        layer: nnx.Module,
+        spec: LinearSpec,
+        path: Path,
+        key: Array,
+        chosen: Sequence[bool] | None = None,
+    ) -> Adapter:
+        """Wrap one layer.
+
+        Args:
+          key: the run's `init_key`; fold the path into it.
+          chosen: of a stack, which of its layers have an adapter; all of them by default.
+        """
+        ...
+
+
+def stack_of(layer: nnx.Module) -> tuple[int, ...]:
+    """The leading axes of a linear layer's kernel; none for a layer that can't be adapted."""
+    try:
+        spec = linear_spec(layer)
+    except InputError:
+        return ()
+    return spec.stack(getattr(layer, spec.attribute).get_value())
 
 
 def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
@@ -249,15 +277,34 @@ def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def letters_sharding(kernel: Any, spec: LinearSpec, letters: str) -> Any:
+    """Where an array of some of the kernel's letters lies: as the kernel does."""
+    sharding = getattr(kernel, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
+    stack = len(spec.stack(kernel))
+    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
+    return NamedSharding(
+        sharding.mesh, PartitionSpec(*entries[:stack], *map(by_letter.get, letters))
+    )
+
+
+def letters_shape(kernel: Any, spec: LinearSpec, letters: str, **sizes: int) -> tuple[int, ...]:
+    """The shape of an array of some letters, stack axes in front; `sizes` of further letters."""
+    stack = spec.stack(kernel)
+    sizes |= dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
+    return stack + tuple(sizes[c] for c in letters)
+
+
 def factor_shapes(
     kernel: Any, spec: LinearSpec, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for one kernel, stack axes in front."""
-    stack = spec.stack(kernel)
-    sizes = dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
-    sizes[spec.rank] = rank
-    a, b = (stack + tuple(sizes[c] for c in letters) for letters in (spec.a, spec.b))
-    return a, b
+    of_a, of_b = (
+        letters_shape(kernel, spec, letters, **{spec.rank: rank}) for letters in (spec.a, spec.b)
+    )
+    return of_a, of_b
 
 
 def place(make: Any, sharding: Any) -> Array:

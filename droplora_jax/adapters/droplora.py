@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
 from droplora_jax.adapters import base
+from droplora_jax.adapters.targets import Path, Patterns, layer_names
 from droplora_jax.errors import InputError
 
 
@@ -29,7 +32,13 @@ class DropLoRA:
       sampler: `bernoulli`, or `exact`: always round((1 - drop_rate) * rank) ranks kept.
       rescale: scale the kept ranks by 1 / (1 - drop_rate) in training.
       targets: `paper` (q, k, v, up, down), `all-linear`, or regular expressions searched in the
-        dotted path of a linear layer; every one of them must match.
+        names of the linear layers (`layers.q_proj`; `layers.3.q_proj` is one of a stack); every
+        one of them must match.
+      exclude: patterns of layers that are left alone although they are targets.
+      rank_stabilized: the branch is scaled by alpha / sqrt(rank) (arXiv 2312.03732).
+      rank_pattern, alpha_pattern: other values by pattern; the first that matches counts.
+      train_whole: patterns of parameters of the base that are trained too, such as `lm_head` or
+        `bias$`, searched in their paths (`layers.q_proj.bias`).
     """
 
     kind: Literal["droplora"] = "droplora"
@@ -40,12 +49,21 @@ class DropLoRA:
     sampler: lowrank.Sampler = "bernoulli"
     rescale: bool = True
     targets: str | tuple[str, ...] = "paper"
+    exclude: tuple[str, ...] = ()
+    rank_stabilized: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    train_whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"adapter.rank={self.rank}: must be at least 1")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise InputError(f"adapter.alpha={self.alpha}: must be a positive number")
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, Patterns(getattr(self, name)))
+        for name, rank in {"": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise InputError(f"{_key('rank', name)}={rank}: must be at least 1")
+        for name, alpha in {"": self.alpha, **self.alpha_pattern}.items():
+            if not (alpha > 0 and math.isfinite(alpha)):
+                raise InputError(f"{_key('alpha', name)}={alpha}: must be a positive number")
         if not 0 <= self.drop_rate < 1:
             raise InputError(
                 f"adapter.drop_rate={self.drop_rate}: must be at least 0 (plain LoRA) and below 1 "
@@ -55,58 +73,134 @@ class DropLoRA:
             raise InputError(
                 f"adapter.targets={self.targets!r}: must name what to adapt, such as 'paper'"
             )
-        if self.sampler == "exact" and lowrank.kept_ranks(self.rank, self.drop_rate) < 1:
+        smallest = min([self.rank, *self.rank_pattern.values()])
+        if self.sampler == "exact" and lowrank.kept_ranks(smallest, self.drop_rate) < 1:
             raise InputError(
                 f"adapter.drop_rate={self.drop_rate} with sampler 'exact' keeps no rank of "
-                f"{self.rank}: lower drop_rate or raise rank"
+                f"{smallest}: lower drop_rate or raise rank"
             )
 
     @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(getattr(self, name)) for name in ("rank_pattern", "alpha_pattern")}
 
     def adapt(
-        self, layer: nnx.Module, spec: base.LinearSpec, path: base.Path, key: Array
+        self,
+        layer: nnx.Module,
+        spec: base.LinearSpec,
+        path: Path,
+        key: Array,
+        chosen: Sequence[bool] | None = None,
     ) -> DropLoRALinear:
-        return DropLoRALinear(layer, spec, self, prng.fold_path(key, path))
+        names = layer_names(path, base.stack_of(layer))
+        branches = self.branches(names, chosen)
+        return self.linear()(layer, spec, self, branches, prng.fold_path(key, path))
+
+    def linear(self) -> type[DropLoRALinear]:
+        """The kind of layer that this configuration makes."""
+        return DropLoRALinear
+
+    def branches(
+        self, names: Sequence[tuple[str, ...]], chosen: Sequence[bool] | None = None
+    ) -> tuple[Branch, ...]:
+        """Rank and scale of every layer of a stack; rank 0 of one that is not chosen."""
+        rank_of, alpha_of = Patterns(self.rank_pattern), Patterns(self.alpha_pattern)
+        branches = []
+        for layer, there in zip(names, chosen or [True] * len(names), strict=True):
+            rank = rank_of.of(layer, self.rank)
+            alpha = float(alpha_of.of(layer, self.alpha))
+            scale = alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+            branches.append(Branch(rank, alpha, scale) if there else Branch(0, alpha, 0.0))
+        return tuple(branches)
+
+
+def _key(name: str, pattern: str) -> str:
+    return f"adapter.{name}_pattern.{pattern}" if pattern else f"adapter.{name}"
+
+
+class Branch(NamedTuple):
+    """The branch beside one layer."""
+
+    rank: int
+    alpha: float
+    scale: float
+
+
+class PerLayer(nnx.Variable):
+    """A number for every layer of a stack, [*stack], that runs through its scan with the layer."""
 
 
 class DropLoRALinear(base.Adapter):
     """`y = base(x) + scale * ((x @ A) * m) @ B`, with no mask while `mask_key` is empty.
 
     A [*stack, *in, R] starts Kaiming-uniform as a PyTorch linear layer does, B [*stack, R, *out]
-    at zero, so the model is unchanged at first. Both are float32 and lie as the kernel does.
+    at zero, so the model is unchanged at first. Both are float32 and lie as the kernel does. Where
+    the layers of a stack differ in rank, R is the largest, and the factors are zero beyond a
+    layer's own: so are their gradients.
     """
 
     def __init__(
-        self, layer: nnx.Module, spec: base.LinearSpec, config: DropLoRA, key: Array
+        self,
+        layer: nnx.Module,
+        spec: base.LinearSpec,
+        config: DropLoRA,
+        branches: tuple[Branch, ...],
+        key: Array,
     ) -> None:
         self.base = layer
         self.spec = spec
         self.config = config
+        self.branches = branches
         kernel = self.kernel.get_value()  # an array, or only its shape and sharding
         stack = spec.stack(kernel)
-        a_shape, b_shape = base.factor_shapes(kernel, spec, config.rank)
+        a_shape, b_shape = base.factor_shapes(kernel, spec, self.rank)
         a_sharding, b_sharding = base.factor_shardings(kernel, spec)
         init_a = _kaiming_uniform(key, stack, a_shape[len(stack) :], len(spec.batched))
-        self.lora_a = nnx.LoRAParam(base.place(init_a, a_sharding))
+        self.lora_a = nnx.LoRAParam(base.place(lambda: init_a() * self._there(), a_sharding))
         self.lora_b = nnx.LoRAParam(base.place(lambda: jnp.zeros(b_shape), b_sharding))
         self.mask_key = base.MaskKey(
             jnp.broadcast_to(prng.root_key(0), (*stack, 0)),
             stack=stack,
             granularity=config.granularity if config.drop_rate > 0 else None,
         )
+        # Only where they differ: a number in the program costs nothing.
+        self.scales = self.ranks = None
+        if len(set(branches)) > 1:
+            self.scales = PerLayer(np.float32([b.scale for b in branches]).reshape(stack))
+            self.ranks = PerLayer(np.int32([b.rank for b in branches]).reshape(stack))
+
+    @property
+    def rank(self) -> int:
+        """R of the factors: the largest of the layers' ranks."""
+        return max(branch.rank for branch in self.branches)
+
+    def _there(self) -> Array:
+        """1 for the ranks that a layer has, 0 for padding: [*stack, 1..., R]."""
+        kernel = self.kernel.get_value()
+        stack = self.spec.stack(kernel)
+        ranks = np.reshape([b.rank for b in self.branches], (*stack, *[1] * len(self.spec.a)))
+        return jnp.asarray(np.arange(self.rank) < ranks, jnp.float32)
+
+    def _scale(self, index: tuple[Any, ...] = (), letters: str = "") -> float | Array:
+        """The scale, to multiply what has `letters` after the axes of the stack."""
+        if self.scales is None:
+            return self.branches[0].scale
+        scales = self.scales[index or ...]
+        return scales.reshape(scales.shape + (1,) * len(letters))
 
     def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
         """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
         y = self.base(x, *args, **kwargs)
+        return y + self.delta(x, y, h)
+
+    def delta(self, x: Array, y: Array, h: Array | None) -> Array:
+        """The branch beside `y = base(x)`, in its dtype."""
         if h is None:
             x = self.spec.arrange(x).astype(y.dtype)
             (h,) = lowrank.compress(x, self.lora_a[...], down=self.spec.down)
-        delta = lowrank.lowrank_delta(
-            h, self.lora_b[...], scale=self.config.scale, mask=self._mask(h), up=self.spec.up
+        return lowrank.lowrank_delta(
+            h, self.lora_b[...], scale=self._scale(), mask=self._mask(h), up=self.spec.up
         )
-        return y + delta
 
     @property
     def shared_factor(self) -> Array | None:
@@ -132,6 +226,7 @@ class DropLoRALinear(base.Adapter):
             sampler=config.sampler,
             rescale=config.rescale,
             dtype=h.dtype,
+            rank=None if self.ranks is None else self.ranks[...],
         )
 
     def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
@@ -139,7 +234,7 @@ class DropLoRALinear(base.Adapter):
             kernel,
             self.lora_a[index or ...],
             self.lora_b[index or ...],
-            scale=self.config.scale,
+            scale=self._scale(index, self.spec.kernel),
             product=self.spec.product,
         )
 

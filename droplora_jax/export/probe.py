@@ -13,11 +13,12 @@ from flax import nnx
 
 from droplora_jax import hub, ops, rope
 from droplora_jax.adapters.base import MaskKey
+from droplora_jax.adapters.targets import dotted
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder, TensorName
 from droplora_jax.models.decoder import Layer, run_layers
 from droplora_jax.sharding import make_mesh
-from droplora_jax.surgery import dotted, view
+from droplora_jax.surgery import view
 from droplora_jax.weights import Each, open_folder
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6

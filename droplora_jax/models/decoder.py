@@ -127,7 +127,12 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (width, vocab_size), dtype))
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return x_BTD @ self.kernel[...]
+        return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
+
+
+def _as_input(arrays: tuple[Array, ...], **_: Any) -> tuple[Array | None, ...]:
+    """The computation is in the dtype of the activations, whatever that of a trained parameter."""
+    return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
 
 
 class Layer(nnx.Module):
@@ -135,9 +140,13 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
         def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
-            # No dtype of the computation: it is that of the weights.
             return nnx.Linear(
-                features_in, features_out, use_bias=bias, param_dtype=dtype, rngs=rngs
+                features_in,
+                features_out,
+                use_bias=bias,
+                param_dtype=dtype,
+                promote_dtype=_as_input,
+                rngs=rngs,
             )
 
         c = config
@@ -188,6 +197,7 @@ class Decoder(nnx.Module):
     """A causal language model: `model(tokens, *, positions=None, segment_ids=None) -> logits`.
 
     Attributes:
+      dtype: of the activations, and of the weights that are not trained.
       source: where the weights came from, for the exporters.
     """
 
@@ -207,6 +217,7 @@ class Decoder(nnx.Module):
             return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs)
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
+        self.dtype = jnp.dtype(dtype)
         self.embed = nnx.Embed(
             config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
@@ -243,7 +254,8 @@ class Decoder(nnx.Module):
             positions = ops.positions_in_segments(segments)
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
         # Gathered along its width first: the compiler can't move a sharded width to the batch.
-        table_VD = constrain(self.embed.embedding[...], ("vocab", None), self.mesh)
+        table_VD = self.embed.embedding[...].astype(self.dtype)
+        table_VD = constrain(table_VD, ("vocab", None), self.mesh)
         x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
         windows_L = self.config.windows_L
         x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, windows_L, remat=self.remat)
@@ -252,7 +264,7 @@ class Decoder(nnx.Module):
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Project hidden states to the vocabulary."""
         if self.config.tie_embeddings:
-            logits_BTV = x_BTD @ self.embed.embedding[...].T
+            logits_BTV = x_BTD @ self.embed.embedding[...].T.astype(x_BTD.dtype)
         else:
             logits_BTV = self.lm_head(x_BTD)
         return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)

@@ -1,0 +1,111 @@
+"""DoRA with dropped ranks: direction and magnitude of the kernel's columns trained apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from droplora_jax.adapters import base
+from droplora_jax.adapters.droplora import Branch, DropLoRA, DropLoRALinear
+
+
+@dataclass(frozen=True)
+class DoRA(DropLoRA):
+    """`DropLoRA` whose kernel is rescaled column by column (arXiv 2402.09353); the same options.
+
+    The mask drops ranks of the branch; the columns' norm is that of the kernel without a mask.
+    """
+
+    kind: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+    def linear(self) -> type[DropLoRALinear]:
+        return DoRALinear
+
+
+class DoRALinear(DropLoRALinear):
+    """`y = g * (x @ W + scale * ((x @ A) * m) @ B) + bias`, `g = magnitude / ||W + scale * A @ B||`.
+
+    The norm, over a column's inputs, is a constant to the gradient (section 4.3 of the paper).
+    `magnitude` [*stack, *out] starts as the norm of W, so the model is unchanged at first.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        spec: base.LinearSpec,
+        config: DropLoRA,
+        branches: tuple[Branch, ...],
+        key: Array,
+    ) -> None:
+        super().__init__(layer, spec, config, branches, key)
+        kernel = self.kernel.get_value()
+        letters = _columns(spec)
+        sharding = base.letters_sharding(kernel, spec, letters)
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            shape = base.letters_shape(kernel, spec, letters)
+            self.magnitude = nnx.LoRAParam(base.place(lambda: jnp.ones(shape), sharding))
+        else:
+            norm = jax.jit(lambda kernel: _norm(kernel, spec), out_shardings=sharding)
+            self.magnitude = nnx.LoRAParam(norm(kernel))
+
+    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
+        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
+        y = self.base(x, *args, **kwargs)
+        delta = self.delta(x, y, h)
+        bias = getattr(self.base, "bias", None)
+        own = y if bias is None else y - bias[...].astype(y.dtype)
+        gain = self._gain(self._norm_of_sum()).astype(y.dtype)
+        outputs = self.spec.outputs
+        product = f"{outputs},{_columns(self.spec)}->{outputs}"
+        return y + jnp.einsum(product, own, gain - 1) + jnp.einsum(product, delta, gain)
+
+    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+        merged = super().merged_kernel(kernel, index)
+        gain = self._gain(_norm(merged, self.spec), index)
+        letters = self.spec.kernel
+        product = f"...{letters},...{_columns(self.spec)}->...{letters}"
+        return jnp.einsum(product, merged, gain)
+
+    def _gain(self, norm: Array, index: tuple[Any, ...] = ()) -> Array:
+        gain = self.magnitude[index or ...] / norm
+        if self.ranks is None:
+            return gain
+        # A layer of the stack without a branch is left as it is.
+        ranks = self.ranks[index or ...]
+        there = ranks.reshape(ranks.shape + (1,) * len(_columns(self.spec))) > 0
+        return jnp.where(there, gain, 1.0)
+
+    def _norm_of_sum(self) -> Array:
+        """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
+        spec, f32 = self.spec, jnp.float32
+        w, a, b = (jax.lax.stop_gradient(p[...]) for p in (self.kernel, self.lora_a, self.lora_b))
+        columns, other = _columns(spec), "z"
+        b = b * self._scale()
+        aw = jnp.einsum(f"{spec.a},{spec.kernel}->{spec.b}", a, w, preferred_element_type=f32)
+        aa = jnp.einsum(
+            f"{spec.a},{spec.a.replace(spec.rank, other)}->{spec.batched}{spec.rank}{other}", a, a
+        )
+        ab = jnp.einsum(
+            f"{spec.batched}{spec.rank}{other},{spec.b.replace(spec.rank, other)}->{spec.b}", aa, b
+        )
+        cross = jnp.einsum(f"{spec.b},{spec.b}->{columns}", 2 * aw + ab, b)
+        return jnp.sqrt(_squares(w, spec) + cross)
+
+
+def _columns(spec: base.LinearSpec) -> str:
+    """The letters of a kernel that are not summed over."""
+    return "".join(c for c in spec.kernel if c not in spec.contracted)
+
+
+def _squares(kernel: Array, spec: base.LinearSpec) -> Array:
+    axes = tuple(spec.kernel.index(c) - len(spec.kernel) for c in spec.contracted)
+    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
+
+
+def _norm(kernel: Array, spec: base.LinearSpec) -> Array:
+    return jnp.sqrt(_squares(kernel, spec))

@@ -1,0 +1,73 @@
+"""Parameters of the base that are trained whole, beside the adapters: norms, biases, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from droplora_jax.adapters.targets import Path, dotted, matches
+from droplora_jax.errors import InputError
+
+
+class Whole(nnx.LoRAParam):
+    """A parameter of the base that is trained, in float32; `base_dtype` is what it was before.
+
+    A subclass of `LoRAParam`, so whatever trains the adapters trains it too.
+    """
+
+
+def train_whole(model: nnx.Module, patterns: Sequence[str], kernels: Collection[Path]) -> None:
+    """Turn the parameters whose dotted path a pattern matches into `Whole`s, in place.
+
+    Args:
+      kernels: the paths of the kernels that get an adapter.
+
+    Raises:
+      InputError: a pattern that matches nothing, or a kernel with an adapter.
+    """
+    parameters = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)}
+    for pattern in patterns:
+        chosen = [path for path in parameters if matches(pattern, [dotted(path)])]
+        if not chosen:
+            there = ", ".join(map(dotted, parameters))
+            raise InputError(
+                f"adapter.train_whole={pattern!r} matches no parameter; there are {there}"
+            )
+        for path in chosen:
+            if path in kernels:
+                raise InputError(
+                    f"adapter.train_whole={pattern!r} matches {dotted(path)}, which has an "
+                    "adapter: exclude it there, or train it whole no more"
+                )
+            _set(model, path, _whole(parameters[path]))
+
+
+def plain(model: nnx.Module) -> None:
+    """Turn every `Whole` back into a parameter of the base's dtype, in place."""
+    found = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, Whole)]
+    for path, whole in found:
+        value = whole.get_value()
+        dtype = whole.get_metadata("base_dtype")
+        _set(model, path, nnx.Param(value.astype(dtype)))
+
+
+def _whole(parameter: nnx.Variable) -> Whole:
+    value = parameter.get_value()
+    dtype = jnp.dtype(value.dtype).name
+    if isinstance(value, jax.ShapeDtypeStruct):
+        value = jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=value.sharding)
+    else:
+        value = jnp.array(value, jnp.float32)  # a copy: the base is left as it is
+    return Whole(value, base_dtype=dtype)
+
+
+def _set(model: nnx.Module, path: Path, variable: nnx.Variable) -> None:
+    *owners, last = path
+    node: Any = model
+    for part in owners:
+        node = node[part] if isinstance(part, int) else getattr(node, part)
+    setattr(node, last, variable)
