@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from droplora_jax.adapters.targets import Path
+from droplora_jax.adapters.targets import Path, dotted
 from droplora_jax.errors import InputError
 
 
@@ -228,6 +228,11 @@ class AdapterConfig(Protocol):
           chosen: of a stack, which of its layers have an adapter; all of them by default.
         """
         ...
+
+
+def base_path(path: Path) -> str:
+    """The dotted path that a parameter of a model with adapters has in the plain model."""
+    return dotted(path).replace(".base.", ".")
 
 
 def stack_of(layer: nnx.Module) -> tuple[int, ...]:

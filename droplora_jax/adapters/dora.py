@@ -28,7 +28,7 @@ class DoRA(DropLoRA):
 
 
 class DoRALinear(DropLoRALinear):
-    """`y = g * (x @ W + scale * ((x @ A) * m) @ B) + bias`, `g = magnitude / ||W + scale * A @ B||`.
+    """`y = g * (x @ W + scale * ((x @ A) * m) @ B) + bias`, g = magnitude / ||W + scale * A @ B||.
 
     The norm, over a column's inputs, is a constant to the gradient (section 4.3 of the paper).
     `magnitude` [*stack, *out] starts as the norm of W, so the model is unchanged at first.

@@ -43,16 +43,19 @@ def train_whole(model: nnx.Module, patterns: Sequence[str], kernels: Collection[
                     f"adapter.train_whole={pattern!r} matches {dotted(path)}, which has an "
                     "adapter: exclude it there, or train it whole no more"
                 )
-            _set(model, path, _whole(parameters[path]))
+            set_at(model, path, _whole(parameters[path]))
+
+
+def wholes_of(model: nnx.Module) -> dict[Path, Whole]:
+    """All parameters that are trained whole, by their path in the model."""
+    return {path: node for path, node in nnx.iter_graph(model) if isinstance(node, Whole)}
 
 
 def plain(model: nnx.Module) -> None:
     """Turn every `Whole` back into a parameter of the base's dtype, in place."""
-    found = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, Whole)]
-    for path, whole in found:
-        value = whole.get_value()
+    for path, whole in wholes_of(model).items():
         dtype = whole.get_metadata("base_dtype")
-        _set(model, path, nnx.Param(value.astype(dtype)))
+        set_at(model, path, nnx.Param(whole.get_value().astype(dtype)))
 
 
 def _whole(parameter: nnx.Variable) -> Whole:
@@ -65,7 +68,8 @@ def _whole(parameter: nnx.Variable) -> Whole:
     return Whole(value, base_dtype=dtype)
 
 
-def _set(model: nnx.Module, path: Path, variable: nnx.Variable) -> None:
+def set_at(model: nnx.Module, path: Path, variable: nnx.Variable) -> None:
+    """Give a module of `model` another variable."""
     *owners, last = path
     node: Any = model
     for part in owners:

@@ -1,8 +1,15 @@
 """Output formats by name: a new one is one file and one line here."""
 
 from droplora_jax.export.merged import MergeReport, save_merged
-from droplora_jax.export.peft import load_adapter, save_adapter
+from droplora_jax.export.peft import adapter_config, load_adapter, save_adapter
 
 EXPORTERS = {"merged": save_merged, "peft": save_adapter}
 
-__all__ = ["EXPORTERS", "MergeReport", "load_adapter", "save_adapter", "save_merged"]
+__all__ = [
+    "EXPORTERS",
+    "MergeReport",
+    "adapter_config",
+    "load_adapter",
+    "save_adapter",
+    "save_merged",
+]

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from droplora_jax import hub
+from droplora_jax.adapters.base import base_path
+from droplora_jax.adapters.whole import wholes_of
 from droplora_jax.errors import InputError
 from droplora_jax.export.probe import probe
 from droplora_jax.files import atomic_folder, check_free, check_links, read_json, write_json
@@ -134,9 +136,20 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         def run(kernel, layer, merger=merger):
             return np.asarray(merger(kernel, layer))
 
-        for layer in range(model.config.layers):
-            merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
+        for layer, branch in enumerate(adapter.branches):
+            if branch.rank:
+                merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
+    for path, whole in wholes_of(model).items():
+        name, value = names[base_path(path)], whole.get_value()
+        for layer in range(model.config.layers if name.stacked else 1):
+            own = value[layer] if name.stacked else value
+            merges[name.of_layer(layer)] = Merge(partial(_instead, own), name.transposed)
     return merges
+
+
+def _instead(value: jax.Array, kernel: np.ndarray) -> np.ndarray:
+    """What is trained whole takes the place of what was there."""
+    return np.asarray(value)
 
 
 @dataclass

@@ -3,61 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import save_file
 
 from droplora_jax import prng
 from droplora_jax.adapters import ADAPTERS, DropLoRA
-from droplora_jax.adapters.droplora import DropLoRALinear
+from droplora_jax.adapters.base import base_path
+from droplora_jax.adapters.droplora import Branch, DropLoRALinear
+from droplora_jax.adapters.whole import set_at, wholes_of
 from droplora_jax.errors import InputError
+from droplora_jax.export.peft_config import (
+    PEFT_FILE,
+    branch_of,
+    check_fields,
+    peft_config,
+    vllm_limits,
+)
+from droplora_jax.export.peft_names import (
+    MAGNITUDE,
+    PARTS,
+    PREFIX,
+    A,
+    B,
+    BaseNames,
+    whole_key,
+)
+from droplora_jax.export.peft_read import config_of_peft
 from droplora_jax.files import atomic_folder, read_json, write_json
-from droplora_jax.models import FAMILIES, Decoder
+from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.surgery import adapters_of, inject, view
+from droplora_jax.tensors import is_finite
 from droplora_jax.weights import TensorFiles, open_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_FILE = "adapter_config.json"
 OWN_FILE = "droplora_config.json"
-PREFIX = "base_model.model."
-
-# Fields of adapter_config.json that are read, or that do not change what a loaded adapter computes.
-READ = frozenset({"peft_type", "r", "lora_alpha"})
-HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-    }
-)
-# Any other field must say that its option is off, or have one of these values.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
-OFF: tuple[Any, ...] = (None, False, [], {})
 
 
 def save_adapter(
@@ -66,73 +54,69 @@ def save_adapter(
     *,
     extra: Mapping[str, Any] | None = None,
     replace: bool = False,
-) -> None:
+) -> list[str]:
     """Write the adapters as a PEFT folder, in float32.
 
     `droplora_config.json` keeps the adapter's own options, and `extra` (such as the template that
     the data was written with). The folder appears under its name only when complete, in place of
     an old one with `replace`.
 
+    Returns:
+      What vLLM does not serve of it; empty if it does.
+
     Raises:
       InputError: no adapters, an output folder that holds something, no space.
     """
-    adapters = _adapters(model)
-    config = next(iter(adapters.values())).config
+    config = next(iter(_adapters(model).values())).config
     tensors = adapter_tensors(model)
-    bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise InputError(f"{bad[0]} is not finite ({len(bad)} tensors in all); nothing was written")
-    source = model.source.path if model.source else ""
+    peft = _peft_config(model, config)
     with atomic_folder(Path(folder), replace=replace) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(temporary / PEFT_FILE, _peft_config(config, tensors, source))
+        write_json(temporary / PEFT_FILE, peft)
         own = {"format_version": 1, **dataclasses.asdict(config), **(extra or {})}
         write_json(temporary / OWN_FILE, own)
+    return vllm_limits(peft)
 
 
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
-    """The factors by PEFT's names: lora_A [r, in] and lora_B [out, r] of every layer."""
+    """By PEFT's names: lora_A [r, in], lora_B [out, r], and whatever else is trained."""
     tensors: dict[str, np.ndarray] = {}
-    for path, adapter in _adapters(model).items():
-        a_LIR, b_LRO = (
-            np.asarray(jax.device_get(p[...])) for p in (adapter.lora_a, adapter.lora_b)
-        )
-        for layer, (a_IR, b_RO) in enumerate(zip(a_LIR, b_LRO, strict=True)):
-            key_a, key_b = _keys(model, path, layer)
-            tensors[key_a] = np.ascontiguousarray(a_IR.T)
-            tensors[key_b] = np.ascontiguousarray(b_RO.T)
+    for slot in _slots(model):
+        value = jax.device_get(slot.parameter.get_value())
+        for key, index in slot.keys.items():
+            own = value[index]
+            tensors[key] = np.ascontiguousarray(own.T if slot.transposed else own)
     return tensors
 
 
 def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None = None) -> Decoder:
-    """A view of `model` with the adapter of a PEFT folder.
+    """A view of `model` with the adapter of a PEFT folder, to use or to train on.
 
     Args:
-      model: without adapters, or with ones of the same rank and targets.
-      folder: written by `save_adapter` or by PEFT (plain LoRA).
-      config: how to train it on. By default its own options where `droplora_config.json` has
-        them, else `drop_rate=0`: the LoRA that PEFT trained.
+      model: without adapters, or with ones of the same ranks, scales and targets.
+      folder: written by `save_adapter` or by PEFT.
+      config: how to train it on; default: `adapter_config`'s.
 
     Raises:
       InputError: a field that can't be represented, a tensor that is missing, of another shape
         (an adapter for another base) or not finite.
     """
     folder = Path(folder)
-    peft = read_json(folder / PEFT_FILE)
-    _check_fields(peft, folder / PEFT_FILE)
-    tensors = open_file(folder / WEIGHTS_FILE)
-    config = config or _own_config(folder, peft, list(tensors.files))
-    injected = bool(adapters_of(model))
-    model = view(model) if injected else inject(model, config, key=prng.root_key(0))
-    expected: set[str] = set()
-    for path, adapter in _adapters(model).items():
-        _check_scale(peft, adapter.config, folder / PEFT_FILE)
-        keys = [_keys(model, path, layer) for layer in range(model.config.layers)]
-        expected.update(key for pair in keys for key in pair)
-        of_a, of_b = zip(*keys, strict=True)
-        adapter.lora_a = _filled(adapter.lora_a, tensors, of_a, folder)
-        adapter.lora_b = _filled(adapter.lora_b, tensors, of_b, folder)
-    if extra := set(tensors.files) - expected:
+    peft, tensors = _read(folder)
+    if adapters_of(model):
+        model = view(model)
+    else:
+        config = config or adapter_config(model.config, folder)
+        model = inject(model, config, key=prng.root_key(0))
+    _check_scales(model, peft, folder)
+    used: set[str] = set()
+    for slot in list(_slots(model)):
+        used.update(slot.keys)
+        set_at(model, slot.path, slot.parameter.replace(_filled(slot, tensors, folder)))
+    if extra := set(tensors.files) - used:
         raise InputError(
             f"{folder / WEIGHTS_FILE}: {sorted(extra)[0]} has no place in the model "
             f"({len(extra)} such tensors): the adapter's targets are not the model's"
@@ -140,25 +124,99 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     return model
 
 
-def _filled(
-    parameter: nnx.LoRAParam, tensors: TensorFiles, names: tuple[str, ...], folder: Path
-) -> Any:
-    value = parameter.get_value()
-    shape = value.shape[1:]
-    for name in names:
-        if name not in tensors.files:
-            raise InputError(f"{folder / WEIGHTS_FILE}: lacks {name}")
-        if tensors.shape(name) != shape[::-1]:
+def adapter_config(shape: ModelConfig, folder: str | Path) -> DropLoRA:
+    """What `inject` needs for the adapter of a PEFT folder, on a model of this shape.
+
+    The adapter's own options where `droplora_config.json` has them; else `drop_rate=0`, the LoRA
+    (or DoRA) that PEFT trained.
+
+    Raises:
+      InputError: a field or a tensor that can't be represented.
+    """
+    folder = Path(folder)
+    peft, tensors = _read(folder)
+    return _own_config(folder) or config_of_peft(shape, peft, tensors, folder / WEIGHTS_FILE)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A trained variable, and the tensors that it is stored in.
+
+    Attributes:
+      path: of the variable in the model.
+      keys: each tensor's name, with its place in the variable.
+      transposed: a tensor is the transpose of its place.
+    """
+
+    path: tuple[Any, ...]
+    parameter: nnx.Variable
+    keys: dict[str, tuple[Any, ...]]
+    transposed: bool
+
+
+def _slots(model: Decoder) -> Iterator[_Slot]:
+    adapters, names = _adapters(model), BaseNames(model.config)
+    for path, adapter in adapters.items():
+        modules = {
+            i: PREFIX + names.module(path, i)
+            for i, branch in enumerate(adapter.branches)
+            if branch.rank
+        }
+        for part, attribute in PARTS.items():
+            if (parameter := getattr(adapter, attribute, None)) is None:
+                continue
+            keys = {
+                f"{module}{part}": (i, *_ranks(part, adapter.branches[i].rank))
+                for i, module in modules.items()
+            }
+            where = (*path.split("."), attribute)
+            yield _Slot(where, parameter, keys, transposed=part != MAGNITUDE)
+    for where, whole in wholes_of(model).items():
+        path = base_path(where)
+        name, owner = names.table[path], adapters.get(path.rpartition(".")[0])
+        keys = {}
+        for i in range(model.config.layers if name.stacked else 1):
+            adapted = owner is not None and owner.branches[i].rank > 0
+            keys[whole_key(name.of_layer(i), adapted)] = (i,) if name.stacked else ()
+        yield _Slot(where, whole, keys, name.transposed)
+
+
+def _ranks(part: str, rank: int) -> tuple[slice, ...]:
+    """Where the ranks of one layer are in A [I, R] or B [R, O]."""
+    return {A: (slice(None), slice(rank)), B: (slice(rank),)}.get(part, ())
+
+
+def _filled(slot: _Slot, tensors: TensorFiles, folder: Path) -> jax.Array:
+    value = slot.parameter.get_value()
+    out = np.zeros(value.shape, np.float32)
+    for key, index in slot.keys.items():
+        place = out[index]
+        shape = place.shape[::-1] if slot.transposed else place.shape
+        if key not in tensors.files:
+            raise InputError(f"{folder / WEIGHTS_FILE}: lacks {key}")
+        if tensors.shape(key) != shape:
             raise InputError(
-                f"{folder / WEIGHTS_FILE}: {name} has shape {list(tensors.shape(name))}, the model "
-                f"needs {list(shape[::-1])}: the adapter was made for another base or rank"
+                f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensors.shape(key))}, the model "
+                f"needs {list(shape)}: the adapter was made for another base or rank"
             )
-    stacked = np.stack([tensors.read(name).astype(np.float32).T for name in names])
-    if not np.isfinite(stacked).all():
-        raise InputError(f"{folder / WEIGHTS_FILE}: {names[0]} or a later layer is not finite")
-    return parameter.replace(
-        jax.make_array_from_callback(stacked.shape, value.sharding, lambda index: stacked[index])
-    )
+        tensors.read_into(place, key, transposed=slot.transposed)
+    return jax.make_array_from_callback(out.shape, value.sharding, lambda index: out[index])
+
+
+def _check_scales(model: Decoder, peft: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError where the factors would mean another function."""
+    names = BaseNames(model.config)
+    for path, adapter in _adapters(model).items():
+        for layer, branch in enumerate(adapter.branches):
+            module = names.module(path, layer)
+            theirs = branch_of(peft, module)
+            if branch.rank and (branch.rank, branch.scale) != (theirs.rank, theirs.scale):
+                raise InputError(
+                    f"{folder / PEFT_FILE}: {module} has r={theirs.rank}, "
+                    f"lora_alpha={theirs.alpha:g}, scale {theirs.scale:g}; the model's adapter has "
+                    f"rank={branch.rank}, alpha={branch.alpha:g}, scale {branch.scale:g}: give it "
+                    "the adapter's own"
+                )
 
 
 def _adapters(model: Decoder) -> dict[str, DropLoRALinear]:
@@ -168,67 +226,66 @@ def _adapters(model: Decoder) -> dict[str, DropLoRALinear]:
     return adapters  # type: ignore[return-value]
 
 
-def _keys(model: Decoder, path: str, layer: int) -> tuple[str, str]:
-    name = FAMILIES[model.config.family].names[f"{path}.kernel"]
-    module = PREFIX + name.module.format(layer=layer)
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def _peft_config(config: DropLoRA, tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
-    alpha = int(config.alpha) if float(config.alpha).is_integer() else config.alpha
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": source,
-        "r": config.rank,
-        "lora_alpha": alpha,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
+def _peft_config(model: Decoder, config: DropLoRA) -> dict[str, Any]:
+    adapters, names = _adapters(model), BaseNames(model.config)
+    none = Branch(0, config.alpha, 0.0)
+    branches = {
+        module: adapters[path].branches[layer] if path in adapters else none
+        for module, (path, layer) in names.modules.items()
     }
+    return peft_config(
+        config,
+        branches,
+        _whole_fields(model),
+        base=model.source.path if model.source else "",
+        tied=model.config.tie_embeddings,
+    )
 
 
-def _check_fields(peft: Mapping[str, Any], file: Path) -> None:
-    for field in sorted(READ):
-        if field not in peft:
-            raise InputError(f"{file}: lacks the field {field!r}")
-    for field, value in peft.items():
-        accepted = ACCEPTED.get(field, OFF)
-        if (field in ACCEPTED or field not in READ | HARMLESS) and value not in accepted:
-            raise InputError(
-                f"{file}: {field}={value!r} can't be represented; understood: "
-                f"{', '.join(map(repr, accepted))}"
-            )
-
-
-def _check_scale(peft: Mapping[str, Any], config: DropLoRA, file: Path) -> None:
-    """Raise InputError where the factors would mean another function."""
-    if (peft["r"], peft["lora_alpha"]) != (config.rank, config.alpha):
+def _whole_fields(model: Decoder) -> dict[str, Any]:
+    """PEFT's `bias` and `modules_to_save` for what is trained whole."""
+    adapters, names = _adapters(model), BaseNames(model.config)
+    paths = {base_path(path) for path in wholes_of(model)}
+    trained = {path for path in paths if path.endswith(".bias")}
+    biases = {path for path in names.table if path.endswith(".bias")}
+    beside = {path for path in biases if path.removesuffix(".bias") in adapters}
+    whole_stacks = all(
+        branch.rank for path in beside for branch in adapters[path.removesuffix(".bias")].branches
+    )
+    if not trained or trained == biases:
+        bias = "all" if trained else "none"
+    elif trained == beside and whole_stacks:
+        bias = "lora_only"
+    else:
         raise InputError(
-            f"{file}: r={peft['r']}, lora_alpha={peft['lora_alpha']}, but the model's adapters "
-            f"have rank={config.rank}, alpha={config.alpha:g}: give them the adapter's own"
+            f"adapter.train_whole: the biases {', '.join(sorted(trained))} can't be said in "
+            "PEFT's format, which knows all biases of the model, or those of the adapted layers"
         )
+    modules = [names.table[path] for path in sorted(paths - trained)]
+    ends = [name.module.rsplit(".", 1)[-1] if name.stacked else name.module for name in modules]
+    return {"bias": bias, "modules_to_save": ends or None}
 
 
-def _own_config(folder: Path, peft: Mapping[str, Any], names: list[str]) -> DropLoRA:
-    """The adapter's options: its own file's, or plain LoRA on the modules that it holds."""
-    if (folder / OWN_FILE).exists():
-        own = read_json(folder / OWN_FILE)
-        kind = own.get("kind")
-        if kind not in ADAPTERS:
-            raise InputError(
-                f"{folder / OWN_FILE}: kind={kind!r} is not known; known: {', '.join(ADAPTERS)}"
-            )
-        fields = {field.name for field in dataclasses.fields(ADAPTERS[kind])}
-        targets = own.get("targets")
-        if isinstance(targets, list):
-            own["targets"] = tuple(targets)
-        return ADAPTERS[kind](**{key: value for key, value in own.items() if key in fields})
-    modules = sorted({name.split(".")[-3] for name in names})
-    targets = tuple(rf"(^|\.){module}$" for module in modules)
-    return DropLoRA(rank=peft["r"], alpha=peft["lora_alpha"], drop_rate=0.0, targets=targets)
+def _read(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
+    peft = read_json(folder / PEFT_FILE)
+    check_fields(peft, folder / PEFT_FILE)
+    return peft, open_file(folder / WEIGHTS_FILE)
+
+
+def _own_config(folder: Path) -> DropLoRA | None:
+    file = folder / OWN_FILE
+    if not file.exists():
+        return None
+    own = read_json(file)
+    kind = own.get("kind")
+    if kind not in ADAPTERS:
+        raise InputError(f"{file}: kind={kind!r} is not known; known: {', '.join(ADAPTERS)}")
+    fields = {field.name for field in dataclasses.fields(ADAPTERS[kind])}
+    options = {key: value for key, value in own.items() if key in fields}
+    try:
+        # By way of JSON, where a list may stand for a tuple.
+        return TypeAdapter(ADAPTERS[kind]).validate_json(json.dumps(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file}: {key}: {first['msg']}") from error

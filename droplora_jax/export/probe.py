@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from droplora_jax import hub, ops, rope
-from droplora_jax.adapters.base import MaskKey
-from droplora_jax.adapters.targets import dotted
+from droplora_jax.adapters.base import MaskKey, base_path
+from droplora_jax.adapters.droplora import PerLayer
+from droplora_jax.adapters.whole import Whole
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder, TensorName
 from droplora_jax.models.decoder import Layer, run_layers
@@ -107,9 +108,11 @@ def _one_layer(
     def fill(path: tuple[Any, ...], variable: Any) -> Any:
         if isinstance(variable, MaskKey):
             return variable.replace(variable.get_value()[layer : layer + 1, ..., :0])
-        if isinstance(variable, nnx.LoRAParam):
+        if isinstance(variable, PerLayer):
+            return variable.replace(variable.get_value()[layer : layer + 1])
+        if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, Whole):
             return variable.replace(jax.device_get(variable.get_value()[layer : layer + 1]))
-        name = names["layers." + dotted(path).replace(".base.", ".")]
+        name = names[f"layers.{base_path(path)}"]
         return variable.replace(read(name.of_layer(layer), transposed=name.transposed)[None])
 
     return nnx.map_state(fill, stack)

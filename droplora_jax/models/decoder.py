@@ -130,9 +130,10 @@ class Head(nnx.Module):
         return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
 
 
-def _as_input(arrays: tuple[Array, ...], **_: Any) -> tuple[Array | None, ...]:
+def _as_input(arrays: tuple[Array | None, ...], **_: Any) -> tuple[Array | None, ...]:
     """The computation is in the dtype of the activations, whatever that of a trained parameter."""
-    return tuple(None if x is None else x.astype(arrays[0].dtype) for x in arrays)
+    x, *rest = arrays
+    return (x, *(None if y is None else y.astype(x.dtype) for y in rest))
 
 
 class Layer(nnx.Module):
