@@ -61,14 +61,14 @@ def model_folder(
 
 
 def with_config(source: Path, target: Path, **changes: Any) -> Path:
-    """A folder of links to another's files, with other values in its `config.json`.
+    """A folder of another's files, with other values in its `config.json`.
 
     `None` removes a key.
     """
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
         if file.name != "config.json":
-            (target / file.name).symlink_to(file)
+            (target / file.name).hardlink_to(file)
     config = json.loads((source / "config.json").read_text()) | changes
     config = {key: value for key, value in config.items() if value is not None}
     (target / "config.json").write_text(json.dumps(config))

@@ -418,14 +418,9 @@ def test_an_adapter_that_peft_trained(untied, trained_by_peft):
 
 UNSUPPORTED = {
     "peft_type": "IA3",
-    "bias": "all",
-    "use_dora": True,
-    "use_rslora": True,
+    "bias": "some",
     "fan_in_fan_out": True,
-    "rank_pattern": {"q_proj": 8},
-    "alpha_pattern": {"q_proj": 8},
     "modules_to_save": ["lm_head"],
-    "layers_to_transform": [0],
     "layer_replication": [[0, 2]],
     "trainable_token_indices": [1],
     "target_parameters": ["x"],

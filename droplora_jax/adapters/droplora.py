@@ -164,10 +164,11 @@ class DropLoRALinear(base.Adapter):
             granularity=config.granularity if config.drop_rate > 0 else None,
         )
         # Only where they differ: a number in the program costs nothing.
-        self.scales = self.ranks = None
-        if len(set(branches)) > 1:
-            self.scales = PerLayer(np.float32([b.scale for b in branches]).reshape(stack))
-            self.ranks = PerLayer(np.int32([b.rank for b in branches]).reshape(stack))
+        differ = len(set(branches)) > 1
+        scales = np.asarray([branch.scale for branch in branches], np.float32).reshape(stack)
+        ranks = np.asarray([branch.rank for branch in branches], np.int32).reshape(stack)
+        self.scales = PerLayer(jnp.asarray(scales)) if differ else None
+        self.ranks = PerLayer(jnp.asarray(ranks)) if differ else None
 
     @property
     def rank(self) -> int:

@@ -119,10 +119,12 @@ class Merge:
     Attributes:
       run: the kernel as the model has it to the kernel with its adapter, in float32.
       transposed: the kernel is the transpose of what is stored.
+      replaces: the base's value does not count.
     """
 
     run: Callable[[np.ndarray], np.ndarray]
     transposed: bool
+    replaces: bool = False
 
 
 def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
@@ -139,11 +141,13 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         for layer, branch in enumerate(adapter.branches):
             if branch.rank:
                 merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
-    for path, whole in wholes_of(model).items():
-        name, value = names[base_path(path)], whole.get_value()
+    for where, whole in wholes_of(model).items():
+        name, value = names[base_path(where)], whole.get_value()
         for layer in range(model.config.layers if name.stacked else 1):
             own = value[layer] if name.stacked else value
-            merges[name.of_layer(layer)] = Merge(partial(_instead, own), name.transposed)
+            merges[name.of_layer(layer)] = Merge(
+                partial(_instead, own), name.transposed, replaces=True
+            )
     return merges
 
 
@@ -198,7 +202,10 @@ class _Merging:
             return kernel.astype(target, copy=False).astype(np.float32, copy=False)
         kernel = self._read(name, merge.transposed)
         merged = merge.run(kernel)
-        out = np.asarray(_less_rounding(kernel, merged, merged.astype(target)))
+        out = merged.astype(target)
+        if not merge.replaces:
+            out = np.asarray(_less_rounding(kernel, merged, out))
+        out = out.astype(np.float32, copy=False)
         return (out if merge.transposed == transposed else out.T)[index]
 
     def _read(self, name: str, transposed: bool, index: tuple[slice, ...] = ()) -> np.ndarray:

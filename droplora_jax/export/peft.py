@@ -29,6 +29,7 @@ from droplora_jax.export.peft_config import (
     vllm_limits,
 )
 from droplora_jax.export.peft_names import (
+    HEAD,
     MAGNITUDE,
     PARTS,
     PREFIX,
@@ -178,6 +179,8 @@ def _slots(model: Decoder) -> Iterator[_Slot]:
         for i in range(model.config.layers if name.stacked else 1):
             adapted = owner is not None and owner.branches[i].rank > 0
             keys[whole_key(name.of_layer(i), adapted)] = (i,) if name.stacked else ()
+        if model.config.tie_embeddings and path == "embed.embedding":
+            keys[whole_key(HEAD, False)] = ()
         yield _Slot(where, whole, keys, name.transposed)
 
 

@@ -9,6 +9,7 @@ from droplora_jax.models import FAMILIES, ModelConfig, TensorName
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+HEAD = "lm_head.weight"
 PARTS = {A: "lora_a", B: "lora_b", MAGNITUDE: "magnitude"}  # the adapter's attributes
 
 
@@ -35,12 +36,13 @@ class BaseNames:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, int]]:
-        """Path and layer of every stored tensor."""
-        return {
+        """Path and layer of every stored tensor; a tied head is the embedding."""
+        own = {
             name.of_layer(layer): (path, layer)
             for path, name in self.table.items()
             for layer in range(self.shape.layers if name.stacked else 1)
         }
+        return own | ({HEAD: ("embed.embedding", 0)} if self.shape.tie_embeddings else {})
 
 
 def whole_key(tensor: str, adapted: bool) -> str:

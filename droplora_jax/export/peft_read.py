@@ -11,7 +11,7 @@ from droplora_jax.adapters import ADAPTERS, DropLoRA
 from droplora_jax.adapters.droplora import Branch
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE, branch_of, is_target
-from droplora_jax.export.peft_names import PREFIX, BaseNames, split_key
+from droplora_jax.export.peft_names import HEAD, PREFIX, BaseNames, split_key
 from droplora_jax.models import ModelConfig
 from droplora_jax.weights import TensorFiles
 
@@ -81,7 +81,7 @@ def _whole(
         if part is not None:
             continue
         if not key.startswith(PREFIX) or tensor not in names.tensors:
-            raise InputError(f"{file}: {key} {_why_not(key, shape)}")
+            raise InputError(f"{file}: {key} {_why_not(key)}")
         path, layer = names.tensors[tensor]
         layers.setdefault(path, set()).add(layer)
     for path, some in layers.items():
@@ -90,21 +90,24 @@ def _whole(
                 f"{file}: {names.table[path].of_layer(min(some))} is trained in {len(some)} of "
                 f"{shape.layers} layers (modules_to_save, bias): that can't be represented"
             )
-    apart = shape.tie_embeddings and not peft.get("ensure_weight_tying")
-    if apart and "embed.embedding" in layers:
+    modules = {
+        tensor.rpartition(".")[0] for tensor in map(lambda key: split_key(key)[0], tensors.files)
+    }
+    for name in peft.get("modules_to_save") or ():
+        if not any(f".{module}".endswith(name) for module in modules):
+            raise InputError(
+                f"{file.with_name(PEFT_FILE)}: modules_to_save={peft['modules_to_save']!r}, but "
+                f"{file.name} has no tensor of {name!r}"
+            )
+    if "embed.embedding" in layers and shape.tie_embeddings and not peft.get("ensure_weight_tying"):
         raise InputError(
-            f"{file}: modules_to_save holds the embedding apart from the head, which this base "
-            "ties to it (ensure_weight_tying is off): that can't be represented"
+            f"{file}: modules_to_save holds the embedding or the head ({HEAD}) apart from the "
+            "other, but this base ties them (ensure_weight_tying is off): that can't be represented"
         )
     return tuple(f"^{re.escape(path)}$" for path in layers)
 
 
-def _why_not(key: str, shape: ModelConfig) -> str:
-    if shape.tie_embeddings and "lm_head" in key:
-        return (
-            "trains the head (modules_to_save), which this base ties to its embedding: that can't "
-            "be represented"
-        )
+def _why_not(key: str) -> str:
     if "lora_" in key:
         return "is of a kind (target_modules, lora_bias) that can't be represented"
     return "has no place in the model: the adapter was made for another base"
