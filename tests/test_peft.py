@@ -44,7 +44,9 @@ OPTIONS = {
     "rsLoRA": {"use_rslora": True, "lora_alpha": 3},
     "suffixes": {"target_modules": ["self_attn.q_proj", "down_proj"]},
     "full names": {"target_modules": ["model.layers.1.mlp.up_proj", "k_proj"]},
-    "regular expression": {"target_modules": r".*\.(0|2)\.self_attn\.[qk]_proj|.*\.1\.mlp\..*"},
+    "regular expression": {
+        "target_modules": r".*\.(0|2)\.self_attn\.[qk]_proj|.*\.1\.mlp\.(up|down)_proj"
+    },
     "exclude_modules": {"target_modules": LINEAR, "exclude_modules": ["mlp.up_proj", "v_proj"]},
     "exclude_modules, regular expression": {"exclude_modules": r".*layers\.1\..*"},
     "layers_to_transform": {"layers_to_transform": [0, 2]},
@@ -210,10 +212,15 @@ def test_training_goes_on(option, bases, tmp_path):
     np.testing.assert_array_equal(forward(dropping, TOKENS), forward(plain, TOKENS))
 
 
-def _by_key(model: nnx.Module, gradients: nnx.State) -> dict[str, np.ndarray]:
+def _by_key(model: nnx.Module, gradients: dict) -> dict[str, np.ndarray]:
     """Gradients by PEFT's keys: what is exported of a model that holds them as its values."""
-    graphdef, _, rest = nnx.split(model, nnx.LoRAParam, ...)
-    return adapter_tensors(nnx.merge(graphdef, gradients, rest))
+    graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
+    as_values = nnx.map_state(lambda path, p: p.replace(jnp.asarray(gradients[path])), adapters)
+    by_key = adapter_tensors(nnx.merge(graphdef, as_values, rest))
+    # Padding and layers without an adapter have none (a magnitude that is not used has 0 too).
+    sizes = [sum(float(np.sum(np.square(g))) for g in of.values()) for of in (gradients, by_key)]
+    np.testing.assert_allclose(sizes[0], sizes[1], rtol=1e-5)
+    return by_key
 
 
 def test_what_is_trained_whole_moves_and_is_cast_where_it_is_used(bases, tmp_path):
