@@ -53,13 +53,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
     train.set_defaults(command=_train)
 
-    export = commands.add_parser("export", help="write what a run trained for other tools")
-    export.add_argument("run", metavar="RUN_DIR", type=Path)
+    export = commands.add_parser(
+        "export", help="write what a run trained, or a PEFT adapter, for other tools"
+    )
+    export.add_argument("folder", metavar="RUN_DIR|ADAPTER_DIR", type=Path)
     export.add_argument("--to", required=True, metavar="DIR", type=Path)
     export.add_argument("--format", required=True, choices=("merged", "peft"))
     export.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the base's")
-    export.add_argument("--step", default="last", metavar="last|best|N")
+    export.add_argument("--step", default="last", metavar="last|best|N", help="of a run")
+    export.add_argument("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
+    export.add_argument("--base", metavar="DIR", help="of an adapter, if it has moved")
     export.set_defaults(command=_export)
+
+    inspect = commands.add_parser(
+        "inspect", help="say what a folder is, and what an adapter does to each layer"
+    )
+    inspect.add_argument("folder", metavar="DIR", type=Path)
+    inspect.add_argument("--json", action="store_true", help="everything, for programs")
+    inspect.add_argument("--png", metavar="FILE", type=Path, help="draw a map of the layers")
+    inspect.set_defaults(command=_inspect)
     return parser
 
 
@@ -97,16 +109,27 @@ def _training(work) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from droplora_jax.launch import export_run
+    from droplora_jax.launch import export_folder
 
-    export_run(
-        options.run,
+    export_folder(
+        options.folder,
         options.to,
         format=options.format,
         step=options.step,
         dtype=options.dtype,
+        rank=options.rank,
+        base=options.base,
         console=Console(),
     )
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from droplora_jax.inspection import inspect
+
+    inspect(options.folder, as_json=options.json, picture=options.png, console=Console())
     return DONE
 
 

@@ -42,6 +42,12 @@ def check_free(folder: Path, *, ignore: Collection[Path] = ()) -> None:
         )
 
 
+def check_absent(file: Path) -> None:
+    """Raise InputError if `file` exists."""
+    if file.exists():
+        raise InputError(f"{file}: exists; nothing is overwritten. Name another file")
+
+
 def check_links(folder: Path, patterns: Sequence[str]) -> None:
     """Raise InputError for a file that is a link to somewhere outside `folder`.
 

@@ -209,7 +209,7 @@ def _read_sharded(weights: TensorFiles, name: TensorName, leaf: Any, each: Each)
     """A parameter on its devices, one device's part in host memory at a time."""
     parts = []
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        index = index or ()
+        index = tuple(index or ())
         shape = leaf.sharding.shard_shape(leaf.shape)
         part = _aligned_empty(shape, np.dtype(leaf.dtype))
         if name.stacked:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from droplora_jax import data, display, export, files, hub, optim, prng, run
+from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
+from droplora_jax.export.peft_config import PEFT_FILE
 from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.sharding import make_mesh
 from droplora_jax.step import init_state
@@ -49,6 +52,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     nothing is written before everything is loaded. Returns the folder of the adapter.
     """
     folder = Path(config.output)
+    config = _resolved(config, folder)
     adapter = folder / ADAPTER
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
@@ -80,31 +84,82 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     return adapter
 
 
-def export_run(
-    folder: Path, target: Path, *, format: str, step: str, dtype: str | None, console: Console
+def export_folder(
+    folder: Path,
+    target: Path,
+    *,
+    format: str,
+    step: str,
+    dtype: str | None,
+    rank: int | None,
+    base: str | None,
+    console: Console,
 ) -> None:
-    """Write what a run trained as a folder for other tools.
+    """Write what a run trained, or an adapter in PEFT's format, as a folder for other tools.
 
     Args:
-      folder: of the run.
+      folder: of the run, or of the adapter.
       format: a name in `EXPORTERS`.
-      step: `last`, `best`, or the number of a checkpoint.
+      step: of a run: `last`, `best`, or the number of a checkpoint.
       dtype: of a merged folder; default: the base's.
+      rank: what to truncate the adapter to; default: its own.
+      base: of an adapter, if it is not where the adapter says.
     """
     files.check_free(target)
-    if not (folder / CONFIG_FILE).exists():
-        raise InputError(f"{folder}: no run of droplora in it (no {CONFIG_FILE})")
     if dtype is not None and format != "merged":
         raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
-    if not (folder / CHECKPOINTS).is_dir():
-        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
-    config = run.read(folder / CONFIG_FILE)
-    model, record = _restored(config, folder, step)
+    if (folder / PEFT_FILE).exists():
+        model, extra = _with_adapter(folder, base), None
+    else:
+        model, extra = _restored(folder, step)
+    if rank is not None:
+        model, truncation = export.truncated(model, rank)
+        display.say(console, str(truncation))
     if format == "merged":
         display.say(console, str(export.save_merged(model, target, dtype=dtype)))
     else:
-        export.save_adapter(model, target, extra=_extra(record))
-        display.say(console, f"{target}: adapter in PEFT's format")
+        limits = export.save_adapter(model, target, extra=extra)
+        display.say(console, f"{target}: adapter in PEFT's format{_for_vllm(limits)}")
+
+
+def _for_vllm(limits: Sequence[str]) -> str:
+    return (
+        f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged is "
+        "for every tool"
+        if limits
+        else ""
+    )
+
+
+def _resolved(config: run.RunConfig, folder: Path) -> run.RunConfig:
+    """The configuration with what its sources say: the commit of a hub id, the adapter's shape."""
+    file, model = folder / CONFIG_FILE, config.model
+    before = run.read(file).model if file.exists() else None
+    if before and before.path == model.path and model.revision is None:
+        revision = before.revision  # the run goes on with the commit that it began with
+    else:
+        revision = hub.pinned_revision(model.path, model.revision)
+    config = replace(config, model=replace(model, revision=revision))
+    if model.adapter is None:
+        return config
+    base = hub.resolve(model.path, revision)
+    _, shape = hub.read_config(base, model.ignore_config_keys)
+    theirs = export.adapter_config(shape, Path(model.adapter))
+    return replace(config, adapter=_started(config.adapter, theirs, model.adapter))
+
+
+def _started(own: DropLoRA, theirs: DropLoRA, where: str) -> DropLoRA:
+    """The adapter that is there, trained on as the run says."""
+    dropping = ("drop_rate", "granularity", "sampler", "rescale")
+    for option in fields(own):
+        value, there = getattr(own, option.name), getattr(theirs, option.name)
+        default = getattr(DropLoRA(), option.name)
+        if option.name not in dropping and value not in (default, there):
+            raise InputError(
+                f"adapter.{option.name}={value!r}: the adapter in model.adapter={where!r} has "
+                f"{there!r}; leave the key out"
+            )
+    return replace(theirs, **{name: getattr(own, name) for name in dropping})
 
 
 def check_folder(config: run.RunConfig, folder: Path) -> None:
@@ -215,7 +270,7 @@ def _batches(config: run.RunConfig, rows: data.Rows, training: bool) -> data.Bat
 
 
 def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
-    """The base on the mesh, with fresh adapters."""
+    """The base on the mesh, with fresh adapters or those of `model.adapter`."""
     model = hub.load(
         config.model.path,
         mesh=mesh,
@@ -224,7 +279,9 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,
     )
-    return _inject(config, model)
+    if config.model.adapter is None:
+        return _inject(config, model)
+    return export.load_adapter(model, config.model.adapter, config=config.adapter)
 
 
 def _inject(config: run.RunConfig, model: Decoder) -> Decoder:
@@ -232,19 +289,43 @@ def _inject(config: run.RunConfig, model: Decoder) -> Decoder:
     return inject(model, config.adapter, key=init_key)
 
 
-def _restored(config: run.RunConfig, folder: Path, which: str) -> tuple[Decoder, dict[str, Any]]:
-    """The run's model with the adapters of a checkpoint, the base as shapes only; its record."""
-    base = hub.resolve(config.model.path, config.model.revision)
-    _, shape = hub.read_config(base, config.model.ignore_config_keys)
-    source = hub.source(config.model.path, config.model.revision)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    abstract = hub.abstract_model(shape, mesh=mesh, dtype="float32", source=source)
-    graphdef, adapters, mask_keys, frozen = split(_inject(config, abstract))
+def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
+    """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
+    if not (folder / CONFIG_FILE).exists():
+        raise InputError(f"{folder}: no run of droplora in it, and no adapter (no {CONFIG_FILE})")
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
+    config = run.read(folder / CONFIG_FILE)
+    model = _inject(config, _abstract(config.model))
+    graphdef, adapters, mask_keys, frozen = split(model)
     tx = optim.optimizer(config.optim, lambda count: 0.0)
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     step = checkpoints.choose(which)
     state = checkpoints.restore(step, init_state(adapters, tx))
-    return nnx.merge(graphdef, state.adapters, mask_keys, frozen), checkpoints.record(step)
+    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+    return model, _extra(checkpoints.record(step))
+
+
+def _with_adapter(folder: Path, base: str | None) -> Decoder:
+    """The model of an adapter in PEFT's format, the base as shapes only."""
+    path = base or files.read_json(folder / PEFT_FILE).get("base_model_name_or_path")
+    if not path:
+        raise InputError(f"{folder}: does not say which base it is for: give --base")
+    config = run.LoadConfig(path)
+    try:
+        model = _abstract(config)
+    except InputError as error:
+        raise InputError(f"{error} (the base of {folder}; another place: --base)") from error
+    return export.load_adapter(model, folder)
+
+
+def _abstract(config: run.LoadConfig) -> Decoder:
+    """A base as shapes only, on one device."""
+    base = hub.resolve(config.path, config.revision)
+    _, shape = hub.read_config(base, config.ignore_config_keys)
+    source = hub.source(config.path, config.revision)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return hub.abstract_model(shape, mesh=mesh, dtype="float32", source=source)
 
 
 def _extra(record: Mapping[str, Any]) -> dict[str, Any]:

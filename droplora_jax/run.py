@@ -10,15 +10,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from droplora_jax.adapters import DropLoRA
+from droplora_jax.adapters import ADAPTERS, DoRA, DropLoRA
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig
@@ -31,20 +31,27 @@ class LoadConfig:
     """The base model.
 
     Attributes:
-      path: a folder, or a hub id.
+      path: a folder, a bucket's URL, or a hub id.
       dtype: `bfloat16`, `float32`, or `auto`: bfloat16 on accelerators, float32 on CPU.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
+      adapter: an adapter in PEFT's format to start from; what it adapts, its ranks and its scales
+        are its own, and the run's `adapter` says how its ranks are dropped.
     """
 
     path: str
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     revision: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
+    adapter: str | None = None
 
     def jax_dtype(self, platform: str) -> Any:
         automatic = "float32" if platform == "cpu" else "bfloat16"
         return jnp.dtype(automatic if self.dtype == "auto" else self.dtype)
+
+
+def _kind(adapter: Any) -> str:
+    return adapter.get("kind", "droplora") if isinstance(adapter, Mapping) else adapter.kind
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -55,7 +62,9 @@ class RunConfig:
     output: str
     data: DataConfig
     seed: int = 0
-    adapter: DropLoRA = field(default_factory=DropLoRA)
+    adapter: Annotated[
+        Annotated[DropLoRA, Tag("droplora")] | Annotated[DoRA, Tag("dora")], Discriminator(_kind)
+    ] = field(default_factory=DropLoRA)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -151,6 +160,8 @@ def _rule(detail: Any, path: list[str]) -> str:
         return str(detail["ctx"]["error"])
     if "missing" in detail["type"]:
         return "is missing"
+    if detail["type"] == "union_tag_invalid":
+        return f"kind={detail['ctx']['tag']}: must be {' or '.join(map(repr, ADAPTERS))}"
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -184,7 +195,9 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     """The keys that may stand below `path`; none below a value."""
     cls: Any = RunConfig
     for part in path:
-        cls = typing.get_type_hints(cls).get(part)
+        hint = typing.get_type_hints(cls).get(part)
+        # Of a section of several kinds, the first: they have the same keys.
+        cls = next(iter(typing.get_args(hint)), hint) if part == "adapter" else hint
         if not dataclasses.is_dataclass(cls):
             return []
     return [f.name for f in dataclasses.fields(cls)]

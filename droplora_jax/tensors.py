@@ -198,9 +198,9 @@ def write_tensors(
         for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
             if tensor.dtype != dtype or tensor.shape != shape:
                 raise ValueError(f"{name}: {tensor.dtype}{tensor.shape} for {dtype}{shape}")
-            content = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+            content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
             for at in range(0, len(content), WRITTEN):
-                _write(out, content[at : at + WRITTEN], name)
+                _write(out, content[at : at + WRITTEN].data, name)
 
 
 def _write(out: BinaryIO, content: bytes | memoryview, name: str) -> None:
@@ -208,7 +208,8 @@ def _write(out: BinaryIO, content: bytes | memoryview, name: str) -> None:
     while at < len(content):  # a raw write may take a part only
         at += out.write(content[at:])
     out.seek(begin)
-    if not np.array_equal(*(np.frombuffer(x, np.uint8) for x in (out.read(len(content)), content))):
+    back = np.frombuffer(out.read(len(content)), np.uint8)
+    if not np.array_equal(back, np.frombuffer(content, np.uint8)):
         raise OSError(f"{name} was not read back as it was written")
 
 

@@ -153,7 +153,7 @@ def _einsum(layer: nnx.Einsum) -> LinearSpec:
 class Adapter(nnx.Module):
     """A frozen linear layer and what is trained beside it.
 
-    Subclasses define `__call__` and `merged_kernel`.
+    Subclasses define `__call__`, `merged_kernel` and `adapted`.
     """
 
     base: nnx.Module
@@ -169,9 +169,15 @@ class Adapter(nnx.Module):
         """
         raise NotImplementedError
 
+    @property
+    def adapted(self) -> Sequence[bool]:
+        """Of a stack, which of its layers have an adapter."""
+        raise NotImplementedError
+
     def merger(self, sharding: Any = None) -> Callable[..., Array]:
         """`merged_kernel(kernel, index)` compiled, as a function of `kernel, *index`."""
-        graphdef, factors, rest = nnx.split(self, nnx.LoRAParam, ...)
+        parts: Any = nnx.split(self, nnx.LoRAParam, ...)
+        graphdef, factors, rest = parts
 
         # The factors are arguments: as constants their product would be made by the compiler.
         def merge(kernel, factors, index):

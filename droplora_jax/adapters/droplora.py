@@ -175,6 +175,10 @@ class DropLoRALinear(base.Adapter):
         """R of the factors: the largest of the layers' ranks."""
         return max(branch.rank for branch in self.branches)
 
+    @property
+    def adapted(self) -> Sequence[bool]:
+        return [branch.rank > 0 for branch in self.branches]
+
     def _there(self) -> Array:
         """1 for the ranks that a layer has, 0 for padding: [*stack, 1..., R]."""
         kernel = self.kernel.get_value()

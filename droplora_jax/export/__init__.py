@@ -2,14 +2,17 @@
 
 from droplora_jax.export.merged import MergeReport, save_merged
 from droplora_jax.export.peft import adapter_config, load_adapter, save_adapter
+from droplora_jax.export.truncated import Truncation, truncated
 
 EXPORTERS = {"merged": save_merged, "peft": save_adapter}
 
 __all__ = [
     "EXPORTERS",
     "MergeReport",
+    "Truncation",
     "adapter_config",
     "load_adapter",
     "save_adapter",
     "save_merged",
+    "truncated",
 ]

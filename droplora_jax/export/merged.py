@@ -138,8 +138,8 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         def run(kernel, layer, merger=merger):
             return np.asarray(merger(kernel, layer))
 
-        for layer, branch in enumerate(adapter.branches):
-            if branch.rank:
+        for layer, adapted in enumerate(adapter.adapted):
+            if adapted:
                 merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
     for where, whole in wholes_of(model).items():
         name, value = names[base_path(where)], whole.get_value()

@@ -72,7 +72,7 @@ def check_fields(peft: Mapping[str, Any], file: Path) -> None:
                 f"{file}: {field}={value!r} can't be represented; understood: "
                 f"{', '.join(map(repr, accepted))}"
             )
-    positive = {
+    positive: dict[str, tuple[Any, Any]] = {
         "r": (peft["r"], int),
         "lora_alpha": (peft["lora_alpha"], (int, float)),
         **{f"rank_pattern.{k}": (v, int) for k, v in (peft.get("rank_pattern") or {}).items()},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ class Head(nnx.Module):
         return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
 
 
-def _as_input(arrays: tuple[Array | None, ...], **_: Any) -> tuple[Array | None, ...]:
+def _as_input(arrays: tuple[Any, ...], **_: Any) -> Any:
     """The computation is in the dtype of the activations, whatever that of a trained parameter."""
     x, *rest = arrays
     return (x, *(None if y is None else y.astype(x.dtype) for y in rest))
@@ -146,7 +146,7 @@ class Layer(nnx.Module):
                 features_out,
                 use_bias=bias,
                 param_dtype=dtype,
-                promote_dtype=_as_input,
+                promote_dtype=cast(Any, _as_input),
                 rngs=rngs,
             )
 

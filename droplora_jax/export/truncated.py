@@ -1,0 +1,108 @@
+"""An adapter of a smaller rank: of every delta, what its largest singular values make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from droplora_jax import lowrank, prng
+from droplora_jax.adapters.droplora import Branch, DropLoRALinear
+from droplora_jax.adapters.targets import Path, layer_names
+from droplora_jax.errors import InputError
+from droplora_jax.models import Decoder
+from droplora_jax.spectrum import singular_values, truncate
+from droplora_jax.surgery import adapters_of, view
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is left: shares of the sum of the squared singular values, the scale included.
+
+    Attributes:
+      kept: of all adapters together.
+      worst: the layer that keeps least, and its share.
+    """
+
+    rank: int
+    kept: float
+    worst: tuple[str, float]
+
+    def __str__(self) -> str:
+        name, share = self.worst
+        return (
+            f"rank {self.rank} keeps {self.kept:.2%} of the adapter's energy (sum of squared "
+            f"singular values); least in {name}: {share:.2%}"
+        )
+
+
+def truncated(model: Decoder, rank: int) -> tuple[Decoder, Truncation]:
+    """A view of `model` whose adapters have this rank, and what they keep.
+
+    Every layer gets the same rank and scale 1, whatever its own were: alpha is the rank, and what
+    has fewer ranks is padded with zeros. So vLLM serves the result of an adapter with patterns.
+
+    Raises:
+      InputError: a rank that is not smaller than the adapter's.
+    """
+    adapters: dict[str, Any] = adapters_of(model)
+    largest = max(adapter.rank for adapter in adapters.values())
+    if not 0 < rank < largest:
+        raise InputError(
+            f"--rank {rank}: must be at least 1 and below the adapter's rank of {largest}"
+        )
+    config = next(iter(adapters.values())).config
+    exact = config.sampler == "exact" and lowrank.kept_ranks(rank, config.drop_rate) > 0
+    smaller = replace(
+        config,
+        rank=rank,
+        alpha=float(rank),
+        rank_stabilized=False,
+        rank_pattern={},
+        alpha_pattern={},
+        sampler="exact" if exact else "bernoulli",
+    )
+    energies: dict[str, tuple[float, float]] = {}  # kept, and there
+
+    def shrink(path: Path, node: Any) -> Any:
+        if not isinstance(node, DropLoRALinear):
+            return node
+        branches = tuple(Branch(rank * there, float(rank), 1.0 * there) for there in node.adapted)
+        layer = smaller.linear()(node.base, node.spec, smaller, branches, prng.root_key(0))
+        factors = [np.zeros(p.shape, np.float32) for p in (layer.lora_a, layer.lora_b)]
+        for i, (a_IR, b_RO) in branches_of(node).items():
+            values = singular_values(a_IR, b_RO)
+            name = layer_names(path, (len(branches),))[i][-1]
+            energies[name] = (float(sum(values[:rank] ** 2)), float(sum(values**2)))
+            factors[0][i], factors[1][i] = truncate(a_IR, b_RO, rank)
+        layer.lora_a = _with(layer.lora_a, factors[0])
+        layer.lora_b = _with(layer.lora_b, factors[1])
+        if hasattr(node, "magnitude"):
+            layer.magnitude = node.magnitude
+        return layer
+
+    model = nnx.recursive_map(shrink, view(model))
+    shares = {name: kept / there if there else 1.0 for name, (kept, there) in energies.items()}
+    kept, there = (sum(column) for column in zip(*energies.values(), strict=True))
+    worst = min(shares, key=shares.__getitem__)
+    return model, Truncation(rank, kept / there if there else 1.0, (worst, shares[worst]))
+
+
+def branches_of(adapter: DropLoRALinear) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """A [I, r] and scale * B [r, O] of every layer of a stack that has a branch."""
+    a_LIR, b_LRO = (jax.device_get(p.get_value()) for p in (adapter.lora_a, adapter.lora_b))
+    return {
+        i: (a_LIR[i, :, :rank], np.float64(b_LRO[i, :rank]) * scale)
+        for i, (rank, _, scale) in enumerate(adapter.branches)
+        if rank
+    }
+
+
+def _with(parameter: nnx.LoRAParam, value: np.ndarray) -> nnx.LoRAParam:
+    sharding = parameter.get_value().sharding
+    return parameter.replace(
+        jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
+    )
