@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,7 @@ from droplora_jax.weights import TensorFiles, open_file, open_folder
 
 ENERGY = 0.9
 BARS = " ▁▂▃▄▅▆▇█"
-BINS = 12  # of the spectrum in a table
+BINS = 8  # of the spectrum in a table
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _model(folder: Path) -> dict[str, Any]:
         **_sizes(tensors),
         **({"merged_from": report.get("base")} if merged else {}),
         **({"logits_difference": report.get("logits_difference")} if merged else {}),
-        **({"rounding_took_at_most": f"{worst[1]:.1e} ({worst[0]})"} if worst else {}),
+        **({"rounding_took_at_most": f"{worst[1]:.1e} ({worst[0]})"} if worst and worst[1] else {}),
     }
 
 
@@ -197,17 +198,19 @@ def _layers(peft: Mapping[str, Any], tensors: TensorFiles, file: Path) -> list[L
 
 def table(layers: list[Layer]) -> Table:
     """One line a module, over its layers: median, and smallest to largest."""
-    columns = ("module", "layers", "rank", "norm of delta", "effective rank", "ranks for 90%", "")
-    shown = Table(*columns[:-1], f"spectrum, 1 to {max(layer.rank for layer in layers)}")
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("module", "layers", "rank", "for 90%", "norm of delta", "effective rank"):
+        shown.add_column(column, overflow="fold")
+    shown.add_column("spectrum", no_wrap=True)
     for module in dict.fromkeys(layer.module for layer in layers):
         own = [layer for layer in layers if layer.module == module]
         shown.add_row(
             module,
             str(len(own)),
             _range([layer.rank for layer in own], "d"),
+            _range([layer.ranks_for_energy for layer in own], "d"),
             _range([layer.norm for layer in own], ".3g"),
             _range([layer.effective_rank for layer in own], ".1f"),
-            _range([layer.ranks_for_energy for layer in own], "d"),
             _bars(own),
         )
     return shown

@@ -95,13 +95,13 @@ def branches_of(adapter: DropLoRALinear) -> dict[int, tuple[np.ndarray, np.ndarr
     """A [I, r] and scale * B [r, O] of every layer of a stack that has a branch."""
     a_LIR, b_LRO = (jax.device_get(p.get_value()) for p in (adapter.lora_a, adapter.lora_b))
     return {
-        i: (a_LIR[i, :, :rank], np.float64(b_LRO[i, :rank]) * scale)
+        i: (a_LIR[i, :, :rank], b_LRO[i, :rank].astype(np.float64) * scale)
         for i, (rank, _, scale) in enumerate(adapter.branches)
         if rank
     }
 
 
-def _with(parameter: nnx.LoRAParam, value: np.ndarray) -> nnx.LoRAParam:
+def _with(parameter: nnx.LoRAParam, value: np.ndarray) -> Any:
     sharding = parameter.get_value().sharding
     return parameter.replace(
         jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
