@@ -292,7 +292,9 @@ def _inject(config: run.RunConfig, model: Decoder) -> Decoder:
 def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
     """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
     if not (folder / CONFIG_FILE).exists():
-        raise InputError(f"{folder}: no run of droplora in it, and no adapter (no {CONFIG_FILE})")
+        raise InputError(
+            f"{folder}: no run of droplora in it (no {CONFIG_FILE}), and no adapter (no {PEFT_FILE})"
+        )
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: no complete checkpoint in it; train it first")
     config = run.read(folder / CONFIG_FILE)

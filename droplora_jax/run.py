@@ -51,7 +51,10 @@ class LoadConfig:
 
 
 def _kind(adapter: Any) -> str:
-    return adapter.get("kind", "droplora") if isinstance(adapter, Mapping) else adapter.kind
+    """The kind that a section names; what is no section is told so as the default's."""
+    if isinstance(adapter, Mapping):
+        return adapter.get("kind", "droplora")
+    return getattr(adapter, "kind", "droplora")
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -143,7 +146,7 @@ def _messages(
 ) -> list[str]:
     """One line a mistake; the alternatives of a union are one mistake."""
     rules: dict[tuple[str, str], list[str]] = {}
-    for detail in error.errors():
+    for detail in map(_of_kind, error.errors()):
         path = _keys(detail["loc"], tree)
         key, rule = ".".join(path), _rule(detail, path)
         if detail["type"] == "value_error":  # one of ours, which names its key itself
@@ -154,14 +157,20 @@ def _messages(
     return [f"{where}: {start}{' or '.join(rule)}" for (where, start), rule in rules.items()]
 
 
+def _of_kind(detail: Any) -> Any:
+    """A section of a kind that is not known: the mistake is in its `kind`."""
+    if detail["type"] != "union_tag_invalid":
+        return detail
+    rule = f"Input should be {' or '.join(map(repr, ADAPTERS))}"
+    return {**detail, "loc": (*detail["loc"], "kind"), "input": detail["ctx"]["tag"], "msg": rule}
+
+
 def _rule(detail: Any, path: list[str]) -> str:
     """What is wrong, in words."""
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if "missing" in detail["type"]:
         return "is missing"
-    if detail["type"] == "union_tag_invalid":
-        return f"kind={detail['ctx']['tag']}: must be {' or '.join(map(repr, ADAPTERS))}"
     if detail["type"] == "unexpected_keyword_argument":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import primitives, relative
 
-from droplora_jax import DropLoRA, InputError, LinearSpec, linear_spec, prng
+from droplora_jax import DoRA, DropLoRA, InputError, LinearSpec, linear_spec, prng
 from droplora_jax.adapters import ADAPTERS, Adapter
 from droplora_jax.adapters.base import factor_shapes, factor_shardings, is_linear
+from droplora_jax.adapters.targets import dotted, layer_names, select
+from droplora_jax.adapters.whole import wholes_of
 from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.surgery import inject, merge, split
 
 KEY = prng.root_key(0)
 
@@ -180,3 +185,136 @@ def test_an_empty_mask_key_draws_nothing():
     assert adapter.mask_key[...].size == 0
     jaxpr = jax.make_jaxpr(adapter)(jnp.ones((2, 3, 64)))
     assert not any("random" in name or "threefry" in name for name in primitives(jaxpr))
+
+
+# Options by layer.
+
+STACK = {path: (3,) for path in [("layers", "q_proj"), ("layers", "up_proj")]} | {("head",): ()}
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "chosen"),
+    [
+        (("q_proj",), (), {"layers.q_proj": (True,) * 3}),
+        (("all-linear",), ("head",), {"layers.q_proj": (True,) * 3, "layers.up_proj": (True,) * 3}),
+        ((r"layers\.[02]\.q", "head"), (), {"layers.q_proj": (True, False, True), "head": (True,)}),
+        (
+            ("paper",),
+            (r"\.1\.",),
+            {p: (True, False, True) for p in ("layers.q_proj", "layers.up_proj")},
+        ),
+    ],
+)
+def test_targets_of_some_layers_of_a_stack(targets, exclude, chosen):
+    found = select(STACK, targets, exclude)
+    assert {dotted(path): layers for path, layers in found.items()} == chosen
+
+
+@pytest.mark.parametrize(("targets", "exclude"), [(("x",), ()), (("q_proj",), (r"\.3\.",))])
+def test_patterns_that_match_nothing(targets, exclude):
+    with pytest.raises(InputError, match=r"matches no module; linear modules are layers\.q_proj"):
+        select(STACK, targets, exclude)
+
+
+def test_ranks_and_scales_by_pattern():
+    config = DropLoRA(
+        rank=8,
+        alpha=16,
+        rank_pattern={r"\.1\.q_proj": 2, "q_proj": 4},
+        alpha_pattern={r"layers\.2": 1},
+        rank_stabilized=True,
+    )
+    names = layer_names(("layers", "q_proj"), (3,))
+    branches = config.branches(names, (True, True, False))
+    assert [(b.rank, b.alpha) for b in branches] == [(4, 16), (2, 16), (0, 1)]
+    assert [b.scale for b in branches] == [8, 16 / 2**0.5, 0]
+    assert config.branches(layer_names(("head",), ())) == ((8, 16, 16 / 8**0.5),)
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {"q": 0}}, r"adapter\.rank_pattern\.q=0: must be at least 1"),
+        ({"alpha_pattern": {"q": -1.0}}, r"adapter\.alpha_pattern\.q=-1\.0: must be a positive"),
+        ({"rank_pattern": {"q": 1}, "sampler": "exact"}, "keeps no rank of 1"),
+    ],
+)
+def test_impossible_patterns(options, message):
+    with pytest.raises(InputError, match=message):
+        DropLoRA(**options)
+
+
+# DoRA.
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dora_and_its_gradients_equal_pytorch(masked, strict):
+    """The branch is masked, the norm is that of the kernel without a mask, and a constant."""
+    rng = np.random.default_rng(0)
+    layer = nnx.Linear(12, 10, rngs=nnx.Rngs(0))
+    config = DoRA(rank=4, alpha=6, granularity="step")
+    adapter = config.adapt(layer, linear_spec(layer), ("q_proj",), KEY)
+    x = jnp.asarray(rng.standard_normal((3, 5, 12), np.float32))
+    np.testing.assert_allclose(adapter(x), layer(x), rtol=1e-6, atol=1e-6)  # unchanged at first
+    layer.bias.set_value(jnp.asarray(rng.standard_normal(10, np.float32)))
+    for name in ("lora_a", "lora_b", "magnitude"):
+        parameter = getattr(adapter, name)
+        setattr(
+            adapter,
+            name,
+            parameter.replace(jnp.asarray(rng.standard_normal(parameter.shape, np.float32))),
+        )
+    if masked:
+        key = adapter.mask_key
+        adapter.mask_key = key.replace(jax.random.split(KEY, 1))
+    mask = np.ones(4, np.float32) if not masked else np.asarray(adapter._mask(jnp.ones((3, 5, 4))))
+    assert masked == (mask == 0).any()
+    graphdef, factors, rest = nnx.split(adapter, nnx.LoRAParam, ...)
+    gradients = jax.grad(lambda f: jnp.sum(nnx.merge(graphdef, f, rest)(x) ** 2))(factors)
+
+    w, bias, a, b, m = (
+        torch.tensor(np.asarray(value), requires_grad=i > 1)
+        for i, value in enumerate(
+            [
+                layer.kernel[...],
+                layer.bias[...],
+                *(factors[n][...] for n in ("lora_a", "lora_b", "magnitude")),
+            ]
+        )
+    )
+    norm = torch.linalg.norm(w + 1.5 * a @ b, dim=0).detach()
+    h = torch.tensor(np.asarray(x)) @ a * torch.tensor(mask.reshape(-1)[-4:])
+    y = m / norm * (torch.tensor(np.asarray(x)) @ w + 1.5 * h @ b) + bias
+    (y**2).sum().backward()
+    assert relative(adapter(x), y.detach().numpy()) < 1e-5
+    for name, theirs in {"lora_a": a, "lora_b": b, "magnitude": m}.items():
+        assert relative(gradients[name][...], theirs.grad.numpy()) < 1e-5
+    if not masked:
+        assert relative(adapter.merged()(x), y.detach().numpy()) < 1e-5
+
+
+# Parameters that are trained whole.
+
+
+def test_what_can_be_trained_whole():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.parts = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(1))])
+
+    net = Net()
+    config = DropLoRA(rank=2, targets="^a$", train_whole=("bias", r"parts\.0"))
+    model = inject(net, config, key=KEY)
+    paths = {dotted(path) for path in wholes_of(model)}
+    assert paths == {"a.base.bias", "parts.0.kernel", "parts.0.bias"}
+    _, trained, _, _ = split(model)
+    assert len(jax.tree.leaves(trained)) == 3 + 2
+    assert not wholes_of(net)
+    assert nnx.graphdef(merge(model)) == nnx.graphdef(net)
+    for pattern, message in {
+        "x": "train_whole='x' matches no parameter; there are .*a.bias",
+        "a": r"train_whole='a' matches a\.kernel, which has an adapter",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            inject(net, DropLoRA(targets="^a$", train_whole=(pattern,)), key=KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -269,3 +270,63 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     config = run._checked(least, "run.yaml", set())
     with pytest.raises(InputError, match="exists and is not empty; nothing is overwritten"):
         launch.check_folder(config, tmp_path)
+
+
+# From an adapter that is there.
+
+
+def started(folder, base, target, **sections):
+    model = {"path": str(base), "adapter": str(folder / "adapter")}
+    return write_run(base, target, model=model, **sections)
+
+
+def test_a_run_goes_on_from_an_adapter(folder, base, droplora, tmp_path):
+    """With the adapter's own shape, and the run's way of dropping ranks; and it resumes."""
+    still = {"optim": {"learning_rate": 1e-12, "warmup_steps": 0}, "adapter": {"drop_rate": 0.25}}
+    file = started(folder, base, tmp_path, **still)
+    droplora.good("train", file, "train.steps=1")
+    config = run.read(tmp_path / "run" / "config.yaml").adapter
+    theirs = run.read(folder / "config.yaml").adapter
+    assert config == dataclasses.replace(theirs, drop_rate=0.25)
+    before, after = factors(folder / "adapter"), factors(tmp_path / "run" / "adapter")
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, atol=1e-6)
+    assert any(value.any() for name, value in before.items() if "lora_B" in name)
+    assert "finished already" in droplora.good("train", file, "train.steps=1")
+    droplora.good("train", file, "train.steps=2")
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_options_that_contradict_the_adapter(folder, base, droplora, tmp_path):
+    file = started(folder, base, tmp_path)
+    result = droplora("train", file, "adapter.rank=7")
+    assert result.code == 2
+    assert "adapter.rank=7: the adapter in model.adapter=" in result.err
+    assert "leave the key out" in result.err
+    assert not (tmp_path / "run").exists()
+    result = droplora("train", file, "model.adapter=/nowhere")
+    assert result.code == 2
+    assert "/nowhere/adapter_config.json: missing" in result.err
+
+
+def test_dora_from_the_command_line(base, droplora, tmp_path):
+    adapter = {
+        "kind": "dora",
+        "rank": 4,
+        "train_whole": ["final_norm"],
+        "rank_pattern": {r"\.0\.q": 2},
+    }
+    file = write_run(base, tmp_path, adapter=adapter)
+    droplora.good("train", file, "train.steps=3")
+    out = droplora.good("export", tmp_path / "run", "--to", tmp_path / "out", "--format", "peft")
+    assert "DoRA (use_dora), modules trained whole (modules_to_save)" in out
+    droplora.good("export", tmp_path / "run", "--to", tmp_path / "merged", "--format", "merged")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "out"
+    ).merge_and_unload()
+    merged = merged_tensors(tmp_path / "merged")
+    moved = 0
+    for name, value in transformers.AutoModelForCausalLM.from_pretrained(base).state_dict().items():
+        torch.testing.assert_close(merged[name], theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
+        moved += not torch.equal(merged[name], value)
+    assert moved == 10 + 1

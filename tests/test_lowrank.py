@@ -68,6 +68,24 @@ def test_exact_keeps_the_same_number_always_and_every_rank_equally_often(
     assert np.all(np.abs(per_rank - p) < 5 * np.sqrt(p * (1 - p) / samples))
 
 
+@pytest.mark.parametrize("granularity", ["token", "sequence", "step"])
+def test_exact_counts_the_ranks_that_are_there(granularity):
+    """Of R = 8 that are padding beyond `rank`, whatever the rank: it is traced."""
+    options = {"drop_rate": 0.3, "sampler": "exact", "rescale": False, "dtype": jnp.float32}
+    keys = row_keys(1 if granularity == "step" else 3)
+
+    @jax.jit
+    def draw(rank):
+        return rank_mask(keys, (3, 200, 8), granularity=granularity, rank=rank, **options)
+
+    for rank in range(9):
+        mask = np.asarray(draw(jnp.int32(rank)))
+        assert set(mask[..., :rank].sum(axis=-1).flat) <= {kept_ranks(rank, 0.3)}
+        assert not mask[..., rank:].any()
+    whole = rank_mask(keys, (3, 200, 8), granularity=granularity, **options)
+    np.testing.assert_array_equal(draw(jnp.int32(8)), whole)
+
+
 @pytest.mark.parametrize("sampler", ["bernoulli", "exact"])
 @pytest.mark.parametrize(("rescale", "value"), [(True, 4.0), (False, 1.0)])
 def test_values_are_zero_or_one_over_the_kept_share(sampler, rescale, value):

@@ -152,7 +152,7 @@ def test_an_override_that_can_not_be(read, override, message):
         ("adapter: {alpha: true}", r"adapter\.alpha=True: must be a valid number"),
         ("adapter: {rescale: 1}", r"adapter\.rescale=1: must be a valid boolean"),
         ("adapter: {rescale: yes}", r"adapter\.rescale='yes': must be a valid boolean"),
-        ("adapter: {kind: lora}", r"adapter\.kind='lora': must be 'droplora'"),
+        ("adapter: {kind: lora}", r"adapter\.kind='lora': must be 'droplora' or 'dora'"),
         ("adapter: {granularity: tokens}", r"granularity='tokens': must be 'token', 'sequence' or"),
         ("adapter: {targets: 3}", r"adapter\.targets=3: must be"),
         ("adapter: 3", r"adapter=3: must be"),

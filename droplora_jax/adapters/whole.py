@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from droplora_jax.adapters.base import place
 from droplora_jax.adapters.targets import Path, dotted, matches
 from droplora_jax.errors import InputError
 
@@ -62,7 +63,8 @@ def _whole(parameter: nnx.Variable) -> Whole:
     value = parameter.get_value()
     dtype = jnp.dtype(value.dtype).name
     if isinstance(value, jax.ShapeDtypeStruct):
-        value = jax.ShapeDtypeStruct(value.shape, jnp.float32, sharding=value.sharding)
+        shape = value.shape  # to be filled by what is restored or loaded
+        value = place(lambda: jnp.zeros(shape, jnp.float32), value.sharding)
     else:
         value = jnp.array(value, jnp.float32)  # a copy: the base is left as it is
     return Whole(value, base_dtype=dtype)
