@@ -109,7 +109,7 @@ def _training(work) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from droplora_jax.launch import export_folder
+    from droplora_jax.exporting import export_folder
 
     export_folder(
         options.folder,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -19,10 +18,8 @@ from droplora_jax import data, display, export, files, hub, optim, prng, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
-from droplora_jax.export.peft_config import PEFT_FILE
 from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.sharding import make_mesh
-from droplora_jax.step import init_state
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
 
@@ -79,62 +76,15 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_file(folder / CONFIG_FILE, run.dump(config))
     model = train(prepared)
-    export.save_adapter(model, adapter, extra=_extra(record), replace=True)
+    export.save_adapter(model, adapter, extra=what_to_record(record), replace=True)
     display.say(console, f"done: {_after(folder)}")
     return adapter
-
-
-def export_folder(
-    folder: Path,
-    target: Path,
-    *,
-    format: str,
-    step: str,
-    dtype: str | None,
-    rank: int | None,
-    base: str | None,
-    console: Console,
-) -> None:
-    """Write what a run trained, or an adapter in PEFT's format, as a folder for other tools.
-
-    Args:
-      folder: of the run, or of the adapter.
-      format: a name in `EXPORTERS`.
-      step: of a run: `last`, `best`, or the number of a checkpoint.
-      dtype: of a merged folder; default: the base's.
-      rank: what to truncate the adapter to; default: its own.
-      base: of an adapter, if it is not where the adapter says.
-    """
-    files.check_free(target)
-    if dtype is not None and format != "merged":
-        raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
-    if (folder / PEFT_FILE).exists():
-        model, extra = _with_adapter(folder, base), None
-    else:
-        model, extra = _restored(folder, step)
-    if rank is not None:
-        model, truncation = export.truncated(model, rank)
-        display.say(console, str(truncation))
-    if format == "merged":
-        display.say(console, str(export.save_merged(model, target, dtype=dtype)))
-    else:
-        limits = export.save_adapter(model, target, extra=extra)
-        display.say(console, f"{target}: adapter in PEFT's format{_for_vllm(limits)}")
-
-
-def _for_vllm(limits: Sequence[str]) -> str:
-    return (
-        f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged is "
-        "for every tool"
-        if limits
-        else ""
-    )
 
 
 def _resolved(config: run.RunConfig, folder: Path) -> run.RunConfig:
     """The configuration with what its sources say: the commit of a hub id, the adapter's shape."""
     file, model = folder / CONFIG_FILE, config.model
-    before = run.read(file).model if file.exists() else None
+    before = _model_before(file)
     if before and before.path == model.path and model.revision is None:
         revision = before.revision  # the run goes on with the commit that it began with
     else:
@@ -146,6 +96,14 @@ def _resolved(config: run.RunConfig, folder: Path) -> run.RunConfig:
     _, shape = hub.read_config(base, model.ignore_config_keys)
     theirs = export.adapter_config(shape, Path(model.adapter))
     return replace(config, adapter=_started(config.adapter, theirs, model.adapter))
+
+
+def _model_before(file: Path) -> run.LoadConfig | None:
+    """The model of the run that is there; `check_folder` speaks of a file that can't be read."""
+    try:
+        return run.read(file).model if file.exists() else None
+    except InputError:
+        return None
 
 
 def _started(own: DropLoRA, theirs: DropLoRA, where: str) -> DropLoRA:
@@ -280,57 +238,17 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         ignore_config_keys=config.model.ignore_config_keys,
     )
     if config.model.adapter is None:
-        return _inject(config, model)
+        return with_fresh_adapters(config, model)
     return export.load_adapter(model, config.model.adapter, config=config.adapter)
 
 
-def _inject(config: run.RunConfig, model: Decoder) -> Decoder:
+def with_fresh_adapters(config: run.RunConfig, model: Decoder) -> Decoder:
+    """The model with the adapters that a run begins with."""
     init_key = prng.fold_name(prng.root_key(config.seed), "init")
     return inject(model, config.adapter, key=init_key)
 
 
-def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
-    """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
-    if not (folder / CONFIG_FILE).exists():
-        raise InputError(
-            f"{folder}: no run of droplora in it (no {CONFIG_FILE}), and no adapter (no {PEFT_FILE})"
-        )
-    if not (folder / CHECKPOINTS).is_dir():
-        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
-    config = run.read(folder / CONFIG_FILE)
-    model = _inject(config, _abstract(config.model))
-    graphdef, adapters, mask_keys, frozen = split(model)
-    tx = optim.optimizer(config.optim, lambda count: 0.0)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    step = checkpoints.choose(which)
-    state = checkpoints.restore(step, init_state(adapters, tx))
-    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
-    return model, _extra(checkpoints.record(step))
-
-
-def _with_adapter(folder: Path, base: str | None) -> Decoder:
-    """The model of an adapter in PEFT's format, the base as shapes only."""
-    path = base or files.read_json(folder / PEFT_FILE).get("base_model_name_or_path")
-    if not path:
-        raise InputError(f"{folder}: does not say which base it is for: give --base")
-    config = run.LoadConfig(path)
-    try:
-        model = _abstract(config)
-    except InputError as error:
-        raise InputError(f"{error} (the base of {folder}; another place: --base)") from error
-    return export.load_adapter(model, folder)
-
-
-def _abstract(config: run.LoadConfig) -> Decoder:
-    """A base as shapes only, on one device."""
-    base = hub.resolve(config.path, config.revision)
-    _, shape = hub.read_config(base, config.ignore_config_keys)
-    source = hub.source(config.path, config.revision)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    return hub.abstract_model(shape, mesh=mesh, dtype="float32", source=source)
-
-
-def _extra(record: Mapping[str, Any]) -> dict[str, Any]:
+def what_to_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """What `droplora_config.json` says beside the adapter's own options."""
     return {"template": record["template"], "seed": record["config"]["seed"]}
 

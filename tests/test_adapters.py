@@ -16,7 +16,8 @@ from oracles import primitives, relative
 
 from droplora_jax import DoRA, DropLoRA, InputError, LinearSpec, linear_spec, prng
 from droplora_jax.adapters import ADAPTERS, Adapter
-from droplora_jax.adapters.base import factor_shapes, factor_shardings, is_linear
+from droplora_jax.adapters.base import is_linear
+from droplora_jax.adapters.placing import factor_shapes, factor_shardings
 from droplora_jax.adapters.targets import dotted, layer_names, select
 from droplora_jax.adapters.whole import wholes_of
 from droplora_jax.sharding import MeshConfig, make_mesh

@@ -43,6 +43,7 @@ FLOORS = {
     "evaluate": 4,
     "train": 5,
     "run": 6,
+    "exporting": 8,
     "inspection": 8,
     "launch": 7,
     "plan": 7,

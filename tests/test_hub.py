@@ -99,6 +99,29 @@ def test_one_file_in_any_float_dtype(stored, tmp_path):
         np.testing.assert_array_equal(kernel, expected)
 
 
+def test_dtypes_that_are_mixed_come_in_and_go_out_as_they_are(copy, tmp_path):
+    kinds = [np.float16, ml_dtypes.bfloat16, np.float32]
+    stored = {}
+    for i, file in enumerate(shards(copy)):
+        tensors = load_file(file)
+        stored |= {
+            name: t.astype(kinds[(i + j) % 3]) for j, (name, t) in enumerate(tensors.items())
+        }
+        save_file({name: stored[name] for name in tensors}, file, metadata={"format": "pt"})
+    assert {value.dtype for value in stored.values()} == {np.dtype(kind) for kind in kinds}
+    model = load(copy)
+    for layer in range(3):
+        ours = np.asarray(model.layers.up_proj.kernel[...][layer]).T
+        theirs = stored[f"model.layers.{layer}.mlp.up_proj.weight"].astype(np.float32)
+        np.testing.assert_array_equal(ours, theirs)
+    adapted = dl.inject(model, dl.DropLoRA(rank=2, targets="up_proj"), key=dl.root_key(0))
+    dl.save_merged(adapted, tmp_path / "out")  # B is zero: nothing changes
+    for file in shards(tmp_path / "out"):
+        for name, value in load_file(file).items():
+            assert value.dtype == stored[name].dtype
+            np.testing.assert_array_equal(value, stored[name])
+
+
 def test_a_stored_copy_of_tied_embeddings_and_old_buffers_are_no_surprise(tied, tmp_path):
     folder = Path(shutil.copytree(tied.path, tmp_path / "copy"))
     merged = {}

@@ -245,6 +245,16 @@ def test_what_is_trained_whole_moves_and_is_cast_where_it_is_used(bases, tmp_pat
     assert nnx.graphdef(merged) == nnx.graphdef(base)
 
 
+def test_dora_beside_a_bfloat16_base(bases, tmp_path):
+    options = {"use_dora": True, "target_modules": LINEAR}
+    trained = train_in_peft(bases["qwen2"].path, tmp_path / "theirs", **options)
+    model = dl.load_adapter(load(trained.base, jnp.bfloat16), trained.adapter)
+    logits = forward(model, TOKENS)
+    assert logits.dtype == jnp.bfloat16
+    assert relative(logits, trained.logits) < 3e-2
+    assert relative(forward(dl.merge(model), TOKENS), logits) < 3e-2
+
+
 TIED = {
     "apart": ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save.*ensure_weight_tying"),
     "head": ({"modules_to_save": ["lm_head"]}, r"modules_to_save.*lm_head.*ties them"),

@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from droplora_jax.adapters.targets import Path, dotted
@@ -248,76 +247,3 @@ def stack_of(layer: nnx.Module) -> tuple[int, ...]:
     except InputError:
         return ()
     return spec.stack(getattr(layer, spec.attribute).get_value())
-
-
-def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
-    """Where A and B lie: A as the kernel's input dimensions, B as its output dimensions.
-
-    The factor that is left without the mesh axis `fsdp` takes it on its long dimension, so that
-    no factor and no optimizer moment is replicated over it. (None, None) for a kernel that is
-    not on a named mesh.
-    """
-    sharding = getattr(kernel, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return None, None
-    mesh = sharding.mesh
-    entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
-    stack = len(spec.stack(kernel))
-    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
-    sizes = dict(zip(spec.kernel, kernel.shape[stack:], strict=True))
-
-    def factor(letters: str, long: str) -> NamedSharding:
-        axes = {c: by_letter.get(c) for c in letters}
-        used = {name for entry in [*entries[:stack], *axes.values()] for name in _names(entry)}
-        for c in sorted(long, key=lambda c: -sizes[c]):
-            names = (*_names(axes[c]), "fsdp")
-            parts = 1
-            for name in names:
-                parts *= mesh.shape.get(name, 1)
-            if "fsdp" in mesh.shape and "fsdp" not in used and sizes[c] % parts == 0:
-                axes[c] = names
-                break
-        return NamedSharding(mesh, PartitionSpec(*entries[:stack], *(axes[c] for c in letters)))
-
-    return factor(spec.a, spec.contracted), factor(spec.b, spec.produced)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    if entry is None:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def letters_sharding(kernel: Any, spec: LinearSpec, letters: str) -> Any:
-    """Where an array of some of the kernel's letters lies: as the kernel does."""
-    sharding = getattr(kernel, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return None
-    entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
-    stack = len(spec.stack(kernel))
-    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
-    return NamedSharding(
-        sharding.mesh, PartitionSpec(*entries[:stack], *map(by_letter.get, letters))
-    )
-
-
-def letters_shape(kernel: Any, spec: LinearSpec, letters: str, **sizes: int) -> tuple[int, ...]:
-    """The shape of an array of some letters, stack axes in front; `sizes` of further letters."""
-    stack = spec.stack(kernel)
-    sizes |= dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
-    return stack + tuple(sizes[c] for c in letters)
-
-
-def factor_shapes(
-    kernel: Any, spec: LinearSpec, rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B for one kernel, stack axes in front."""
-    of_a, of_b = (
-        letters_shape(kernel, spec, letters, **{spec.rank: rank}) for letters in (spec.a, spec.b)
-    )
-    return of_a, of_b
-
-
-def place(make: Any, sharding: Any) -> Array:
-    """Run `make()` so that its result is born with `sharding`."""
-    return jax.jit(make, out_shardings=sharding)()

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from droplora_jax.adapters import base
+from droplora_jax import ops
+from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.droplora import Branch, DropLoRA, DropLoRALinear
 
 
@@ -45,10 +46,10 @@ class DoRALinear(DropLoRALinear):
         super().__init__(layer, spec, config, branches, key)
         kernel = self.kernel.get_value()
         letters = _columns(spec)
-        sharding = base.letters_sharding(kernel, spec, letters)
+        sharding = placing.letters_sharding(kernel, spec, letters)
         if isinstance(kernel, jax.ShapeDtypeStruct):
-            shape = base.letters_shape(kernel, spec, letters)
-            self.magnitude = nnx.LoRAParam(base.place(lambda: jnp.ones(shape), sharding))
+            shape = placing.letters_shape(kernel, spec, letters)
+            self.magnitude = nnx.LoRAParam(placing.place(lambda: jnp.ones(shape), sharding))
         else:
             norm = jax.jit(lambda kernel: _norm(kernel, spec), out_shardings=sharding)
             self.magnitude = nnx.LoRAParam(norm(kernel))
@@ -82,11 +83,11 @@ class DoRALinear(DropLoRALinear):
 
     def _norm_of_sum(self) -> Array:
         """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
-        spec, f32 = self.spec, jnp.float32
+        spec = self.spec
         w, a, b = (jax.lax.stop_gradient(p[...]) for p in (self.kernel, self.lora_a, self.lora_b))
         columns, other = _columns(spec), "z"
         b = b * self._scale()
-        aw = jnp.einsum(f"{spec.a},{spec.kernel}->{spec.b}", a, w, preferred_element_type=f32)
+        aw = ops.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)
         aa = jnp.einsum(
             f"{spec.a},{spec.a.replace(spec.rank, other)}->{spec.batched}{spec.rank}{other}", a, a
         )

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
-from droplora_jax.adapters import base
+from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.targets import Path, Patterns, layer_names
 from droplora_jax.errors import InputError
 
@@ -153,11 +153,11 @@ class DropLoRALinear(base.Adapter):
         self.branches = branches
         kernel = self.kernel.get_value()  # an array, or only its shape and sharding
         stack = spec.stack(kernel)
-        a_shape, b_shape = base.factor_shapes(kernel, spec, self.rank)
-        a_sharding, b_sharding = base.factor_shardings(kernel, spec)
+        a_shape, b_shape = placing.factor_shapes(kernel, spec, self.rank)
+        a_sharding, b_sharding = placing.factor_shardings(kernel, spec)
         init_a = _kaiming_uniform(key, stack, a_shape[len(stack) :], len(spec.batched))
-        self.lora_a = nnx.LoRAParam(base.place(lambda: init_a() * self._there(), a_sharding))
-        self.lora_b = nnx.LoRAParam(base.place(lambda: jnp.zeros(b_shape), b_sharding))
+        self.lora_a = nnx.LoRAParam(placing.place(lambda: init_a() * self._there(), a_sharding))
+        self.lora_b = nnx.LoRAParam(placing.place(lambda: jnp.zeros(b_shape), b_sharding))
         self.mask_key = base.MaskKey(
             jnp.broadcast_to(prng.root_key(0), (*stack, 0)),
             stack=stack,
@@ -165,10 +165,15 @@ class DropLoRALinear(base.Adapter):
         )
         # Only where they differ: a number in the program costs nothing.
         differ = len(set(branches)) > 1
-        scales = np.asarray([branch.scale for branch in branches], np.float32).reshape(stack)
-        ranks = np.asarray([branch.rank for branch in branches], np.int32).reshape(stack)
-        self.scales = PerLayer(jnp.asarray(scales)) if differ else None
-        self.ranks = PerLayer(jnp.asarray(ranks)) if differ else None
+        self.scales = self._per_layer([b.scale for b in branches], "float32") if differ else None
+        self.ranks = self._per_layer([b.rank for b in branches], "int32") if differ else None
+
+    def _per_layer(self, values: list[Any], dtype: str) -> PerLayer:
+        kernel = self.kernel.get_value()
+        shape, sharding = self.spec.stack(kernel), placing.letters_sharding(kernel, self.spec, "")
+        return PerLayer(
+            placing.place(lambda: jnp.asarray(values, dtype=dtype).reshape(shape), sharding)
+        )
 
     @property
     def rank(self) -> int:

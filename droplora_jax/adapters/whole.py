@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from droplora_jax.adapters.base import place
+from droplora_jax.adapters.placing import place
 from droplora_jax.adapters.targets import Path, dotted, matches
 from droplora_jax.errors import InputError
 
