@@ -17,7 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved).
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand behind the options too.
+    if any(word.startswith("-") or not hasattr(options, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         return options.command(options)
     except InputError as error:
@@ -64,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
     export.add_argument("--base", metavar="DIR", help="of an adapter, if it has moved")
     export.set_defaults(command=_export)
+
+    plan = commands.add_parser(
+        "plan", help="say whether a run fits on devices that are not here, and how fast it could be"
+    )
+    plan.add_argument("file", metavar="RUN.yaml", type=Path)
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.add_argument(
+        "--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, 2xv5e:16x16, cpu:8, ..."
+    )
+    plan.add_argument("--json", action="store_true", help="everything, for programs")
+    plan.set_defaults(command=_plan)
 
     inspect = commands.add_parser(
         "inspect", help="say what a folder is, and what an adapter does to each layer"
@@ -119,6 +136,23 @@ def _export(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         rank=options.rank,
         base=options.base,
+        console=Console(),
+    )
+    return DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import jax
+    from rich.console import Console
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler alone is asked
+    from droplora_jax.planning import show_plan
+
+    show_plan(
+        options.file,
+        options.overrides,
+        where=options.topology,
+        as_json=options.json,
         console=Console(),
     )
     return DONE

@@ -38,13 +38,14 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     return {dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, Adapter)}
 
 
-def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model:
+def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""] | None) -> Model:
     """Wrap every targeted linear layer in an adapter.
 
     Args:
       model: any nnx module; layers may be in a list, or stacked with leading axes.
       config: which layers and which adapter, such as `DropLoRA`; and what is trained whole.
-      key: the root of the initial values, which depend on it, the path and the layer index only.
+      key: the root of the initial values, which depend on it, the path and the layer index only;
+        None for shapes only, with no values, as a plan needs.
 
     Raises:
       InputError: a pattern that matches nothing (lists what there is), or a model that has
@@ -62,7 +63,8 @@ def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""]) -> Model
     chosen = select(stacks, targets, config.exclude)
     check_patterns(config.patterns, {path: layer_names(path, stacks[path]) for path in chosen})
     specs = {path: linear_spec(linear[path]) for path in chosen}
-    train_whole(model, config.train_whole, {(*path, specs[path].attribute) for path in chosen})
+    kernels = {(*path, specs[path].attribute) for path in chosen}
+    train_whole(model, config.train_whole, kernels, abstract=key is None)
 
     def wrap(path: Path, node: Any) -> Any:
         if path not in chosen:

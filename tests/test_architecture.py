@@ -15,9 +15,12 @@ ROOT = Path(droplora_jax.__file__).parent
 FLOORS = {
     "attention": 0,
     "buckets": 0,
+    "collectives": 0,
     "display": 0,
     "errors": 0,
     "files": 0,
+    "flops": 0,
+    "hardware": 0,
     "loss": 0,
     "lowrank": 0,
     "metrics": 0,
@@ -47,6 +50,7 @@ FLOORS = {
     "inspection": 8,
     "launch": 7,
     "plan": 7,
+    "planning": 8,
     "quickstart": 8,
     "cli": 9,
 }
@@ -59,6 +63,7 @@ WITHIN = {
     ("checkpoint", "step"),
     ("hub", "surgery"),
     ("files", "errors"),
+    ("hardware", "errors"),
     ("lowrank", "ops"),
     ("metrics", "files"),
     ("optim", "errors"),

@@ -223,13 +223,13 @@ class AdapterConfig(Protocol):
         layer: nnx.Module,
         spec: LinearSpec,
         path: Path,
-        key: Array,
+        key: Array | None,
         chosen: Sequence[bool] | None = None,
     ) -> Adapter:
         """Wrap one layer.
 
         Args:
-          key: the run's `init_key`; fold the path into it.
+          key: the run's `init_key`; fold the path into it. None: shapes only, no values.
           chosen: of a stack, which of its layers have an adapter; all of them by default.
         """
         ...

@@ -41,7 +41,7 @@ class DoRALinear(DropLoRALinear):
         spec: base.LinearSpec,
         config: DropLoRA,
         branches: tuple[Branch, ...],
-        key: Array,
+        key: Array | None,
     ) -> None:
         super().__init__(layer, spec, config, branches, key)
         kernel = self.kernel.get_value()
@@ -49,7 +49,9 @@ class DoRALinear(DropLoRALinear):
         sharding = placing.letters_sharding(kernel, spec, letters)
         if isinstance(kernel, jax.ShapeDtypeStruct):
             shape = placing.letters_shape(kernel, spec, letters)
-            self.magnitude = nnx.LoRAParam(placing.place(lambda: jnp.ones(shape), sharding))
+            self.magnitude = nnx.LoRAParam(
+                placing.place(lambda: jnp.ones(shape), sharding, abstract=key is None)
+            )
         else:
             norm = jax.jit(lambda kernel: _norm(kernel, spec), out_shardings=sharding)
             self.magnitude = nnx.LoRAParam(norm(kernel))

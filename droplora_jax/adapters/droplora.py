@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,12 +90,13 @@ class DropLoRA:
         layer: nnx.Module,
         spec: base.LinearSpec,
         path: Path,
-        key: Array,
+        key: Array | None,
         chosen: Sequence[bool] | None = None,
     ) -> DropLoRALinear:
         names = layer_names(path, base.stack_of(layer))
         branches = self.branches(names, chosen)
-        return self.linear()(layer, spec, self, branches, prng.fold_path(key, path))
+        key = None if key is None else prng.fold_path(key, path)
+        return self.linear()(layer, spec, self, branches, key)
 
     def linear(self) -> type[DropLoRALinear]:
         """The kind of layer that this configuration makes."""
@@ -145,7 +147,7 @@ class DropLoRALinear(base.Adapter):
         spec: base.LinearSpec,
         config: DropLoRA,
         branches: tuple[Branch, ...],
-        key: Array,
+        key: Array | None,
     ) -> None:
         self.base = layer
         self.spec = spec
@@ -155,9 +157,11 @@ class DropLoRALinear(base.Adapter):
         stack = spec.stack(kernel)
         a_shape, b_shape = placing.factor_shapes(kernel, spec, self.rank)
         a_sharding, b_sharding = placing.factor_shardings(kernel, spec)
+        place = partial(placing.place, abstract=key is None)
+        key = prng.root_key(0) if key is None else key
         init_a = _kaiming_uniform(key, stack, a_shape[len(stack) :], len(spec.batched))
-        self.lora_a = nnx.LoRAParam(placing.place(lambda: init_a() * self._there(), a_sharding))
-        self.lora_b = nnx.LoRAParam(placing.place(lambda: jnp.zeros(b_shape), b_sharding))
+        self.lora_a = nnx.LoRAParam(place(lambda: init_a() * self._there(), a_sharding))
+        self.lora_b = nnx.LoRAParam(place(lambda: jnp.zeros(b_shape), b_sharding))
         self.mask_key = base.MaskKey(
             jnp.broadcast_to(prng.root_key(0), (*stack, 0)),
             stack=stack,
@@ -165,15 +169,15 @@ class DropLoRALinear(base.Adapter):
         )
         # Only where they differ: a number in the program costs nothing.
         differ = len(set(branches)) > 1
-        self.scales = self._per_layer([b.scale for b in branches], "float32") if differ else None
-        self.ranks = self._per_layer([b.rank for b in branches], "int32") if differ else None
+        self.scales = (
+            self._per_layer([b.scale for b in branches], "float32", place) if differ else None
+        )
+        self.ranks = self._per_layer([b.rank for b in branches], "int32", place) if differ else None
 
-    def _per_layer(self, values: list[Any], dtype: str) -> PerLayer:
+    def _per_layer(self, values: list[Any], dtype: str, place: Any) -> PerLayer:
         kernel = self.kernel.get_value()
         shape, sharding = self.spec.stack(kernel), placing.letters_sharding(kernel, self.spec, "")
-        return PerLayer(
-            placing.place(lambda: jnp.asarray(values, dtype=dtype).reshape(shape), sharding)
-        )
+        return PerLayer(place(lambda: jnp.asarray(values, dtype=dtype).reshape(shape), sharding))
 
     @property
     def rank(self) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from droplora_jax.adapters.base import LinearSpec
 
@@ -79,6 +78,9 @@ def factor_shapes(
     return of_a, of_b
 
 
-def place(make: Any, sharding: Any) -> Array:
-    """Run `make()` so that its result is born with `sharding`."""
+def place(make: Any, sharding: Any, *, abstract: bool = False) -> Any:
+    """Run `make()` so that its result is born with `sharding`; `abstract`: only say its shape."""
+    if abstract:
+        shape = jax.eval_shape(make)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
     return jax.jit(make, out_shardings=sharding)()

@@ -21,11 +21,18 @@ class Whole(nnx.LoRAParam):
     """
 
 
-def train_whole(model: nnx.Module, patterns: Sequence[str], kernels: Collection[Path]) -> None:
+def train_whole(
+    model: nnx.Module,
+    patterns: Sequence[str],
+    kernels: Collection[Path],
+    *,
+    abstract: bool = False,
+) -> None:
     """Turn the parameters whose dotted path a pattern matches into `Whole`s, in place.
 
     Args:
       kernels: the paths of the kernels that get an adapter.
+      abstract: the values of a base that has none are not made up either.
 
     Raises:
       InputError: a pattern that matches nothing, or a kernel with an adapter.
@@ -44,7 +51,7 @@ def train_whole(model: nnx.Module, patterns: Sequence[str], kernels: Collection[
                     f"adapter.train_whole={pattern!r} matches {dotted(path)}, which has an "
                     "adapter: exclude it there, or train it whole no more"
                 )
-            set_at(model, path, _whole(parameters[path]))
+            set_at(model, path, _whole(parameters[path], abstract))
 
 
 def wholes_of(model: nnx.Module) -> dict[Path, Whole]:
@@ -59,12 +66,12 @@ def plain(model: nnx.Module) -> None:
         set_at(model, path, nnx.Param(whole.get_value().astype(dtype)))
 
 
-def _whole(parameter: nnx.Variable) -> Whole:
+def _whole(parameter: nnx.Variable, abstract: bool) -> Whole:
     value = parameter.get_value()
     dtype = jnp.dtype(value.dtype).name
     if isinstance(value, jax.ShapeDtypeStruct):
         shape = value.shape  # to be filled by what is restored or loaded
-        value = place(lambda: jnp.zeros(shape, jnp.float32), value.sharding)
+        value = place(lambda: jnp.zeros(shape, jnp.float32), value.sharding, abstract=abstract)
     else:
         value = jnp.array(value, jnp.float32)  # a copy: the base is left as it is
     return Whole(value, base_dtype=dtype)

@@ -1,0 +1,207 @@
+"""Plans: the operations and messages of programs whose own are known, and of a run's step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from run_fixtures import CommandLine, make_base, write_run
+
+from droplora_jax import run
+from droplora_jax.collectives import collectives
+from droplora_jax.errors import InputError
+from droplora_jax.flops import matrix_flops
+from droplora_jax.hardware import topology
+from droplora_jax.plan import changes, plan
+from droplora_jax.sharding import MeshConfig, make_mesh
+
+MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+# Operations.
+
+
+def test_products_are_counted_in_loops_and_when_they_are_made_again():
+    w, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+    one = 2 * 4 * 8 * 8
+
+    def loop(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0].sum()
+
+    def count(f, *arguments):
+        return matrix_flops(jax.make_jaxpr(f)(*arguments))
+
+    assert count(loop, x, w) == 5 * one
+    assert count(jax.grad(loop), x, w) == 10 * one  # no gradient of the frozen w
+    assert count(jax.grad(loop, argnums=(0, 1)), x, w) == 15 * one
+    again = jax.grad(jax.checkpoint(loop))
+    assert count(again, x, w) == 15 * one
+    assert count(jax.jit(lambda x: jnp.einsum("ab,ab->a", x, x)), x) == 2 * 4 * 8
+
+
+# Messages.
+
+
+def compiled(f, *arguments):
+    return jax.jit(f).lower(*arguments).compile().as_text()
+
+
+def placed(shape, *axes):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(MESH, P(*axes)))
+
+
+def test_collectives_are_counted_by_kind_axis_and_loop():
+    def gathered(w):
+        replicated = NamedSharding(MESH, P(None, None))
+        return jax.lax.with_sharding_constraint(w, replicated) * 2
+
+    (found,) = collectives(compiled(gathered, placed((64, 32), "fsdp")), MESH)
+    assert (found.kind, found.axes, found.count) == ("all-gather", "fsdp", 1)
+    assert found.bytes == 64 * 32 * 4 // 2  # half of it comes from elsewhere
+
+    def summed(x):
+        def layer(x, _):
+            return jax.lax.psum(x, "tensor") / 2, None
+
+        return jax.lax.scan(layer, x, length=5)[0]
+
+    looped = jax.shard_map(
+        summed,
+        mesh=MESH,
+        in_specs=P("data", "tensor"),
+        out_specs=P("data", "tensor"),
+        check_vma=False,
+    )
+    (found,) = collectives(compiled(looped, placed((16, 32), "data", "tensor")), MESH)
+    assert (found.kind, found.axes, found.count) == ("all-reduce", "tensor", 5)
+    assert found.bytes == 5 * (8 * 16 * 4)  # half of it there and half of it back
+
+
+# Topologies.
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "cpu", "cpu:0x2", "v5e:4x4x", "xv5e:4x4"])
+def test_names_that_mean_nothing(name):
+    with pytest.raises(InputError, match=rf"--topology {name}: must be a kind and its shape"):
+        topology(name)
+
+
+def test_more_cpu_devices_than_there_are():
+    assert len(topology("cpu:4").devices) == 4
+    with pytest.raises(InputError, match=r"cpu:64: 8 CPU device\(s\) here.*XLA_FLAGS"):
+        topology("cpu:64")
+
+
+# A run's step.
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")).path
+
+
+@pytest.fixture
+def file(base, tmp_path):
+    return write_run(base, tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+
+
+@pytest.fixture
+def droplora(capsys) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def test_a_plan_of_a_run(file, base):
+    config = run.read(file, ["train.global_batch=8", "train.micro_batch=4"])
+    found = plan(config, topology("cpu:8"))
+    hf = json.loads((base / "config.json").read_text())
+    assert (found.fits, found.hbm_limit_bytes, found.tokens_per_second) == (None, None, None)
+    assert found.settings["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert found.tokens_per_step == 8 * config.data.max_length
+    # Over fsdp x tensor = 4 devices; the small norms are on each.
+    width, layers = hf["hidden_size"], hf["num_hidden_layers"]
+    kv = width // hf["num_attention_heads"] * hf["num_key_value_heads"]
+    per_layer = 2 * width * width + 2 * width * kv + 3 * width * hf["intermediate_size"]
+    vocab = hf["vocab_size"] * width * (1 if hf["tie_word_embeddings"] else 2)
+    split, norms = (layers * per_layer + vocab) * 4 / 4, (2 * layers + 1) * width * 4
+    assert found.weights == pytest.approx(split + norms, rel=0.01)
+    assert found.optimizer == pytest.approx(2 * found.adapters, rel=0.01)
+    held = found.weights + found.adapters + found.optimizer
+    assert found.hbm_bytes_per_chip >= held
+    assert found.temporaries == found.hbm_bytes_per_chip - held
+    # 4 operations a weight and token, and half as many again where the forward pass runs twice.
+    useful = 4 * (layers * per_layer + hf["vocab_size"] * width) * found.tokens_per_step
+    assert 1.0 < found.flops_per_step / useful < 2.5
+    axes = {axis for one in found.collectives for axis in one.axes.split("+")}
+    assert axes <= {"data", "fsdp", "tensor"}
+    assert {"fsdp", "tensor"} <= axes
+
+
+def test_fewer_operations_where_more_is_kept(file):
+    of = {
+        remat: plan(run.read(file, [f"train.remat={remat}"]), topology("cpu:8")).flops_per_step
+        for remat in ("everything", "dots", "nothing")
+    }
+    assert of["everything"] <= of["dots"] < of["nothing"]
+
+
+def test_the_command(file, droplora):
+    out = droplora.good("plan", file, "--topology", "cpu:8")
+    for text in ("8 devices as data=2 x fsdp=2 x tensor=2", "GiB a device (weights", "all-gather"):
+        assert text in out
+    found = json.loads(droplora.good("plan", file, "--topology", "cpu:8", "--json"))
+    for key in ("fits", "hbm_bytes_per_chip", "hbm_limit_bytes", "collectives", "flops_per_step"):
+        assert key in found
+    assert found["compile_seconds"] > 0
+    assert {"kind", "axes", "count", "bytes"} == found["collectives"][0].keys()
+    for arguments, words in {
+        ("--topology", "v5e"): "must be a kind and its shape",
+        ("--topology", "cpu:8", "mesh.tensor=3"): "does not match the 8 device(s)",
+        ("--topology", "cpu:8", "train.micro_batch=2"): "is not divisible by the 4 parts",
+    }.items():
+        result = droplora("plan", file, *arguments)
+        assert result.code == 2
+        assert words in result.err
+
+
+def test_changes_go_from_cheap_to_dear(file):
+    config = run.read(file, ["train.global_batch=8", "train.remat=dots", "mesh.tensor=1"])
+    tried = [" ".join(overrides) for overrides, _ in changes(config, topology("cpu:8"))]
+    assert tried[:3] == ["train.micro_batch=4", "train.micro_batch=2", "train.micro_batch=1"]
+    assert tried[3] == "train.remat=nothing"
+    assert "mesh.data=1 mesh.fsdp=-1 mesh.tensor=2" in tried
+    assert len(tried) == len(set(tried))
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed"
+)
+
+
+@needs_libtpu
+def test_a_slice_of_tpus(file):
+    """Compiled by the TPU compiler: what is held is split, and nothing as large is gathered."""
+    config = run.read(file, ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=1", "model.dtype=bfloat16"])
+    one = plan(run.read(file, ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]), topology("v5e:1x1"))
+    four = plan(config, topology("v5e:2x2"))
+    assert one.fits
+    assert four.fits
+    assert four.hbm_limit_bytes == 16 * 2**30
+    assert four.weights < 0.3 * one.weights
+    assert {axes for c in four.collectives for axes in c.axes.split("+")} == {"fsdp"}
+    assert not one.collectives
+    assert 0 < four.mfu_at_most <= 1
+    assert four.bound in four.seconds
+    assert math.isfinite(four.tokens_per_second)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_no_tpu_compiler_is_said(file, droplora):
+    result = droplora("plan", file, "--topology", "v5e:4x4")
+    assert result.code == 2
+    assert "needs libtpu (pip install 'jax[tpu]')" in result.err
