@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from droplora_jax import signals
 from droplora_jax.errors import InputError
 
-DONE, BAD_INPUT, NON_FINITE, INTERRUPTED = 0, 2, 3, 130
+DONE, BAD_INPUT, NON_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     try:
-        return options.command(options)
+        with signals.raised():
+            return options.command(options)
     except InputError as error:
         return _fail(error, BAD_INPUT)
     except OSError as error:
@@ -33,6 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}", BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+    except signals.Terminated:
+        return _fail("terminated", TERMINATED)
+
+
+def command() -> NoReturn:
+    """`main` as a program."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (INTERRUPTED, TERMINATED):
+        # JAX's threads may be at work still, on memory that an orderly exit takes from them.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(message: object, code: int) -> int:
@@ -168,4 +185,4 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

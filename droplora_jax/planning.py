@@ -18,8 +18,8 @@ def show_plan(
     file: Path, overrides: list[str], *, where: str, as_json: bool, console: Console
 ) -> None:
     """Print what the step of a run takes on devices that need not be here."""
+    devices = topology(where)  # before JAX starts: it makes CPU devices
     config = run.read(file, overrides)
-    devices = topology(where)
     found = plan(config, devices)
     change = smallest_change(config, devices) if found.fits is False else None
     if as_json:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, kept until it can."""
+"""Signals that ask a command to stop: kept until a run can, or raised at once."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def collected() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class Terminated(BaseException):
+    """SIGTERM; as KeyboardInterrupt, it is not an error that anything handles on the way."""
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """SIGTERM raises `Terminated` in the block, so that what is half-written is taken away."""
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    handler = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import time
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from run_fixtures import (
     factors,
     make_base,
     metrics,
+    process,
     write_run,
 )
 from safetensors.numpy import load_file
@@ -330,3 +332,16 @@ def test_dora_from_the_command_line(base, droplora, tmp_path):
         torch.testing.assert_close(merged[name], theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
         moved += not torch.equal(merged[name], value)
     assert moved == 10 + 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_stopped_leaves_nothing(folder, tmp_path, number, code):
+    """While the base is being written, and with JAX's threads at work."""
+    export = process("export", folder, "--to", tmp_path / "out", "--format", "merged")
+    while export.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.01)
+    export.send_signal(number)
+    _, error = export.communicate()
+    assert export.returncode == code, error
+    assert error.splitlines()[-1] in ("droplora: interrupted", "droplora: terminated")
+    assert list(tmp_path.iterdir()) == []
