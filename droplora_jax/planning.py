@@ -41,16 +41,16 @@ def show_plan(
 def lines(found: Plan) -> list[str]:
     """What a person wants to know, a line each."""
     mesh = " x ".join(f"{name}={size}" for name, size in found.settings["mesh"].items())
-    limit = f" of {found.hbm_limit_bytes / GIB:.2f}" if found.hbm_limit_bytes else ""
+    limit = f" of {_size(found.hbm_limit_bytes)}" if found.hbm_limit_bytes else ""
     fits = {True: "fits", False: "does not fit", None: "compiled"}[found.fits]
     parts = ", ".join(
-        f"{name} {getattr(found, name) / GIB:.2f}"
+        f"{name} {_size(getattr(found, name))}"
         for name in ("weights", "adapters", "optimizer", "temporaries")
     )
     made = [
         f"{found.topology}: {found.devices} devices as {mesh}, micro-batch "
         f"{found.settings['micro_batch']}, remat {found.settings['remat']}",
-        f"{fits}: {found.hbm_bytes_per_chip / GIB:.2f}{limit} GiB a device ({parts})",
+        f"{fits}: {_size(found.hbm_bytes_per_chip)}{limit} a device ({parts})",
         f"{found.flops_per_step / 1e12:,.1f} TFLOP a step of {found.tokens_per_step:,} tokens; "
         f"{found.arithmetic_intensity:,.0f} FLOP a byte of weights read",
     ]
@@ -67,7 +67,11 @@ def lines(found: Plan) -> list[str]:
 
 
 def sent(found: Plan) -> Table:
-    table = Table("collective", "over", "times a step", "GiB a device", box=SIMPLE_HEAD)
+    table = Table("collective", "over", "times a step", "to a device", box=SIMPLE_HEAD)
     for one in found.collectives:
-        table.add_row(one.kind, one.axes, f"{one.count:,}", f"{one.bytes / GIB:.3f}")
+        table.add_row(one.kind, one.axes, f"{one.count:,}", _size(one.bytes))
     return table
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.2f} MiB"

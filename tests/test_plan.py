@@ -152,7 +152,7 @@ def test_fewer_operations_where_more_is_kept(file):
 
 def test_the_command(file, droplora):
     out = droplora.good("plan", file, "--topology", "cpu:8")
-    for text in ("8 devices as data=2 x fsdp=2 x tensor=2", "GiB a device (weights", "all-gather"):
+    for text in ("8 devices as data=2 x fsdp=2 x tensor=2", "MiB a device (weights", "all-gather"):
         assert text in out
     found = json.loads(droplora.good("plan", file, "--topology", "cpu:8", "--json"))
     for key in ("fits", "hbm_bytes_per_chip", "hbm_limit_bytes", "collectives", "flops_per_step"):
