@@ -81,7 +81,7 @@ def plan(config: run.RunConfig, where: Topology) -> Plan:
     """
     mesh = make_mesh(config.mesh, where.devices)
     config.train.check_mesh(mesh)
-    traced, sizes = _trace(config, mesh, where.platform)
+    traced, sizes = traced_step(config, mesh, where.platform)
     lowered = traced.lower()
     begin = time.perf_counter()
     try:
@@ -108,7 +108,7 @@ def plan(config: run.RunConfig, where: Topology) -> Plan:
     )
 
 
-def _trace(config: run.RunConfig, mesh: Mesh, platform: str) -> tuple[Any, dict[str, int]]:
+def traced_step(config: run.RunConfig, mesh: Mesh, platform: str) -> tuple[Any, dict[str, int]]:
     """The run's own step on shapes, and what its arguments take of one device."""
     folder = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(folder, config.model.ignore_config_keys)

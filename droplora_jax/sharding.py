@@ -25,6 +25,9 @@ RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
         "ffn": ("tensor",),
         "vocab": ("tensor",),
         "norm": None,
+        # Of the loss: a batch that stays whole along `fsdp`, and a vocabulary that does not.
+        "rows": ("data",),
+        "split_vocab": ("tensor", "fsdp"),
     }
 )
 
@@ -102,6 +105,11 @@ def partition_spec(
 def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
     """The number of devices along `names` together."""
     return math.prod(mesh.shape[name] for name in names)
+
+
+def divides(mesh: Mesh | None, axis: str, size: int) -> bool:
+    """Whether the mesh axes of a logical axis split a dimension of this size evenly."""
+    return mesh is not None and size % axis_size(mesh, RULES[axis] or ()) == 0
 
 
 def named_sharding(

@@ -18,7 +18,7 @@ from droplora_jax.collectives import collectives
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
 from droplora_jax.hardware import topology
-from droplora_jax.plan import changes, plan
+from droplora_jax.plan import changes, plan, traced_step
 from droplora_jax.sharding import MeshConfig, make_mesh
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -140,6 +140,22 @@ def test_a_plan_of_a_run(file, base):
     axes = {axis for one in found.collectives for axis in one.axes.split("+")}
     assert axes <= {"data", "fsdp", "tensor"}
     assert {"fsdp", "tensor"} <= axes
+
+
+def test_the_loss_does_not_gather_the_head(file, base):
+    """Nor the logits: a device has its part of the vocabulary."""
+    config = run.read(
+        file, ["mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "train.global_batch=16"]
+    )
+    mesh = make_mesh(config.mesh)
+    hf = json.loads((base / "config.json").read_text())
+    vocab, width = hf["vocab_size"], hf["hidden_size"]
+    assert vocab % 8 == 0
+    text = traced_step(config, mesh, "cpu")[0].lower().compile().as_text()
+    gathered = [line.split(" = ")[1] for line in text.splitlines() if " all-gather(" in line]
+    assert gathered
+    for shape in (f"[{width},{vocab}]", f",{vocab}]"):
+        assert not [line for line in gathered if shape in line.split(" ")[0]]
 
 
 def test_fewer_operations_where_more_is_kept(file):

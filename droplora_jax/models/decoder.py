@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
 from droplora_jax.attention import attention
-from droplora_jax.sharding import constrain
+from droplora_jax.sharding import constrain, divides
 from droplora_jax.shared import apply_all
 
 # What the forward pass of a layer saves for its backward pass: all of it; what costs more to find
@@ -269,6 +269,22 @@ class Decoder(nnx.Module):
         else:
             logits_BTV = self.lm_head(x_BTD)
         return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)
+
+    def split_logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """`logits` with the vocabulary over `fsdp` as well, for a loss that sums over it.
+
+        Every device projects the rows of its whole `fsdp` group to its part of the vocabulary: of
+        a few positions at a time that sends less than gathering the head would.
+        """
+        if not divides(self.mesh, "split_vocab", self.config.vocab_size):
+            return self.logits(x_BTD)
+        if self.config.tie_embeddings:
+            kernel_DV = self.embed.embedding[...].T
+        else:
+            kernel_DV = self.lm_head.kernel[...]
+        kernel_DV = constrain(kernel_DV.astype(x_BTD.dtype), (None, "split_vocab"), self.mesh)
+        x_BTD = constrain(x_BTD, ("rows", None, None), self.mesh)
+        return constrain(x_BTD @ kernel_DV, ("rows", None, "split_vocab"), self.mesh)
 
 
 def run_layers(
