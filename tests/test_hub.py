@@ -22,7 +22,7 @@ from droplora_jax import hub
 from droplora_jax.buckets import BucketFile
 from droplora_jax.models import FAMILIES, Family
 from droplora_jax.models.decoder import Source
-from droplora_jax.models.family import rope_config
+from droplora_jax.models.family import rope_config, windows
 from droplora_jax.models.llama import FAMILY
 from droplora_jax.sharding import MeshConfig, make_mesh
 
@@ -238,6 +238,13 @@ def test_rotary_settings(copy, parameters, message):
     edit_config(copy, rope_parameters=parameters)
     with pytest.raises(dl.InputError, match=rf"copy/config\.json.*{message}"):
         load(copy)
+
+
+@pytest.mark.parametrize("first", [None, -1, 1.5, True])
+def test_windows_from_a_layer_that_is_none(first):
+    hf = {"num_hidden_layers": 2, "use_sliding_window": True, "max_window_layers": first}
+    with pytest.raises(dl.InputError, match=rf"max_window_layers={first}: must be a whole number"):
+        windows(hf)
 
 
 def test_rotary_settings_default_to_the_first_llama():

@@ -190,6 +190,8 @@ def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     if not given.get("use_sliding_window") or given["sliding_window"] is None:
         return ()
     window, first = whole(given, "sliding_window"), given["max_window_layers"]
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise InputError(f"max_window_layers={first!r}: must be a whole number, the first layer")
     types = given.get("layer_types") or [
         "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
     ]
