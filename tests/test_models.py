@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models import FAMILIES
-from droplora_jax.models.decoder import LOGICAL_AXES
+from droplora_jax.models.decoder import LOGICAL_AXES, Head
 from droplora_jax.models.family import NAMES
 from droplora_jax.sharding import MeshConfig, make_mesh, named_sharding
 from droplora_jax.surgery import adapters_of
@@ -310,3 +310,27 @@ def test_the_head_is_no_target_as_in_peft(untied):
 def test_the_configuration_is_hashable(untied):
     config = load(untied).config
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize("mesh", [None, *MESHES.values()], ids=str)
+def test_split_logits_are_the_logits_of_any_head(either, mesh):
+    """Also of a head that is more than its kernel, such as one with an adapter."""
+
+    class Twice(Head):
+        def __call__(self, x_BTD):
+            return 2 * super().__call__(x_BTD)
+
+    @nnx.jit
+    def both(model, x):
+        return model.split_logits(x), model.logits(x)
+
+    model = load(either, mesh)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 32), np.float32))
+    plain, expected = both(model, x)
+    assert relative(plain, expected) < 1e-6
+    if not model.config.tie_embeddings:
+        head = Twice(32, model.config.vocab_size, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        head.kernel = model.lm_head.kernel
+        model.lm_head = head
+        twice, _ = both(model, x)
+        assert relative(twice, 2 * np.asarray(expected)) < 1e-6

@@ -276,12 +276,12 @@ class Decoder(nnx.Module):
         Every device projects the rows of its whole `fsdp` group to its part of the vocabulary: of
         a few positions at a time that sends less than gathering the head would.
         """
-        if not divides(self.mesh, "split_vocab", self.config.vocab_size):
+        tied = self.config.tie_embeddings
+        # A head that is more than its kernel, one with an adapter say, has to be called.
+        plain = tied or type(self.lm_head) is Head
+        if not plain or not divides(self.mesh, "split_vocab", self.config.vocab_size):
             return self.logits(x_BTD)
-        if self.config.tie_embeddings:
-            kernel_DV = self.embed.embedding[...].T
-        else:
-            kernel_DV = self.lm_head.kernel[...]
+        kernel_DV = self.embed.embedding[...].T if tied else self.lm_head.kernel[...]
         kernel_DV = constrain(kernel_DV.astype(x_BTD.dtype), (None, "split_vocab"), self.mesh)
         x_BTD = constrain(x_BTD, ("rows", None, None), self.mesh)
         return constrain(x_BTD @ kernel_DV, ("rows", None, "split_vocab"), self.mesh)
