@@ -17,18 +17,14 @@ def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
     no factor and no optimizer moment is replicated over it. (None, None) for a kernel that is
     not on a named mesh.
     """
-    sharding = getattr(kernel, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
+    if (layout := _layout(kernel, spec)) is None:
         return None, None
-    mesh = sharding.mesh
-    entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
-    stack = len(spec.stack(kernel))
-    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
-    sizes = dict(zip(spec.kernel, kernel.shape[stack:], strict=True))
+    mesh, stack, by_letter = layout
+    sizes = dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
 
     def factor(letters: str, long: str) -> NamedSharding:
         axes = {c: by_letter.get(c) for c in letters}
-        used = {name for entry in [*entries[:stack], *axes.values()] for name in _names(entry)}
+        used = {name for entry in [*stack, *axes.values()] for name in _names(entry)}
         for c in sorted(long, key=lambda c: -sizes[c]):
             names = (*_names(axes[c]), "fsdp")
             parts = 1
@@ -37,7 +33,7 @@ def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
             if "fsdp" in mesh.shape and "fsdp" not in used and sizes[c] % parts == 0:
                 axes[c] = names
                 break
-        return NamedSharding(mesh, PartitionSpec(*entries[:stack], *(axes[c] for c in letters)))
+        return NamedSharding(mesh, PartitionSpec(*stack, *(axes[c] for c in letters)))
 
     return factor(spec.a, spec.contracted), factor(spec.b, spec.produced)
 
@@ -50,15 +46,20 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def letters_sharding(kernel: Any, spec: LinearSpec, letters: str) -> Any:
     """Where an array of some of the kernel's letters lies: as the kernel does."""
+    if (layout := _layout(kernel, spec)) is None:
+        return None
+    mesh, stack, by_letter = layout
+    return NamedSharding(mesh, PartitionSpec(*stack, *map(by_letter.get, letters)))
+
+
+def _layout(kernel: Any, spec: LinearSpec) -> tuple[Any, list[Any], dict[str, Any]] | None:
+    """A kernel's mesh, and the mesh axes of its stack and of its letters; None without a mesh."""
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
     entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
     stack = len(spec.stack(kernel))
-    by_letter = dict(zip(spec.kernel, entries[stack:], strict=True))
-    return NamedSharding(
-        sharding.mesh, PartitionSpec(*entries[:stack], *map(by_letter.get, letters))
-    )
+    return sharding.mesh, entries[:stack], dict(zip(spec.kernel, entries[stack:], strict=True))
 
 
 def letters_shape(kernel: Any, spec: LinearSpec, letters: str, **sizes: int) -> tuple[int, ...]:
