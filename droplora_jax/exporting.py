@@ -90,10 +90,11 @@ def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]
 
 def _with_adapter(folder: Path, base: str | None) -> Decoder:
     """The model of an adapter in PEFT's format, the base as shapes only."""
-    path = base or files.read_json(folder / PEFT_FILE).get("base_model_name_or_path")
+    named = files.read_json(folder / PEFT_FILE)
+    path = base or named.get("base_model_name_or_path")
     if not path:
         raise InputError(f"{folder}: does not say which base it is for: give --base")
-    config = run.LoadConfig(path)
+    config = run.LoadConfig(path, revision=None if base else named.get("revision"))
     try:
         model = _abstract(config)
     except InputError as error:

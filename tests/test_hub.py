@@ -18,7 +18,7 @@ from oracles import Folder, model_folder, randomized
 from safetensors.numpy import load_file, save_file
 
 import droplora_jax as dl
-from droplora_jax import hub
+from droplora_jax import cli, hub
 from droplora_jax.buckets import BucketFile
 from droplora_jax.models import FAMILIES, Family
 from droplora_jax.models.decoder import Source
@@ -382,6 +382,18 @@ def test_a_hub_id_offline_and_pinned(cached, revision, commit, scale):
     assert model.source == Source("owner/name", commit * 40)
     (cached / "refs" / "main").write_text("a" * 40)
     assert hub.source_folder(model).name == commit * 40
+
+
+def test_an_adapter_names_the_commit_of_its_base(cached, tmp_path):
+    """So that it is merged into the base that it was trained on, wherever the branch is by then."""
+    model = dl.load("owner/name", dtype=jnp.float32, revision="old")
+    dl.save_adapter(dl.inject(model, dl.DropLoRA(rank=2), key=dl.root_key(0)), tmp_path / "adapter")
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (named["base_model_name_or_path"], named["revision"]) == ("owner/name", "a" * 40)
+    arguments = ["export", str(tmp_path / "adapter"), "--to", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--format", "merged"]) == 0
+    norm = load_file(shard_of(tmp_path / "out", "model.norm.weight"))["model.norm.weight"]
+    assert set(norm) == {1.0}  # `main` has 2.0
 
 
 def test_a_revision_that_is_not_in_the_cache(cached):

@@ -241,6 +241,7 @@ def _peft_config(model: Decoder, config: DropLoRA) -> dict[str, Any]:
         branches,
         _whole_fields(model),
         base=model.source.path if model.source else "",
+        revision=model.source.revision if model.source else None,
         tied=model.config.tie_embeddings,
     )
 

@@ -133,6 +133,7 @@ def peft_config(
     whole: Mapping[str, Collection[str]],
     *,
     base: str,
+    revision: str | None,
     tied: bool,
 ) -> dict[str, Any]:
     """The file for adapters on these modules.
@@ -140,7 +141,7 @@ def peft_config(
     Args:
       branches: of every module of the base that could have one, by its full name; rank 0: none.
       whole: `bias` and `modules_to_save`, as PEFT has them.
-      base: where the base model is.
+      base, revision: where the base model is, and the commit of a hub id.
       tied: the base's head is its embedding.
     """
     adapted = {module: branch for module, branch in branches.items() if branch.rank}
@@ -152,6 +153,7 @@ def peft_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": config.rank,
         "lora_alpha": _number(config.alpha),
         "target_modules": sorted(ends if everywhere else adapted),
