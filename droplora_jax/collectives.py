@@ -58,6 +58,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives in a compiled program's text, of one run, largest first."""
     bodies, entry = _computations(text)
     # One that runs beside other work stands in several fusions: its beginning, its middle, its end.
+    # Its middle may be in a loop, where a part of it is done each time.
     seen: dict[str, tuple[str, str, int, int]] = {}
     for line, times in _run(bodies, entry, 1):
         found = _INSTRUCTION.search(line)
@@ -67,9 +68,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
             channel = _CHANNEL.search(line)
             key = channel.group(1) if channel else line
             of_one = int(size * _received(kind, len(group)))
-            seen[key] = max(
-                seen.get(key, ("", "", 0, 0)), (kind, _axes(group, mesh), times, of_one)
-            )
+            *_, before, most = seen.get(key, ("", "", times, 0))
+            seen[key] = (kind, _axes(group, mesh), min(times, before), max(of_one, most))
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for kind, axes, times, of_one in seen.values():
         totals[kind, axes][0] += times

@@ -51,6 +51,14 @@ KINDS = {
     "v6e": Device("tpu", "v6e", 918e12, 32 * GIB, 1640e9, 448e9),
     "7x": Device("tpu", "tpu7x", 1153.5e12, 96 * GIB, 3690e9, 600e9, per_chip=2, dimensions=3),
 }
+_COMPILER_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 FORM = re.compile(r"(?:(\d+)x)?(v4|v5e|v5p|v6e|7x):(\d+(?:x\d+)*)")
 
 
@@ -98,8 +106,10 @@ def topology(name: str) -> Topology:
 def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    # No machine's metadata is asked for: there is no TPU here.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # There is no TPU here: no machine is asked for its metadata, several plans may run at once, and
+    # what the library has to say of missing hardware is no news.
+    for name, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=full, **options).devices
     except Exception as error:

@@ -19,7 +19,7 @@ from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder, ModelConfig
-from droplora_jax.sharding import make_mesh
+from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
 
@@ -53,7 +53,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     adapter = folder / ADAPTER
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
-    config.train.check_mesh(mesh)
+    config.train.check_mesh(mesh, config.data.max_length)
     batches, valid, record = _read_data(config, console)
     steps = total_steps(config.train, batches)
     optim.learning_rate(config.optim, steps)
@@ -257,7 +257,7 @@ def _describe(prepared: Run) -> str:
     _, adapters, _, frozen = split(prepared.model)
     trained, kept = (sum(x.size for x in jax.tree.leaves(t)) for t in (adapters, frozen))
     device = prepared.mesh.devices.flat[0]
-    mesh = " x ".join(f"{name}={size}" for name, size in prepared.mesh.shape.items())
+    mesh = described(prepared.mesh.shape)
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
         f"{prepared.mesh.size} x {device.device_kind} as {mesh}; {prepared.steps} steps"

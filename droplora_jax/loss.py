@@ -43,20 +43,22 @@ def projected_cross_entropy(
     The gradient of a block is taken while its logits are there, so neither the logits nor their
     gradients are ever kept: the backward pass only scales what the forward pass found.
     """
-    size = -(-x_BTD.shape[1] // BLOCKS)
-    x = _blocks(x_BTD, size, 0)
-    targets = _blocks(targets_BT, size, IGNORE)
+    x = _blocks(x_BTD, 0)
+    targets = _blocks(targets_BT, IGNORE)
     # What is differentiated beside x, an adapted head's factors say, has to be an argument.
     project, closed_over = jax.closure_convert(project, x[0])
     return _in_blocks(project, x, targets, *closed_over)
 
 
-def _blocks(x: Array, size: int, fill: int) -> Array:
-    """[B, T, ...] to [blocks, B, size, ...], filled up at the end."""
+def _blocks(x: Array, fill: int) -> Array:
+    """[B, T, ...] to [blocks, B, T / blocks, ...], filled up at the end.
+
+    A block takes every n-th position, so that positions that are split stay where they are.
+    """
     batch, length, *rest = x.shape
-    missing = -length % size
+    missing = -length % BLOCKS
     x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * len(rest)], constant_values=fill)
-    return jnp.moveaxis(x.reshape(batch, -1, size, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, -1, BLOCKS, *rest), 2, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

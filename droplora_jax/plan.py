@@ -80,7 +80,7 @@ def plan(config: run.RunConfig, where: Topology) -> Plan:
       InputError: a mesh that these devices can't form, or a batch that it can't split.
     """
     mesh = make_mesh(config.mesh, where.devices)
-    config.train.check_mesh(mesh)
+    config.train.check_mesh(mesh, config.data.max_length)
     traced, sizes = traced_step(config, mesh, where.platform)
     lowered = traced.lower()
     begin = time.perf_counter()
@@ -124,7 +124,7 @@ def traced_step(config: run.RunConfig, mesh: Mesh, platform: str) -> tuple[Any, 
     )
     replicated = named_sharding(mesh)
     rows = config.train.rows_per_pass
-    of_batch = named_sharding(mesh, (None, "batch", None))
+    of_batch = named_sharding(mesh, (None, "batch", "position"))
     tokens = jax.ShapeDtypeStruct(
         (config.train.global_batch // rows, rows, config.data.max_length),
         jnp.int32,
@@ -205,7 +205,7 @@ def _described(
 
 def _least_traffic(config: run.RunConfig, mesh: Mesh, sizes: dict[str, int]) -> int:
     """Bytes that a device at least reads: the gathered weights, once a pass over the layers."""
-    gathered = sizes["weights"] * mesh.shape["fsdp"]
+    gathered = sizes["weights"] * mesh.shape["fsdp"] * mesh.shape["context"]
     passes = 3 if config.train.remat == "nothing" else 2
     return gathered * passes * (config.train.global_batch // config.train.rows_per_pass)
 

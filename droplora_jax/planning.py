@@ -12,6 +12,7 @@ from rich.table import Table
 from droplora_jax import display, run
 from droplora_jax.hardware import GIB, topology
 from droplora_jax.plan import Plan, plan, smallest_change
+from droplora_jax.sharding import described
 
 
 def show_plan(
@@ -40,7 +41,7 @@ def show_plan(
 
 def lines(found: Plan) -> list[str]:
     """What a person wants to know, a line each."""
-    mesh = " x ".join(f"{name}={size}" for name, size in found.settings["mesh"].items())
+    mesh = described(found.settings["mesh"])
     limit = f" of {_size(found.hbm_limit_bytes)}" if found.hbm_limit_bytes else ""
     fits = {True: "fits", False: "does not fit", None: "compiled"}[found.fits]
     parts = ", ".join(

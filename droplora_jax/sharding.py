@@ -10,23 +10,25 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from droplora_jax.errors import InputError
 
-# A logical axis that is not listed is an error; `None` means replicated.
+# A logical axis that is not listed is an error; `None` means replicated. `replica` stands in no
+# weight's rule: only gradients of adapters cross it, so it may be a slow network.
 RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
     {
-        "batch": ("data", "fsdp"),
-        "position": None,
+        "batch": ("replica", "data", "fsdp"),
+        "position": ("context",),
         "layers": None,
-        "width": ("fsdp",),
+        "width": ("fsdp", "context"),
         "heads": ("tensor",),
         "ffn": ("tensor",),
         "vocab": ("tensor",),
         "norm": None,
         # Of the loss: a batch that stays whole along `fsdp`, and a vocabulary that does not.
-        "rows": ("data",),
+        "rows": ("replica", "data"),
         "split_vocab": ("tensor", "fsdp"),
     }
 )
@@ -34,11 +36,21 @@ RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what is left."""
+    """Devices along each mesh axis; -1 (one axis at most) takes what is left.
 
+    Attributes:
+      replica: copies of the whole, in slices or hosts between which the network is slow.
+      data: copies of the weights, each for its own rows.
+      fsdp: rows, and weights that are gathered layer by layer.
+      tensor: heads, feed-forward width, vocabulary.
+      context: positions of a row; weights too, as over `fsdp`.
+    """
+
+    replica: int = 1
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,10 +68,12 @@ class MeshConfig:
 def make_mesh(
     config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh `data x fsdp x tensor` over `devices` (default: all), partitioned by the compiler.
+    """A mesh of `MeshConfig`'s axes over `devices` (default: all), partitioned by the compiler.
+
+    Where the devices are in several slices, `replica` lies across them.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     config = config or MeshConfig()
     devices = list(jax.devices() if devices is None else devices)
@@ -74,8 +88,26 @@ def make_mesh(
             f"mesh {asked} does not match the {len(devices)} device(s) here: the sizes must "
             f"multiply to {len(devices)}; set one of them to -1 to take what is left"
         )
-    axis_types = (AxisType.Auto,) * len(names)
-    return jax.make_mesh(tuple(sizes), names, axis_types=axis_types, devices=devices)
+    return Mesh(_ordered(sizes, devices), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _ordered(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices by mesh position, so that neighbours along the last axes are close."""
+    replicas, *within = sizes
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and replicas % slices == 0:
+        return mesh_utils.create_hybrid_device_mesh(
+            (replicas // slices, *within),
+            (slices, *[1] * len(within)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    if slices > 1 and devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh.replica={replicas}: the {len(devices)} devices are in {slices} slices, and only "
+            f"replicas may lie across slices; set mesh.replica to a multiple of {slices}"
+        )
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def partition_spec(
@@ -105,6 +137,11 @@ def partition_spec(
 def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
     """The number of devices along `names` together."""
     return math.prod(mesh.shape[name] for name in names)
+
+
+def described(shape: Mapping[str, int]) -> str:
+    """A mesh's shape in words, without the axes of one device."""
+    return " x ".join(f"{name}={size}" for name, size in shape.items() if size > 1) or "1 device"
 
 
 def divides(mesh: Mesh | None, axis: str, size: int) -> bool:

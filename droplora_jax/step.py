@@ -87,7 +87,8 @@ def loss_sum(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Int[Array,
     """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
     with jax.numpy_dtype_promotion("strict"):
         x_BTD = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-        return projected_cross_entropy(model.split_logits, x_BTD, batch["targets"])
+        project = model.projection(*batch["targets"].shape)
+        return projected_cross_entropy(project, x_BTD, batch["targets"])
 
 
 def loss_and_gradients(

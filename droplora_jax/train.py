@@ -23,7 +23,7 @@ from droplora_jax.data import Batches
 from droplora_jax.errors import InputError
 from droplora_jax.metrics import MetricsLog
 from droplora_jax.models import Decoder, Remat
-from droplora_jax.sharding import axis_size, put
+from droplora_jax.sharding import RULES, axis_size, put
 from droplora_jax.step import TrainState, compile_train_step, eval_step, init_state
 from droplora_jax.surgery import split
 
@@ -77,15 +77,21 @@ class TrainConfig:
     def rows_per_pass(self) -> int:
         return self.micro_batch or self.global_batch
 
-    def check_mesh(self, mesh: jax.sharding.Mesh) -> None:
-        """Raise InputError unless every device gets the same number of rows."""
-        parts = axis_size(mesh, ("data", "fsdp"))
+    def check_mesh(self, mesh: jax.sharding.Mesh, length: int) -> None:
+        """Raise InputError unless every device gets the same rows and positions of `length`."""
+        parts = axis_size(mesh, RULES["batch"] or ())
         if self.rows_per_pass % parts:
             name = "micro_batch" if self.micro_batch else "global_batch"
             raise InputError(
                 f"train.{name}={self.rows_per_pass} is not divisible by the {parts} parts that the "
-                f"mesh splits rows into (data x fsdp); make it a multiple of {parts}, or change "
-                "the mesh"
+                f"mesh splits rows into (replica x data x fsdp); make it a multiple of {parts}, or "
+                "change the mesh"
+            )
+        if length % (parts := mesh.shape["context"] ** 2):
+            raise InputError(
+                f"data.max_length={length} is not divisible by {parts}, the square of "
+                f"mesh.context={mesh.shape['context']} (each of so many devices attends with a "
+                f"part of every other's positions); make it a multiple of {parts}"
             )
 
 
@@ -125,6 +131,7 @@ class Run:
     console: Console
 
     def __post_init__(self) -> None:
+        self.config.check_mesh(self.mesh, self.train.max_length)
         self.steps = total_steps(self.config, self.train)
         self.schedule = optim.learning_rate(self.optim, self.steps)
         self.mask_root = prng.fold_name(prng.root_key(self.seed), "mask")
@@ -136,7 +143,7 @@ class Run:
         batch = jax.tree.map(
             lambda rows: rows.reshape(k, config.rows_per_pass, -1), dict(self.train[n])
         )
-        return put(batch, (None, "batch"), self.mesh)
+        return put(batch, (None, "batch", "position"), self.mesh)
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.steps
@@ -155,7 +162,6 @@ def train(run: Run) -> Decoder:
       Stopped: SIGINT or SIGTERM; the state was saved.
       InputError: a file could not be written.
     """
-    run.config.check_mesh(run.mesh)
     graphdef, adapters, mask_keys, frozen = split(run.model)
     tx = optim.optimizer(run.optim, run.schedule)
     state = init_state(adapters, tx)
@@ -223,7 +229,7 @@ def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
 
     def evaluate(adapters: Any) -> float:
         sums = [
-            step(adapters, mask_keys, frozen, put(dict(batch), ("batch",), run.mesh))
+            step(adapters, mask_keys, frozen, put(dict(batch), ("batch", "position"), run.mesh))
             for batch in valid.once()
         ]
         losses, counts = zip(*jax.device_get(sums), strict=True)

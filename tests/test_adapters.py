@@ -41,7 +41,7 @@ FACTOR_SHARDINGS = [
 def test_factors_lie_as_the_kernel_does_and_none_is_replicated(
     kernel_spec, a_spec, b_spec, stacked
 ):
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     front: tuple[int, ...] = (3,) if stacked else ()
     lead = (None,) if stacked else ()
     kernel = jax.device_put(
@@ -59,7 +59,7 @@ def test_factors_lie_as_the_kernel_does_and_none_is_replicated(
 
 
 def test_a_dimension_that_fsdp_does_not_divide_is_left_alone():
-    mesh = make_mesh(MeshConfig(1, 8, 1))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
     kernel = jax.device_put(jnp.zeros((16, 12)), NamedSharding(mesh, P("fsdp", None)))
     spec = LinearSpec("...i", "io", "...o")
     a, b = factor_shardings(kernel, spec)
@@ -68,7 +68,7 @@ def test_a_dimension_that_fsdp_does_not_divide_is_left_alone():
 
 
 def test_factors_of_kernels_with_several_dimensions():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     layout = NamedSharding(mesh, P(None, "fsdp", "tensor", None))
     kernel = jax.device_put(jnp.zeros((3, 16, 4, 8)), layout)
     spec = LinearSpec("...i", "inh", "...nh")  # stacked once

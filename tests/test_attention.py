@@ -7,7 +7,9 @@ import pytest
 import torch
 from oracles import relative
 
-from droplora_jax.attention import attention
+from droplora_jax import blockwise
+from droplora_jax.attention import attention, deals
+from droplora_jax.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -48,6 +50,46 @@ def test_values_and_gradients_equal_pytorch(kv_heads, packed, length):
     assert relative(ours, expected.detach()) < 1e-5
     for gradient, x in zip(pullback(jnp.asarray(dy)), theirs, strict=True):
         assert relative(gradient, x.grad) < 1e-5
+
+
+@pytest.mark.parametrize("length", [9, 64])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_portions_change_nothing(monkeypatch, length, windowed):
+    """Long rows take the scores of a block of queries in portions."""
+    *qkv, dy = map(jnp.asarray, inputs(2, length))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (2, length))))
+    window = jnp.int32(5) if windowed else None
+
+    def both():
+        y, pullback = jax.vjp(lambda *qkv: attention(*qkv, segments, window), *qkv)
+        return y, *pullback(dy)
+
+    at_once = both()
+    monkeypatch.setattr(blockwise, "SCORES", 1)
+    monkeypatch.setattr(blockwise, "ROWS", 4)  # two rows of two heads a portion
+    for one, other in zip(both(), at_once, strict=True):
+        assert relative(one, other) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_positions_that_are_split_attend_as_whole_rows(parts, windowed):
+    *qkv, dy = map(jnp.asarray, inputs(2, 64))
+    segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (2, 64))))
+    window = jnp.int32(11) if windowed else None
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=8 // parts, context=parts))
+    assert deals(mesh, 64)
+
+    def both(mesh):
+        @jax.jit
+        def run(*qkv):
+            y, pullback = jax.vjp(lambda *x: attention(*x, segments, window, mesh=mesh), *qkv)
+            return y, *pullback(dy)
+
+        return run(*qkv)
+
+    for one, other in zip(both(mesh), both(None), strict=True):
+        assert relative(one, other) < 1e-6
 
 
 def test_a_single_position_passes_its_value_through():

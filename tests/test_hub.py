@@ -59,7 +59,10 @@ def edit_tensors(file: Path, **changes) -> None:
     save_file({k: v for k, v in tensors.items() if v is not None}, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(2, 2, 2), MeshConfig(1, 4, 2)])
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=4, tensor=2)],
+)
 def test_values_equal_transformers_and_every_device_has_its_part(either, config):
     mesh = make_mesh(config)
     model = load(either.path, mesh=mesh)

@@ -35,7 +35,11 @@ from droplora_jax.surgery import adapters_of
 pytestmark = pytest.mark.usefixtures("strict")
 
 KEY = dl.root_key(0)
-MESHES = {"8": MeshConfig(), "2x2x2": MeshConfig(2, 2, 2), "1x4x2": MeshConfig(1, 4, 2)}
+MESHES = {
+    "8": MeshConfig(),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "1x4x2": MeshConfig(data=1, fsdp=4, tensor=2),
+}
 LONG = 96  # more than the 64 positions that the fixtures' rotary scaling starts from
 
 
@@ -312,8 +316,9 @@ def test_the_configuration_is_hashable(untied):
     assert hash(config) == hash(dataclasses.replace(config))
 
 
-@pytest.mark.parametrize("mesh", [None, *MESHES.values()], ids=str)
-def test_split_logits_are_the_logits_of_any_head(either, mesh):
+@pytest.mark.parametrize("mesh", [None, *MESHES.values(), MeshConfig(fsdp=2, context=4)], ids=str)
+@pytest.mark.parametrize("length", [4, 64], ids=["rows move", "the head moves"])
+def test_a_projection_gives_the_logits_of_any_head(either, mesh, length):
     """Also of a head that is more than its kernel, such as one with an adapter."""
 
     class Twice(Head):
@@ -322,10 +327,10 @@ def test_split_logits_are_the_logits_of_any_head(either, mesh):
 
     @nnx.jit
     def both(model, x):
-        return model.split_logits(x), model.logits(x)
+        return model.projection(*x.shape[:2])(x), model.logits(x)
 
     model = load(either, mesh)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4, 32), np.float32))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, length, 32), np.float32))
     plain, expected = both(model, x)
     assert relative(plain, expected) < 1e-6
     if not model.config.tie_embeddings:

@@ -19,7 +19,7 @@ from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
 from droplora_jax.hardware import topology
 from droplora_jax.plan import changes, plan, traced_step
-from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.sharding import MeshConfig, described, make_mesh
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
@@ -121,7 +121,7 @@ def test_a_plan_of_a_run(file, base):
     found = plan(config, topology("cpu:8"))
     hf = json.loads((base / "config.json").read_text())
     assert (found.fits, found.hbm_limit_bytes, found.tokens_per_second) == (None, None, None)
-    assert found.settings["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert described(found.settings["mesh"]) == "data=2 x fsdp=2 x tensor=2"
     assert found.tokens_per_step == 8 * config.data.max_length
     # Over fsdp x tensor = 4 devices; the small norms are on each.
     width, layers = hf["hidden_size"], hf["num_hidden_layers"]
@@ -142,20 +142,23 @@ def test_a_plan_of_a_run(file, base):
     assert {"fsdp", "tensor"} <= axes
 
 
-def test_the_loss_does_not_gather_the_head(file, base):
-    """Nor the logits: a device has its part of the vocabulary."""
-    config = run.read(
-        file, ["mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "train.global_batch=16"]
-    )
-    mesh = make_mesh(config.mesh)
+@pytest.mark.parametrize(("length", "heads"), [(16, 0), (48, 1)], ids=["rows move", "head moves"])
+def test_no_logits_are_gathered_and_the_head_only_for_many_rows(file, base, length, heads):
+    """A device has its rows of the logits or its part of the vocabulary."""
+    settings = ["mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "train.global_batch=8"]
+    config = run.read(file, [*settings, f"data.max_length={length}"])
     hf = json.loads((base / "config.json").read_text())
     vocab, width = hf["vocab_size"], hf["hidden_size"]
     assert vocab % 8 == 0
-    text = traced_step(config, mesh, "cpu")[0].lower().compile().as_text()
+    text = traced_step(config, make_mesh(config.mesh), "cpu")[0].lower().compile().as_text()
     gathered = [line.split(" = ")[1] for line in text.splitlines() if " all-gather(" in line]
-    assert gathered
-    for shape in (f"[{width},{vocab}]", f",{vocab}]"):
-        assert not [line for line in gathered if shape in line.split(" ")[0]]
+    shapes = [line.split("[")[1].split("]")[0] for line in gathered]
+    assert sum(shape == f"{width},{vocab}" for shape in shapes) == heads
+    assert not [shape for shape in shapes if shape.count(",") > 1 and shape.endswith(f",{vocab}")]
+    # The embedding's table, and the rows of the whole batch.
+    assert f"{vocab},{width}" not in shapes
+    if heads:
+        assert not [shape for shape in shapes if shape.startswith("8,") and f",{width}" in shape]
 
 
 def test_fewer_operations_where_more_is_kept(file):

@@ -33,10 +33,19 @@ from droplora_jax.step import (
 )
 
 ROOT = dl.root_key(11)
-G, T = 8, 24
+G, T = 8, 32
 ONE = MeshConfig(fsdp=1)
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
 EIGHT = MeshConfig(data=8, fsdp=1)
+MESHES = {
+    "2x2x2": CUBE,
+    "8x1x1": EIGHT,
+    "replica": MeshConfig(replica=2, data=2, fsdp=2),
+    "context": MeshConfig(data=2, fsdp=1, context=4),
+    "all but data": MeshConfig(fsdp=2, tensor=2, context=2),
+    "no parts": MeshConfig(fsdp=1, context=8),  # 32 positions can't be dealt out in 64 parts
+}
+on_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
 GRANULARITIES = ("token", "sequence", "step")
 
 
@@ -131,7 +140,7 @@ def ragged(seed: int = 0, documents: int = 1) -> dict[str, np.ndarray]:
 def micro(batch, k: int, mesh=None):
     """The batch as k microbatches."""
     split = {name: x.reshape(k, -1, x.shape[-1]) for name, x in batch.items()}
-    return split if mesh is None else put(split, (None, "batch"), mesh)
+    return split if mesh is None else put(split, (None, "batch", "position"), mesh)
 
 
 def flat(tree) -> np.ndarray:
@@ -307,7 +316,7 @@ def test_masks_are_the_same_bits_on_every_mesh(untied, granularity):
     one = drawn(ONE)
     assert len(one) == 15  # five modules of three layers, no two of them alike
     assert len({mask.tobytes() for mask in one}) == 15
-    for mesh in (CUBE, EIGHT):
+    for mesh in MESHES.values():
         for mask, expected in zip(drawn(mesh), one, strict=True):
             np.testing.assert_array_equal(mask, expected)
 
@@ -316,7 +325,7 @@ def five_losses(folder, mesh: MeshConfig) -> list[float]:
     model = Trainable(folder, mesh, tx=optax.adamw(3e-3), targets="paper")
     state, losses = model.start(), []
     for n in range(5):
-        state, metrics = model.step(ragged(seed=n), 1, state=state)
+        state, metrics = model.step(ragged(seed=n, documents=3), 1, state=state)
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -326,7 +335,7 @@ def losses_on_one(untied) -> list[float]:
     return five_losses(untied, ONE)
 
 
-@pytest.mark.parametrize("mesh", [CUBE, EIGHT], ids=["2x2x2", "8x1x1"])
+@on_meshes
 def test_five_steps_are_the_same_on_every_mesh(untied, losses_on_one, mesh):
     np.testing.assert_allclose(five_losses(untied, mesh), losses_on_one, rtol=1e-5)
     assert len(set(losses_on_one)) == 5

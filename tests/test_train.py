@@ -407,8 +407,12 @@ def test_how_long(config, steps):
 )
 def test_rows_that_the_mesh_can_not_split(config, message):
     with pytest.raises(InputError, match=message):
-        config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=4)))
-    config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+        config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=4)), 32)
+    config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 33)
+    with pytest.raises(
+        InputError, match=r"data.max_length=40 .*by 16, the square of mesh.context=4"
+    ):
+        config.check_mesh(make_mesh(MeshConfig(fsdp=2, context=4)), 40)
 
 
 def test_metrics_are_strict_json(finished):

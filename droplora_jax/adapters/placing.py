@@ -8,30 +8,29 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from droplora_jax.adapters.base import LinearSpec
+from droplora_jax.sharding import RULES, axis_size
 
 
 def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
     """Where A and B lie: A as the kernel's input dimensions, B as its output dimensions.
 
-    The factor that is left without the mesh axis `fsdp` takes it on its long dimension, so that
-    no factor and no optimizer moment is replicated over it. (None, None) for a kernel that is
-    not on a named mesh.
+    The factor that is left without the mesh axes of `width` takes them on its long dimension, so
+    that no factor and no optimizer moment is replicated over them. (None, None) for a kernel that
+    is not on a named mesh.
     """
     if (layout := _layout(kernel, spec)) is None:
         return None, None
     mesh, stack, by_letter = layout
+    spread = tuple(name for name in RULES["width"] or () if name in mesh.shape)
     sizes = dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
 
     def factor(letters: str, long: str) -> NamedSharding:
         axes = {c: by_letter.get(c) for c in letters}
         used = {name for entry in [*stack, *axes.values()] for name in _names(entry)}
         for c in sorted(long, key=lambda c: -sizes[c]):
-            names = (*_names(axes[c]), "fsdp")
-            parts = 1
-            for name in names:
-                parts *= mesh.shape.get(name, 1)
-            if "fsdp" in mesh.shape and "fsdp" not in used and sizes[c] % parts == 0:
-                axes[c] = names
+            names = (*_names(axes[c]), *spread)
+            if not used & set(spread) and sizes[c] % axis_size(mesh, names) == 0:
+                axes[c] = names or None
                 break
         return NamedSharding(mesh, PartitionSpec(*stack, *(axes[c] for c in letters)))
 

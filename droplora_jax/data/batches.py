@@ -38,6 +38,7 @@ class Batches:
 
     Attributes:
       lines_per_epoch: lines that hold all rows once: as many as rows, or fewer with packing.
+      max_length: T, the tokens of a line.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Batches:
         # Through SeedSequence, since grain takes seed + epoch: run 1 would repeat run 0.
         packing_seed, shuffle_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
         order = _order(len(rows), packing_seed) if shuffle else np.arange(len(rows))
-        self._rows, self._max_length, self._rows_per_batch = rows, max_length, rows_per_batch
+        self._rows, self.max_length, self._rows_per_batch = rows, max_length, rows_per_batch
         self._lines = packed(lengths, order, max_length) if packing else one_row_a_line(len(rows))
         lines = grain.MapDataset.range(len(self._lines))
         if shuffle:
@@ -99,7 +100,7 @@ class Batches:
 
     def _batch(self, lines: Sequence[int] | np.ndarray) -> Batch:
         documents = [[self._rows[int(i)] for i in self._lines[int(line)]] for line in lines]
-        return collate(documents, self._rows_per_batch, self._max_length)
+        return collate(documents, self._rows_per_batch, self.max_length)
 
 
 def collate(lines: Sequence[Sequence[Row]], count: int, length: int) -> Batch:

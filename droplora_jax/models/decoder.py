@@ -8,6 +8,7 @@ position, `D` width, `N` query heads, `K` key/value heads, `H` head width, `F` f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -21,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
 from droplora_jax.attention import attention
-from droplora_jax.sharding import constrain, divides
+from droplora_jax.embedding import embed
+from droplora_jax.sharding import axis_size, constrain, divides
 from droplora_jax.shared import apply_all
 
 # What the forward pass of a layer saves for its backward pass: all of it; what costs more to find
@@ -176,7 +178,7 @@ class Layer(nnx.Module):
         x_BTD = x_BTD + self.attend(normed_BTD, rotation, segment_ids_BT, window)
         x_BTD = checkpoint_name(x_BTD, "dots")
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, ("batch", None, None), self.mesh)
+        return constrain(x_BTD, ("batch", "position", None), self.mesh)
 
     def attend(self, x_BTD, rotation, segment_ids_BT, window):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
@@ -186,7 +188,7 @@ class Layer(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
-        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def feed_forward(self, x_BTD):
@@ -254,10 +256,8 @@ class Decoder(nnx.Module):
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
-        # Gathered along its width first: the compiler can't move a sharded width to the batch.
-        table_VD = self.embed.embedding[...].astype(self.dtype)
-        table_VD = constrain(table_VD, ("vocab", None), self.mesh)
-        x_BTD = constrain(jnp.take(table_VD, tokens, axis=0), ("batch", None, None), self.mesh)
+        x_BTD = embed(self.embed.embedding[...].astype(self.dtype), tokens, self.mesh)
+        x_BTD = constrain(x_BTD, ("batch", "position", None), self.mesh)
         windows_L = self.config.windows_L
         x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, windows_L, remat=self.remat)
         return self.final_norm(x_BTD)
@@ -268,23 +268,33 @@ class Decoder(nnx.Module):
             logits_BTV = x_BTD @ self.embed.embedding[...].T.astype(x_BTD.dtype)
         else:
             logits_BTV = self.lm_head(x_BTD)
-        return constrain(logits_BTV, ("batch", None, "vocab"), self.mesh)
+        return constrain(logits_BTV, ("batch", "position", "vocab"), self.mesh)
 
-    def split_logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """`logits` with the vocabulary over `fsdp` as well, for a loss that sums over it.
+    def projection(self, rows: int, length: int) -> Callable[[Array], Array]:
+        """`logits` for a loss over x [rows, length, D] that takes a few positions at a time.
 
-        Every device projects the rows of its whole `fsdp` group to its part of the vocabulary: of
-        a few positions at a time that sends less than gathering the head would.
+        On a mesh either the rows or the head have to be gathered along the axes that split both:
+        the rows, block by block, if they are fewer than the vocabulary, and else the head, once.
         """
         tied = self.config.tie_embeddings
         # A head that is more than its kernel, one with an adapter say, has to be called.
-        plain = tied or type(self.lm_head) is Head
-        if not plain or not divides(self.mesh, "split_vocab", self.config.vocab_size):
-            return self.logits(x_BTD)
+        if self.mesh is None or not (tied or type(self.lm_head) is Head):
+            return self.logits
         kernel_DV = self.embed.embedding[...].T if tied else self.lm_head.kernel[...]
-        kernel_DV = constrain(kernel_DV.astype(x_BTD.dtype), (None, "split_vocab"), self.mesh)
-        x_BTD = constrain(x_BTD, ("rows", None, None), self.mesh)
-        return constrain(x_BTD @ kernel_DV, ("rows", None, "split_vocab"), self.mesh)
+        kernel_DV = kernel_DV.astype(self.dtype)
+        gathered = 2 * rows * length // axis_size(self.mesh, ("replica", "data", "context"))
+        few = gathered <= self.config.vocab_size  # they come, and their gradients go back
+        if few and divides(self.mesh, "split_vocab", self.config.vocab_size):
+            batch, vocab = "rows", "split_vocab"
+        else:
+            batch, vocab = "batch", "vocab"
+        kernel_DV = constrain(kernel_DV, (None, vocab), self.mesh)
+
+        def project(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+            x_BTD = constrain(x_BTD, (batch, "position", None), self.mesh)
+            return constrain(x_BTD @ kernel_DV, (batch, "position", vocab), self.mesh)
+
+        return project
 
 
 def run_layers(
