@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from droplora_jax import processes
 from droplora_jax.errors import InputError
 from droplora_jax.step import TrainState
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class Corrupt(InputError):
+    """A checkpoint that can't be read, or is not what was saved."""
 
 
 class Checkpoints:
@@ -28,6 +37,7 @@ class Checkpoints:
         # Orbax logs what it raises, with a traceback from each of its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
+        self._unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
         best = policies.BestN(
             get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -41,7 +51,13 @@ class Checkpoints:
             read_only=read_only,
             step_prefix="step",
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        handlers: dict[str, Any] = {
+            "state": ocp.StandardCheckpointHandler(),
+            "run": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -91,7 +107,7 @@ class Checkpoints:
         step = int(state.step)
         flat = _flatten(state)
         self._check_space(sum(leaf.nbytes for leaf in flat.values()))
-        run = {"data": {"next_batch": step}, **record}
+        run = {"data": {"next_batch": step}, "digests": digests(flat), **record}
         with _SaveErrors(self):
             self._manager.save(
                 step,
@@ -102,15 +118,89 @@ class Checkpoints:
                 force=True,
             )
 
+    def restore_newest(self, state: TrainState, say: Callable[[str], None]) -> TrainState:
+        """The newest good checkpoint's state, laid out as `state` is; `state` if none is good.
+
+        One that can't be read, or is not what was saved, is set aside under another name.
+
+        Raises:
+          InputError: a checkpoint of something else.
+        """
+        for name in self.unfinished:
+            say(f"{name} was cut short while it was saved: skipped")
+        for step in reversed(self.steps):
+            reason, restored = "", None
+            try:
+                restored = self.restore(step, state)
+            except Corrupt as error:
+                reason = str(error)
+            if processes.all_true(restored is not None):
+                say(f"carrying on from the checkpoint of step {step}")
+                assert restored is not None
+                return restored
+            name = self._set_aside(step)
+            say(f"{reason or 'corrupt in another process'}; it is kept as {name}, and skipped")
+        return state
+
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, laid out as `like` is."""
+        """The state saved at `step`, laid out as `like` is.
+
+        Raises:
+          Corrupt: it can't be read, or is not what was saved.
+          InputError: it is a checkpoint of something else.
+        """
+        flat = _flatten(like)
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _flatten(like)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flat
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        restored = self._manager.restore(step, args=args)["state"]
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
+        )
+        where = f"{self.folder / f'step_{step}'}"
+        try:
+            saved = self._manager.item_metadata(step)["state"].tree
+            shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
+        except Exception as error:
+            raise Corrupt(
+                f"{where}: the checkpoint can't be read ({_first_line(error)})"
+            ) from error
+        if shapes != (wanted := {name: leaf.shape for name, leaf in flat.items()}):
+            name = min(name for name, _ in shapes.items() ^ wanted.items())
+            raise InputError(
+                f"{where}: {name} is {shapes.get(name, 'missing')} in it, and the run needs "
+                f"{wanted.get(name, 'no such array')}: a checkpoint of another run, or of another "
+                "version of optax. Name another output, or move the checkpoint away"
+            )
+        try:
+            found = self._manager.restore(step, args=args)
+        except Exception as error:
+            raise Corrupt(
+                f"{where}: the checkpoint can't be read ({_first_line(error)})"
+            ) from error
+        restored, promised = found["state"], found["run"]["digests"]
+        if bad := sorted(name for name, d in digests(restored).items() if promised.get(name) != d):
+            raise Corrupt(f"{where}: is corrupt ({bad[0]} is not what was saved)")
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
+
+    @property
+    def unfinished(self) -> list[Path]:
+        """Checkpoints that never got their names."""
+        return self._unfinished
+
+    def _set_aside(self, step: int) -> Path:
+        folder = self.folder / f"step_{step}"
+        aside = self.folder / f"corrupt_{step}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.folder / f"corrupt_{step}_{number}"
+        processes.wait_for_all("a corrupt checkpoint has its other name")
+        if processes.first():
+            folder.rename(aside)
+        processes.wait_for_all("a corrupt checkpoint is set aside")
+        self._manager.reload()
+        return aside
 
     def record(self, step: int) -> dict[str, Any]:
         """What was recorded of the run when it saved `step`, and its place in the data."""
@@ -158,17 +248,41 @@ class _SaveErrors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception):
             return
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise self.checkpoints._failed(reason) from error
+        raise self.checkpoints._failed(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))[:200]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _complete(folder: Path) -> list[int]:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    names = [path.name for path in _entries(folder)]
     return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
 
 
 def _eval_loss(metrics: Mapping[str, float]) -> float:
     return metrics["eval_loss"]
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """A sum of the bits, each weighted by its place: the same on any mesh, unlike a hash."""
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def digests(flat: Mapping[str, jax.Array]) -> dict[str, int]:
+    """A number for every array, which tells if a bit of it has changed."""
+    of_arrays = {name: _digest(leaf) for name, leaf in flat.items()}
+    return {name: int(digest) for name, digest in of_arrays.items()}
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:

@@ -18,7 +18,8 @@ DONE, BAD_INPUT, NON_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved).
+    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved). A
+    process that has lost another one of its run ends with `processes.LOST`, 4.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command() -> NoReturn:
     """`main` as a program."""
     code = main()
+    if "jax" in sys.modules:
+        from droplora_jax import processes
+
+        processes.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (INTERRUPTED, TERMINATED):
@@ -53,7 +58,10 @@ def command() -> NoReturn:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"droplora: {message}", file=sys.stderr)
+    from droplora_jax import processes
+
+    who = f"{processes.name()}: " if processes.several() else ""
+    print(f"droplora: {who}{message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -119,20 +127,22 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from droplora_jax import run
+    from droplora_jax import processes, run
     from droplora_jax.launch import train_run
 
     config = run.read(options.file, options.overrides)
+    processes.join(config.distributed)
     return _training(lambda console: train_run(config, console))
 
 
 def _training(work) -> int:
     from rich.console import Console
 
+    from droplora_jax import processes
     from droplora_jax.train import NonFinite, Stopped
 
     try:
-        work(Console())
+        work(Console(quiet=not processes.first()))
     except NonFinite as error:
         return _fail(error, NON_FINITE)
     except Stopped as error:

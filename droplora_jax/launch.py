@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import data, display, export, files, hub, optim, prng, run
+from droplora_jax import data, display, export, files, hub, optim, prng, processes, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
@@ -31,12 +31,14 @@ ADAPTER = "adapter"
 MAY_CHANGE = (
     "output",
     "mesh",
+    "distributed",
     "train.steps",
     "train.epochs",
     "train.eval_every",
     "train.save_every",
     "train.log_every",
     "train.keep",
+    "train.stop_seconds",
     "train.micro_batch",
     "train.remat",
 )
@@ -73,12 +75,26 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
         console=console,
     )
     display.say(console, _describe(prepared))
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_file(folder / CONFIG_FILE, run.dump(config))
+    _begin(folder, config)
     model = train(prepared)
     export.save_adapter(model, adapter, extra=what_to_record(record), replace=True)
     display.say(console, f"done: {_after(folder)}")
     return adapter
+
+
+def _begin(folder: Path, config: run.RunConfig) -> None:
+    """Make the run's folder, which every process has to see."""
+    processes.wait_for_all("the folder was looked at")
+    file, text = folder / CONFIG_FILE, run.dump(config)
+    if processes.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_file(file, text)
+    processes.wait_for_all("the folder is there")
+    if not processes.first() and not file.exists():
+        raise InputError(
+            f"output={str(folder)!r}: {processes.name()} does not find there what process 0 has "
+            "written; it must be on a file system that all processes share"
+        )
 
 
 def _resolved(config: run.RunConfig, folder: Path) -> run.RunConfig:
@@ -258,9 +274,10 @@ def _describe(prepared: Run) -> str:
     trained, kept = (sum(x.size for x in jax.tree.leaves(t)) for t in (adapters, frozen))
     device = prepared.mesh.devices.flat[0]
     mesh = described(prepared.mesh.shape)
+    joined = f" in {jax.process_count()} processes" if processes.several() else ""
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
-        f"{prepared.mesh.size} x {device.device_kind} as {mesh}; {prepared.steps} steps"
+        f"{prepared.mesh.size} x {device.device_kind} as {mesh}{joined}; {prepared.steps} steps"
     )
 
 

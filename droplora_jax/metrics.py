@@ -46,6 +46,22 @@ class MetricsLog:
         write_file(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+class NoLog(MetricsLog):
+    """Writes nothing: of several processes one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def plot(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_rows(file: Path) -> list[Row]:
     """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
     rows: list[Row] = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -85,10 +86,10 @@ def optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTr
 def _try_out(config: OptimConfig) -> None:
     """Raise InputError unless one update works with a gradient alone and a schedule."""
     arguments = _arguments(config)
-    parameters = {"w": jnp.ones((2, 2))}
+    parameters = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     try:
         tx = getattr(optax, config.name)(optax.constant_schedule(1e-3), **arguments)
-        tx.update(parameters, tx.init(parameters), parameters)
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), parameters)
     except Exception as error:
         raise InputError(
             f"optim.name={config.name!r}: can't be used with {arguments} here ({error})"

@@ -22,6 +22,7 @@ from droplora_jax.adapters import ADAPTERS, DoRA, DropLoRA
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig
+from droplora_jax.processes import DistributedConfig
 from droplora_jax.sharding import MeshConfig
 from droplora_jax.train import TrainConfig
 
@@ -71,6 +72,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

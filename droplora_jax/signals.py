@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def collected() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs; a second SIGINT acts at once."""
+def collected(seconds: float, last_words: Callable[[], str]) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM while the block runs; a second SIGINT acts at once.
+
+    After a SIGTERM the block has so many seconds; then the process says its last words and ends.
+    """
     received: list[int] = []
+    timer = threading.Timer(seconds, _end, [last_words])
+    timer.daemon = True
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGTERM and number not in received:
+            timer.start()
         received.append(number)
 
     handlers = {
@@ -24,8 +34,14 @@ def collected() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        timer.cancel()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _end(last_words: Callable[[], str]) -> None:
+    print(f"droplora: {last_words()}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 class Terminated(BaseException):

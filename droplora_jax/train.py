@@ -17,13 +17,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from droplora_jax import display, optim, prng, signals
+from droplora_jax import display, optim, prng, processes, signals
 from droplora_jax.checkpoint import Checkpoints
-from droplora_jax.data import Batches
+from droplora_jax.data import Batches, placed
 from droplora_jax.errors import InputError
-from droplora_jax.metrics import MetricsLog
+from droplora_jax.metrics import MetricsLog, NoLog
 from droplora_jax.models import Decoder, Remat
-from droplora_jax.sharding import RULES, axis_size, put
+from droplora_jax.sharding import RULES, axis_size, named_sharding
 from droplora_jax.step import TrainState, compile_train_step, eval_step, init_state
 from droplora_jax.surgery import split
 
@@ -42,6 +42,7 @@ class TrainConfig:
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
       keep: how many of the newest checkpoints to keep, beside the best.
+      stop_seconds: how long a run may take to save after SIGTERM (a preemption); then it ends.
       remat: what a layer saves for its backward pass: `everything`, `dots` or `nothing`.
     """
 
@@ -53,6 +54,7 @@ class TrainConfig:
     save_every: int = 100
     log_every: int = 10
     keep: int = 2
+    stop_seconds: int = 60
     remat: Remat = "nothing"
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"train.{name}={value}: must be at least 1")
-        for name in ("log_every", "keep"):
+        for name in ("log_every", "keep", "stop_seconds"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -138,12 +140,8 @@ class Run:
 
     def batch(self, n: int) -> Any:
         """The global batch of step `n`, on the mesh, as microbatches [k, m, T]."""
-        config = self.config
-        k = config.global_batch // config.rows_per_pass
-        batch = jax.tree.map(
-            lambda rows: rows.reshape(k, config.rows_per_pass, -1), dict(self.train[n])
-        )
-        return put(batch, (None, "batch", "position"), self.mesh)
+        lines = self.train.lines(n).reshape(-1, self.config.rows_per_pass)
+        return placed(self.train, lines, self.mesh)
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.steps
@@ -168,21 +166,21 @@ def train(run: Run) -> Decoder:
     step_fn = compile_train_step(graphdef, tx, adapters)
     evaluate = _evaluator(run, graphdef, mask_keys, frozen)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(checkpoints.latest, state)
-        display.say(run.console, f"carrying on from the checkpoint of step {int(state.step)}")
+    state = checkpoints.restore_newest(state, partial(display.say, run.console))
     start = int(state.step)
-    log = MetricsLog(run.folder, step=start)
+    log = MetricsLog(run.folder, step=start) if processes.first() else NoLog()
+    agreed = processes.Agreement(run.mesh)
     try:
         with (
-            signals.collected() as stop,
+            signals.collected(run.config.stop_seconds, partial(_late, run, checkpoints)) as stop,
             display.progress(run.console, start=start, total=run.steps) as show,
         ):
             watch = _Watch(run, log, checkpoints, show)
             for n in range(start, run.steps):
                 state, metrics = step_fn(state, mask_keys, frozen, run.batch(n), run.mask_root)
                 watch.after(n + 1, metrics)
-                _look_and_save(run, watch, evaluate, state, n + 1, stop)
+                signal_number = agreed(stop[0] if stop else 0)
+                _look_and_save(run, watch, evaluate, state, n + 1, signal_number)
         checkpoints.wait()
         log.plot()
     except (NonFinite, Stopped):
@@ -199,10 +197,20 @@ def train(run: Run) -> Decoder:
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
 
 
+def _late(run: Run, checkpoints: Checkpoints) -> str:
+    return (
+        f"SIGTERM came {run.config.stop_seconds} seconds ago (train.stop_seconds) and the state "
+        f"could not be saved since; {checkpoints.kept()}"
+    )
+
+
 def _look_and_save(
-    run: Run, watch: _Watch, evaluate: Any, state: TrainState, step: int, stop: list[int]
+    run: Run, watch: _Watch, evaluate: Any, state: TrainState, step: int, stop: int
 ) -> None:
-    """Whatever is due after `step`: evaluation, a checkpoint, and the stop that a signal asks."""
+    """Whatever is due after `step`: evaluation, a checkpoint, and the stop that a signal asks.
+
+    `stop` is the signal's number, or 0.
+    """
     config, checkpoints = run.config, watch.checkpoints
     eval_loss = None
     save = run.due(step, config.save_every) or bool(stop)
@@ -217,7 +225,7 @@ def _look_and_save(
         checkpoints.save(state, run.record, eval_loss)
     if stop and step < run.steps:
         checkpoints.wait()
-        raise Stopped(stop[0], step)
+        raise Stopped(stop, step)
 
 
 def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
@@ -225,12 +233,12 @@ def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
     valid = run.valid
     if valid is None:
         return None
-    step = jax.jit(partial(eval_step, graphdef))
+    step = jax.jit(partial(eval_step, graphdef), out_shardings=named_sharding(run.mesh))
 
     def evaluate(adapters: Any) -> float:
         sums = [
-            step(adapters, mask_keys, frozen, put(dict(batch), ("batch", "position"), run.mesh))
-            for batch in valid.once()
+            step(adapters, mask_keys, frozen, placed(valid, lines, run.mesh))
+            for lines in valid.lines_once()
         ]
         losses, counts = zip(*jax.device_get(sums), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(counts))

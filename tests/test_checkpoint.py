@@ -15,7 +15,7 @@ import pytest
 
 import droplora_jax as dl
 from droplora_jax import checkpoint
-from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.checkpoint import Checkpoints, Corrupt, _flatten
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import TrainState, init_state
@@ -90,7 +90,9 @@ def test_another_process_sees_the_same(checkpoints, state):
         save(checkpoints, state, step, loss)
     again = Checkpoints(checkpoints.folder, keep=2)
     assert (again.steps, again.best, again.best_loss) == ([1, 2, 3], 1, 1.0)
-    assert again.record(3) == {"data": {"next_batch": 3}, **CONFIG}
+    record = again.record(3)
+    assert record.pop("digests").keys() == _flatten(state).keys()
+    assert record == {"data": {"next_batch": 3}, **CONFIG}
     again.close()
 
 

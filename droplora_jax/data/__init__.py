@@ -3,6 +3,7 @@
     rows, report = load("train.json", tokenizer, config)     # loading.py: files, formats, templates
     batches = Batches(rows, rows_per_batch=128, seed=0, shuffle=True, max_length=1024)
     batches[n]                                               # batches.py: a function of n alone
+    placed(batches, batches.lines(n), mesh)                  # placing.py: on a mesh
 
 A record of a file becomes an `Example` (`formats/`, one file each), a template (`templates/`)
 writes it out as a `Document`, pieces of text that are trained on or not, and `encode.py` turns
@@ -13,6 +14,7 @@ from droplora_jax.data.batches import Batch, Batches
 from droplora_jax.data.config import DataConfig
 from droplora_jax.data.formats import FORMATS, Example, Format, Turn
 from droplora_jax.data.loading import load
+from droplora_jax.data.placing import placed
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.rows import Row, Rows
 from droplora_jax.data.spans import preview
@@ -34,5 +36,6 @@ __all__ = [
     "Source",
     "Turn",
     "load",
+    "placed",
     "preview",
 ]

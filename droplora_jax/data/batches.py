@@ -15,6 +15,8 @@ from droplora_jax.data.packing import one_row_a_line, packed
 from droplora_jax.data.rows import Row
 from droplora_jax.errors import InputError
 
+PADDING = -1
+
 
 class Batch(TypedDict):
     """G lines of T tokens, int32.
@@ -74,7 +76,7 @@ class Batches:
         if shuffle:
             lines = lines.shuffle(seed=shuffle_seed)
         # `repeat` after `shuffle` gives every epoch an order of its own.
-        self._batches = lines.repeat().batch(rows_per_batch).map(self._batch)
+        self._numbers = lines.repeat().batch(rows_per_batch)
 
     @property
     def lines_per_epoch(self) -> int:
@@ -87,20 +89,33 @@ class Batches:
         return math.ceil(lines / self._rows_per_batch)
 
     def __getitem__(self, n: SupportsIndex) -> Batch:
-        index = operator.index(n)
-        if index < 0:
-            raise IndexError(f"batch {index}: batches are counted from 0 and have no last one")
-        return self._batches[index]
+        return self.collate(self.lines(n))
 
     def once(self) -> Iterator[Batch]:
         """All rows once, unshuffled; the last batch is filled up with lines of padding."""
-        count = self.lines_per_epoch
-        for start in range(0, count, self._rows_per_batch):
-            yield self._batch(range(start, min(start + self._rows_per_batch, count)))
+        return map(self.collate, self.lines_once())
 
-    def _batch(self, lines: Sequence[int] | np.ndarray) -> Batch:
-        documents = [[self._rows[int(i)] for i in self._lines[int(line)]] for line in lines]
-        return collate(documents, self._rows_per_batch, self.max_length)
+    def lines(self, n: SupportsIndex) -> np.ndarray:
+        """The numbers of batch n's lines [G]."""
+        index = operator.index(n)
+        if index < 0:
+            raise IndexError(f"batch {index}: batches are counted from 0 and have no last one")
+        return np.asarray(self._numbers[index], np.int64)
+
+    def lines_once(self) -> Iterator[np.ndarray]:
+        """The numbers of the lines of `once`'s batches; `PADDING` is a line that is only that."""
+        size = self._rows_per_batch
+        numbers = np.arange(-(-self.lines_per_epoch // size) * size)
+        numbers[self.lines_per_epoch :] = PADDING
+        yield from numbers.reshape(-1, size)
+
+    def collate(self, lines: Sequence[int] | np.ndarray) -> Batch:
+        """The lines of these numbers."""
+        documents = [
+            [] if line == PADDING else [self._rows[int(i)] for i in self._lines[int(line)]]
+            for line in lines
+        ]
+        return collate(documents, len(documents), self.max_length)
 
 
 def collate(lines: Sequence[Sequence[Row]], count: int, length: int) -> Batch:

@@ -15,7 +15,7 @@ from flax import nnx
 from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import save_file
 
-from droplora_jax import prng
+from droplora_jax import prng, processes
 from droplora_jax.adapters import ADAPTERS, DropLoRA
 from droplora_jax.adapters.base import base_path
 from droplora_jax.adapters.droplora import Branch, DropLoRALinear
@@ -60,7 +60,7 @@ def save_adapter(
 
     `droplora_config.json` keeps the adapter's own options, and `extra` (such as the template that
     the data was written with). The folder appears under its name only when complete, in place of
-    an old one with `replace`.
+    an old one with `replace`. Of several processes all have to call it, and the first one writes.
 
     Returns:
       What vLLM does not serve of it; empty if it does.
@@ -74,11 +74,13 @@ def save_adapter(
     if bad:
         raise InputError(f"{bad[0]} is not finite ({len(bad)} tensors in all); nothing was written")
     peft = _peft_config(model, config)
-    with atomic_folder(Path(folder), replace=replace) as temporary:
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(temporary / PEFT_FILE, peft)
-        own = {"format_version": 1, **dataclasses.asdict(config), **(extra or {})}
-        write_json(temporary / OWN_FILE, own)
+    own = {"format_version": 1, **dataclasses.asdict(config), **(extra or {})}
+    if processes.first():
+        with atomic_folder(Path(folder), replace=replace) as temporary:
+            save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_json(temporary / PEFT_FILE, peft)
+            write_json(temporary / OWN_FILE, own)
+    processes.wait_for_all("the adapter is written")
     return vllm_limits(peft)
 
 
@@ -86,7 +88,7 @@ def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """By PEFT's names: lora_A [r, in], lora_B [out, r], and whatever else is trained."""
     tensors: dict[str, np.ndarray] = {}
     for slot in _slots(model):
-        value = jax.device_get(slot.parameter.get_value())
+        value = processes.to_host(slot.parameter.get_value())
         for key, index in slot.keys.items():
             own = value[index]
             tensors[key] = np.ascontiguousarray(own.T if slot.transposed else own)

@@ -1,0 +1,200 @@
+"""One run in several processes, joined by JAX's distributed runtime.
+
+Every process runs the same program on its own devices. The first one writes and speaks for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from droplora_jax.errors import InputError
+
+LOST = 4  # exit code: another process of the run is gone
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other.
+
+    On a TPU slice, under SLURM, Open MPI and on Kubernetes JAX finds out by itself; elsewhere all
+    of the first three are needed, `process_id` best on the command line.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
+      timeout: seconds after which a process that is silent counts as gone, and the others stop.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 60
+
+    def __post_init__(self) -> None:
+        by_hand = {
+            "coordinator": self.coordinator,
+            "num_processes": self.num_processes,
+            "process_id": self.process_id,
+        }
+        missing = [name for name, value in by_hand.items() if value is None]
+        if 0 < len(missing) < len(by_hand):
+            raise InputError(
+                f"distributed.{missing[0]} is missing: give coordinator, num_processes and "
+                "process_id, or none of them where JAX finds the cluster out by itself"
+            )
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise InputError(
+                f"distributed.coordinator={self.coordinator!r}: must be host:port of process 0"
+            )
+        count, number = self.num_processes or 1, self.process_id or 0
+        if count < 1:
+            raise InputError(f"distributed.num_processes={count}: must be at least 1")
+        if not 0 <= number < count:
+            raise InputError(
+                f"distributed.process_id={number}: must be from 0 to {count - 1}, below "
+                f"distributed.num_processes={count}"
+            )
+        if self.timeout < 10:
+            raise InputError(f"distributed.timeout={self.timeout}: must be at least 10 seconds")
+
+
+def join(config: DistributedConfig) -> None:
+    """Join the other processes, if this one is of several. To be called before JAX starts.
+
+    Raises:
+      InputError: the others could not be reached.
+    """
+    # The run looks after SIGTERM by itself, and together with SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    by_hand = config.coordinator is not None
+    with _told_of_loss():
+        try:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                cluster_detection_method="deactivate" if by_hand else None,
+                heartbeat_timeout_seconds=config.timeout,
+                shutdown_timeout_seconds=config.timeout,
+            )
+        except ValueError:
+            if by_hand:
+                raise
+            # No cluster was found: a process alone.
+        except RuntimeError as error:
+            if not by_hand and "must be called before" in str(error):
+                return  # from a program that has used JAX already, alone
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"distributed.coordinator={config.coordinator!r}: the processes of the run could "
+                f"not be joined ({reason}). All of them have to be started, and to reach process 0"
+            ) from error
+
+
+@contextlib.contextmanager
+def _told_of_loss() -> Iterator[None]:
+    """A process that learns that another is gone says so and stops, instead of aborting.
+
+    JAX has no public way to ask for it; where its own has gone, its way remains.
+    """
+    from jax._src import distributed
+
+    runtime: Any = getattr(distributed, "_jax", None)
+    connect: Callable[..., Any] | None = getattr(runtime, "get_distributed_runtime_client", None)
+    if connect is None:
+        yield
+        return
+
+    def connect_and_tell(*arguments: Any, **options: Any) -> Any:
+        return connect(*arguments, missed_heartbeat_callback=_lost, **options)
+
+    with mock.patch.object(runtime, "get_distributed_runtime_client", connect_and_tell):
+        yield
+
+
+def _lost(status: Any) -> None:
+    """Called by JAX in a thread of its own; the main one may hang in a collective for ever."""
+    reason = " ".join(str(status).split())
+    print(
+        f"droplora: {name()}: another process of this run is gone or can't be reached, so this one "
+        f"stops. Start all of them again: the run goes on from its newest checkpoint ({reason})",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
+
+
+def leave() -> None:
+    """Wait for the others to leave as well, at most the run's `timeout`."""
+    if several():
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+
+
+def several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return not several() or jax.process_index() == 0
+
+
+def name() -> str:
+    """This process, in a message."""
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def wait_for_all(point: str) -> None:
+    """Return when every process has come to this point."""
+    if several():
+        multihost_utils.sync_global_devices(point)
+
+
+def all_true(here: bool) -> bool:
+    """Whether it is true in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(here)))) if several() else here
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, in every process; all have to ask for it."""
+    if x.is_fully_addressable:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+class Agreement:
+    """The highest number that any process has said, learned by all at the same step.
+
+    With several processes it is known one step later, so that no device waits for it.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._highest = jax.jit(jnp.max, out_shardings=replicated)
+        self._asked: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        if not several():
+            return number
+        before = 0 if self._asked is None else int(self._asked)
+        said = np.array([number], np.int32)
+        shape = (self._sharding.mesh.size,)
+        numbers = jax.make_array_from_callback(shape, self._sharding, lambda _: said)
+        self._asked = self._highest(numbers)
+        return before
