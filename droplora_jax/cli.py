@@ -18,8 +18,8 @@ DONE, BAD_INPUT, NON_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved). A
-    process that has lost another one of its run ends with `processes.LOST`, 4.
+    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved). One of
+    several processes that has lost another one is aborted by JAX: 134.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)

@@ -6,13 +6,8 @@ Every process runs the same program on its own devices. The first one writes and
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +16,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from droplora_jax.errors import InputError
-
-LOST = 4  # exit code: another process of the run is gone
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,8 @@ class DistributedConfig:
       coordinator: host:port of process 0.
       num_processes: how many there are.
       process_id: which this one is, from 0.
-      timeout: seconds after which a process that is silent counts as gone, and the others stop.
+      timeout: seconds after which a process that is silent counts as gone; JAX then ends the
+        others, and says so.
     """
 
     coordinator: str | None = None
@@ -81,61 +75,27 @@ def join(config: DistributedConfig) -> None:
     # The run looks after SIGTERM by itself, and together with SIGINT.
     jax.config.update("jax_enable_preemption_service", False)
     by_hand = config.coordinator is not None
-    with _told_of_loss():
-        try:
-            jax.distributed.initialize(
-                config.coordinator,
-                config.num_processes,
-                config.process_id,
-                cluster_detection_method="deactivate" if by_hand else None,
-                heartbeat_timeout_seconds=config.timeout,
-                shutdown_timeout_seconds=config.timeout,
-            )
-        except ValueError:
-            if by_hand:
-                raise
-            # No cluster was found: a process alone.
-        except RuntimeError as error:
-            if not by_hand and "must be called before" in str(error):
-                return  # from a program that has used JAX already, alone
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(
-                f"distributed.coordinator={config.coordinator!r}: the processes of the run could "
-                f"not be joined ({reason}). All of them have to be started, and to reach process 0"
-            ) from error
-
-
-@contextlib.contextmanager
-def _told_of_loss() -> Iterator[None]:
-    """A process that learns that another is gone says so and stops, instead of aborting.
-
-    JAX has no public way to ask for it; where its own has gone, its way remains.
-    """
-    from jax._src import distributed
-
-    runtime: Any = getattr(distributed, "_jax", None)
-    connect: Callable[..., Any] | None = getattr(runtime, "get_distributed_runtime_client", None)
-    if connect is None:
-        yield
-        return
-
-    def connect_and_tell(*arguments: Any, **options: Any) -> Any:
-        return connect(*arguments, missed_heartbeat_callback=_lost, **options)
-
-    with mock.patch.object(runtime, "get_distributed_runtime_client", connect_and_tell):
-        yield
-
-
-def _lost(status: Any) -> None:
-    """Called by JAX in a thread of its own; the main one may hang in a collective for ever."""
-    reason = " ".join(str(status).split())
-    print(
-        f"droplora: {name()}: another process of this run is gone or can't be reached, so this one "
-        f"stops. Start all of them again: the run goes on from its newest checkpoint ({reason})",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST)
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method="deactivate" if by_hand else None,
+            heartbeat_timeout_seconds=config.timeout,
+            shutdown_timeout_seconds=config.timeout,
+        )
+    except ValueError:
+        if by_hand:
+            raise
+        # No cluster was found: a process alone.
+    except RuntimeError as error:
+        if not by_hand and "must be called before" in str(error):
+            return  # from a program that has used JAX already, alone
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"distributed.coordinator={config.coordinator!r}: the processes of the run could not "
+            f"be joined ({reason}). All of them have to be started, and to reach process 0"
+        ) from error
 
 
 def leave() -> None:

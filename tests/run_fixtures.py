@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -138,9 +139,10 @@ class CommandLine:
         return result.out
 
 
-def process(*arguments: object) -> subprocess.Popen[str]:
-    """`droplora` in a process of its own, on the same eight simulated devices."""
+def process(*arguments: object, devices: int = 8) -> subprocess.Popen[str]:
+    """`droplora` in a process of its own, on as many simulated devices."""
     environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -152,6 +154,18 @@ def process(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def processes(count: int, *arguments: object, devices: int = 4) -> list[subprocess.Popen[str]]:
+    """`droplora` in several processes that share the devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joined = (f"distributed.coordinator=127.0.0.1:{port}", f"distributed.num_processes={count}")
+    return [
+        process(*arguments, *joined, f"distributed.process_id={i}", devices=devices // count)
+        for i in range(count)
+    ]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

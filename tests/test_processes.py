@@ -1,0 +1,153 @@
+"""Real processes on one machine, joined by JAX, against one process with the same devices."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import numpy as np
+import pytest
+from oracles import relative
+from run_fixtures import factors, make_base, metrics, process, processes, write_run
+
+from droplora_jax.errors import InputError
+from droplora_jax.processes import DistributedConfig
+
+SETTINGS = {
+    "train": {"steps": 8, "global_batch": 8, "save_every": 4, "eval_every": 4} | {"log_every": 1},
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
+    "data": {"packing": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")).path
+
+
+def ended(running):
+    """Codes, and what the processes said."""
+    said = [one.communicate(timeout=300) for one in running]
+    return [one.returncode for one in running], [out for out, _ in said], [err for _, err in said]
+
+
+def good(running) -> str:
+    """What the first of some processes says, none of which has anything to complain of."""
+    codes, (first, *others), errors = ended(running)
+    assert not any(codes), errors
+    for out in others:  # the library that moves data between CPUs has something to say
+        assert not [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    return first
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """The folder of a run of one process with four devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    good([process("train", write_run(base, folder, **SETTINGS), devices=4)])
+    return folder / "run"
+
+
+def losses(run) -> list[float]:
+    return [row.get("loss", row.get("eval_loss")) for row in metrics(run)]
+
+
+def assert_same_run(run, other):
+    assert [row["step"] for row in metrics(run)] == [row["step"] for row in metrics(other)]
+    np.testing.assert_allclose(losses(run), losses(other), rtol=1e-5)
+    ours, theirs = factors(run / "adapter"), factors(other / "adapter")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert relative(value, theirs[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one(base, alone, tmp_path, count):
+    """Masks and data are the same, or the losses were not; one process speaks and writes."""
+    out = good(processes(count, "train", write_run(base, tmp_path, **SETTINGS)))
+    assert f"as data=2 x fsdp=2 in {count} processes; 8 steps" in out
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(base, alone, tmp_path, before, after):
+    """On another mesh too: no place in the data, no mask and no weight depends on either."""
+
+    def start(count, *overrides):
+        yaml = write_run(base, tmp_path, **SETTINGS)
+        if count == 1:
+            return [process("train", yaml, *overrides, devices=4)]
+        return processes(count, "train", yaml, *overrides)
+
+    good(start(before, "train.steps=4", "optim.schedule=constant"))
+    other = tmp_path / "run" / "adapter"
+    out = good(start(after, "optim.schedule=constant", "mesh.data=1", "mesh.fsdp=4"))
+    assert "carrying on from the checkpoint of step 4" in out
+    assert other.is_dir()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    good(
+        [process("train", write_run(base, whole, **SETTINGS), "optim.schedule=constant", devices=4)]
+    )
+    assert_same_run(tmp_path / "run", whole / "run")
+
+
+def until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_when_one_process_dies_the_others_stop_and_say_why(base, alone, tmp_path, dead):
+    yaml = write_run(base, tmp_path, **SETTINGS)
+    running = processes(2, "train", yaml, "train.steps=100000", "distributed.timeout=10")
+    until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
+    killed = time.monotonic()
+    running[dead].kill()
+    codes, _, errors = ended(running)
+    assert time.monotonic() - killed < 40
+    assert codes[dead] == -signal.SIGKILL
+    assert codes[1 - dead] == -signal.SIGABRT  # by JAX, from a thread: the main one hangs
+    assert "This most likely indicates that another task died" in errors[1 - dead]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_and_saves_all(base, tmp_path, number):
+    yaml = write_run(base, tmp_path, **SETTINGS)
+    running = processes(2, "train", yaml, "train.steps=100000")
+    until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
+    running[1].send_signal(number)
+    codes, _, errors = ended(running)
+    assert codes == [128 + number] * 2
+    step = int(errors[0].split("step ")[1].split()[0])
+    for i, error in enumerate(errors):
+        said = f"process {i} of 2: stopped by {number.name}: step {step} is saved"
+        assert f"droplora: {said}\n" in error
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}").is_dir()
+
+
+def test_a_mistake_is_told_by_every_process_and_ends_all(base, tmp_path):
+    yaml = write_run(base, tmp_path, **SETTINGS)
+    codes, _, errors = ended(processes(2, "train", yaml, "mesh.tensor=3"))
+    assert codes == [2, 2]
+    for i, error in enumerate(errors):
+        assert f"droplora: process {i} of 2: mesh " in error
+        assert "does not match the 4 device(s)" in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"coordinator": "host:1"}, "distributed.num_processes is missing"),
+        ({"process_id": 1}, "distributed.coordinator is missing"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "must be host:port"),
+        ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, "must be from 0 to 1"),
+        ({"timeout": 1}, "must be at least 10"),
+    ],
+)
+def test_how_processes_find_each_other_is_checked(options, words):
+    with pytest.raises(InputError, match=words):
+        DistributedConfig(**options)
