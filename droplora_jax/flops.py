@@ -22,9 +22,18 @@ def matrix_flops(jaxpr: Any) -> int:
         elif equation.primitive.name == "cond":
             total += max(map(matrix_flops, equation.params["branches"]))
         else:
-            times = equation.params["length"] if equation.primitive.name == "scan" else 1
-            total += times * sum(map(matrix_flops, _inside(equation)))
+            total += _times(equation) * sum(map(matrix_flops, _inside(equation)))
     return total
+
+
+def _times(equation: Any) -> int:
+    """How often the inside of an equation is run, on all devices together."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "shard_map":
+        sizes = equation.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in equation.params["manual_axes"])
+    return 1
 
 
 def _inside(equation: Any) -> list[Any]:

@@ -27,7 +27,8 @@ class Device:
       flops: bfloat16 operations a second in the matrix units.
       memory: bytes.
       bandwidth: bytes a second between memory and the units.
-      link: bytes a second, in and out together, over all links to other chips.
+      link: bytes a second, in and out together, over all links to other chips of the slice.
+      network: bytes a second, in, from other slices; None where it is not documented.
       per_chip: devices that a chip is.
       dimensions: of the torus.
     """
@@ -38,17 +39,19 @@ class Device:
     memory: int
     bandwidth: float
     link: float
+    network: float | None = None
     per_chip: int = 1
     dimensions: int = 2
 
 
-# Cloud TPU documentation, "TPU architecture" and the pages of each version; a TPU v4's and a 7x's
-# figures are halved, as two devices make a chip. CPU: no figures, only shapes and collectives.
+# Cloud TPU documentation, "TPU architecture" and the pages of each version; the network's is a
+# pod's by its chips. A v4's and a 7x's figures are halved, as two devices make a chip. CPU: no
+# figures, only shapes and collectives.
 KINDS = {
-    "v4": Device("tpu", "v4", 137.5e12, 16 * GIB, 614e9, 150e9, per_chip=2, dimensions=3),
-    "v5e": Device("tpu", "v5e", 197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Device("tpu", "v5p", 459e12, 95 * GIB, 2765e9, 600e9, dimensions=3),
-    "v6e": Device("tpu", "v6e", 918e12, 32 * GIB, 1640e9, 448e9),
+    "v4": Device("tpu", "v4", 137.5e12, 16 * GIB, 614e9, 300e9, per_chip=2, dimensions=3),
+    "v5e": Device("tpu", "v5e", 197e12, 16 * GIB, 819e9, 400e9, 3.125e9),
+    "v5p": Device("tpu", "v5p", 459e12, 95 * GIB, 2765e9, 1200e9, 6.25e9, dimensions=3),
+    "v6e": Device("tpu", "v6e", 918e12, 32 * GIB, 1640e9, 800e9, 12.5e9),
     "7x": Device("tpu", "tpu7x", 1153.5e12, 96 * GIB, 3690e9, 600e9, per_chip=2, dimensions=3),
 }
 _COMPILER_ALONE = {
@@ -68,11 +71,13 @@ class Topology:
 
     Attributes:
       kind: None for a CPU.
+      slices: that the devices are in.
     """
 
     name: str
     devices: Sequence[Any]
     kind: Device | None
+    slices: int = 1
 
     @property
     def platform(self) -> str:
@@ -100,7 +105,8 @@ def topology(name: str) -> Topology:
         options["chips_per_host_bounds"] = (1, 1, 1)
     sizes = shape.split("x")
     sizes += ["1"] * (kind.dimensions - len(sizes))
-    return Topology(name, _tpu_devices(name, f"{kind.topology}:{'x'.join(sizes)}", options), kind)
+    found_devices = _tpu_devices(name, f"{kind.topology}:{'x'.join(sizes)}", options)
+    return Topology(name, found_devices, kind, int(slices or 1))
 
 
 def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]:

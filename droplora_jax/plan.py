@@ -44,7 +44,8 @@ class Plan:
         gradients, and what is computed again counted again.
       useful_flops: what is left without recomputation: MFU's numerator, 4 a parameter and token,
         and the attention.
-      seconds: the least time of a step by matrix units, memory and links.
+      seconds: the least time of a step by matrix units, memory, links, and the network between
+        slices.
       bound: which of them it is.
       tokens_per_second: of all devices, at most.
     """
@@ -172,7 +173,7 @@ def _described(
         seconds = {
             "matrix units": flops / mesh.size / kind.flops,
             "memory": _least_traffic(config, mesh, sizes) / kind.bandwidth,
-            "links": sum(collective.bytes for collective in sent) / (kind.link / 2),
+            **_sending(sent, where),
         }
     bound = max(seconds, key=seconds.__getitem__) if seconds else None
     least = seconds[bound] if bound else None
@@ -201,6 +202,18 @@ def _described(
         ),
         compile_seconds=compile_seconds,
     )
+
+
+def _sending(sent: tuple[Collective, ...], where: Topology) -> dict[str, float]:
+    """The seconds that messages take, within a slice and between slices."""
+    kind = where.kind
+    assert kind is not None
+    across = [one for one in sent if where.slices > 1 and "replica" in one.axes.split("+")]
+    within = [one for one in sent if one not in across]
+    seconds = {"links": sum(one.bytes for one in within) / (kind.link / 2)}
+    if across and kind.network is not None:
+        seconds["network"] = sum(one.bytes for one in across) / kind.network
+    return seconds
 
 
 def _least_traffic(config: run.RunConfig, mesh: Mesh, sizes: dict[str, int]) -> int:

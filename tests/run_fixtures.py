@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,9 @@ class CommandLine:
         return result.out
 
 
-def process(*arguments: object, devices: int = 8) -> subprocess.Popen[str]:
+def process(
+    *arguments: object, devices: int = 8, program: Sequence[str] = ("-m", "droplora_jax.cli")
+) -> subprocess.Popen[str]:
     """`droplora` in a process of its own, on as many simulated devices."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -148,7 +150,7 @@ def process(*arguments: object, devices: int = 8) -> subprocess.Popen[str]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "droplora_jax.cli", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -15,7 +15,7 @@ import pytest
 
 import droplora_jax as dl
 from droplora_jax import checkpoint
-from droplora_jax.checkpoint import Checkpoints, _flatten
+from droplora_jax.checkpoint import Checkpoints, _flatten, digests
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import TrainState, init_state
@@ -251,3 +251,68 @@ def test_the_first_save_that_fails_says_that_there_is_none(small_disk, state):
     with pytest.raises(InputError, match=r"could not be written .*there is no earlier one"):
         checkpoints.save(replace(state, step=jnp.int32(1)), CONFIG)
     checkpoints.close()
+
+
+# Checkpoints that are damaged.
+
+
+def flip_bits(step):
+    """One in the middle of every file of numbers."""
+    for file in (step / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def lose_the_state(step):
+    shutil.rmtree(step / "state")
+
+
+def cut_a_file(step):
+    for file in (step / "state").rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip_bits, lose_the_state, cut_a_file])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(checkpoints, state, damage):
+    for step in (1, 2, 3):
+        save(checkpoints, state, step)
+    damage(checkpoints.folder / "step_3")
+    again, said = Checkpoints(checkpoints.folder, keep=2), []
+    with pytest.raises(InputError, match="step_3: (the checkpoint can't be read|is corrupt)"):
+        again.restore(3, state)
+    restored = again.restore_newest(state, said.append)
+    assert int(restored.step) == 2
+    assert said[0].endswith(f"it is kept as {checkpoints.folder / 'corrupt_3'}, and skipped")
+    assert said[1] == "carrying on from the checkpoint of step 2"
+    save(again, state, 3)
+    assert again.steps == [2, 3]
+    assert (checkpoints.folder / "corrupt_3").is_dir()
+    again.close()
+
+
+def test_none_is_good(checkpoints, state):
+    save(checkpoints, state, 1)
+    lose_the_state(checkpoints.folder / "step_1")
+    again = Checkpoints(checkpoints.folder)
+    assert again.restore_newest(state, lambda text: None) is state
+    assert again.steps == []
+    again.close()
+
+
+def test_digests_are_the_same_on_every_mesh_and_see_every_bit(untied):
+    one, other = (
+        state_on(untied, mesh, seed=3) for mesh in (MeshConfig(), MeshConfig(fsdp=2, tensor=4))
+    )
+    found = digests(_flatten(one))
+    assert found == digests(_flatten(other))
+    assert len(set(found.values())) > len(found) // 2
+    name, x = max(_flatten(one).items(), key=lambda item: item[1].size)
+    flat = np.asarray(x).copy().reshape(-1)
+    swapped = flat.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    bit = flat.view(np.uint32).copy()
+    bit[5] ^= 1
+    for changed in (swapped, bit.view(np.float32)):
+        assert digests({name: jnp.asarray(changed.reshape(x.shape))})[name] != found[name]

@@ -238,6 +238,34 @@ def test_a_signal_lets_the_step_end_and_saves_it(base, tmp_path, droplora, monke
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
+    """Its step hangs, say; what takes machines away does not wait either."""
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text(
+        "import sys, time\n"
+        "from droplora_jax import cli\n"
+        "from droplora_jax.train import Run\n"
+        "batch = Run.batch\n"
+        "def hang(self, n):\n"
+        "    if n == 2:\n"
+        "        print('hanging', flush=True)\n"
+        "        time.sleep(100)\n"
+        "    return batch(self, n)\n"
+        "Run.batch = hang\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    yaml = write_run(base, tmp_path, train={"save_every": 1, "stop_seconds": 2})
+    running = process("train", yaml, program=[str(hanging)])
+    assert any("hanging" in line for line in running.stdout)
+    begin = time.monotonic()
+    running.terminate()
+    _, err = running.communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    assert running.returncode == 143
+    assert "SIGTERM came 2 seconds ago (train.stop_seconds) and the state could not be saved" in err
+    assert "the newest good one is step 2" in err
+
+
 def test_a_signal_in_the_last_step_is_too_late(base, tmp_path, droplora, monkeypatch):
     send(monkeypatch, [signal.SIGINT], at=3)
     droplora.good("train", write_run(base, tmp_path, train={"steps": 4}))
