@@ -32,7 +32,7 @@ def _times(equation: Any) -> int:
         return equation.params["length"]
     if equation.primitive.name == "shard_map":
         sizes = equation.params["mesh"].shape
-        return math.prod(sizes[axis] for axis in equation.params["manual_axes"])
+        return math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
     return 1
 
 

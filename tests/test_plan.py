@@ -44,7 +44,11 @@ def test_products_are_counted_in_loops_and_when_they_are_made_again():
     assert count(again, x, w) == 15 * one
     assert count(jax.jit(lambda x: jnp.einsum("ab,ab->a", x, x)), x) == 2 * 4 * 8
     over_data = jax.shard_map(
-        lambda x, w: x @ w, mesh=MESH, in_specs=(P("data"), P()), out_specs=P("data")
+        lambda x, w: x @ w,
+        mesh=MESH,
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
     )
     assert count(over_data, x, w) == one  # each of two devices does a half
 
