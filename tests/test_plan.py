@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,14 @@ def test_a_plan_of_a_run(file, base):
     assert {"fsdp", "tensor"} <= axes
 
 
+def gathered(config, where) -> list[str]:
+    """The shapes of what a step gathers, as `8,32`."""
+    mesh = make_mesh(config.mesh, where.devices)
+    text = traced_step(config, mesh, where.platform)[0].lower().compile().as_text()
+    lines = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
+    return [shape for line in lines for shape in re.findall(r"\[([\d,]*)\]", line)]
+
+
 @pytest.mark.parametrize(("length", "heads"), [(16, 0), (48, 1)], ids=["rows move", "head moves"])
 def test_no_logits_are_gathered_and_the_head_only_for_many_rows(file, base, length, heads):
     """A device has its rows of the logits or its part of the vocabulary."""
@@ -158,9 +167,7 @@ def test_no_logits_are_gathered_and_the_head_only_for_many_rows(file, base, leng
     hf = json.loads((base / "config.json").read_text())
     vocab, width = hf["vocab_size"], hf["hidden_size"]
     assert vocab % 8 == 0
-    text = traced_step(config, make_mesh(config.mesh), "cpu")[0].lower().compile().as_text()
-    gathered = [line.split(" = ")[1] for line in text.splitlines() if " all-gather(" in line]
-    shapes = [line.split("[")[1].split("]")[0] for line in gathered]
+    shapes = gathered(config, topology("cpu:8"))
     assert sum(shape == f"{width},{vocab}" for shape in shapes) == heads
     assert not [shape for shape in shapes if shape.count(",") > 1 and shape.endswith(f",{vocab}")]
     # The embedding's table, and the rows of the whole batch.
@@ -225,6 +232,25 @@ def test_a_slice_of_tpus(file):
     assert 0 < four.mfu_at_most <= 1
     assert four.bound in four.seconds
     assert math.isfinite(four.tokens_per_second)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "context": 2}, {"fsdp": 2, "tensor": 2}])
+def test_what_no_slice_may_gather(file, base, mesh):
+    """Logits, the embedding's table, the rows of the whole batch, the weights of all layers."""
+    axes = {"data": 1, "tensor": 1, "fsdp": 1} | mesh
+    settings = [f"mesh.{name}={size}" for name, size in axes.items()]
+    config = run.read(file, [*settings, "data.max_length=48", "train.global_batch=8"])
+    hf = json.loads((base / "config.json").read_text())
+    vocab, width, layers = hf["vocab_size"], hf["hidden_size"], hf["num_hidden_layers"]
+    shapes = gathered(config, topology("v5e:2x2"))
+    assert shapes
+    for shape in shapes:
+        sizes = [int(size) for size in shape.split(",") if size]
+        assert not (len(sizes) > 2 and sizes[-1] == vocab), shape
+        assert shape != f"{vocab},{width}"
+        assert not (sizes[0] == layers > 1 and math.prod(sizes) >= layers * width * width), shape
+        assert not (sizes[0] == 8 and sizes[-1] == width and 48 in sizes), shape
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

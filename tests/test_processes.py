@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from oracles import relative
-from run_fixtures import factors, make_base, metrics, process, processes, write_run
+from run_fixtures import adapter_bytes, factors, make_base, metrics, process, processes, write_run
 
 from droplora_jax.errors import InputError
 from droplora_jax.processes import DistributedConfig
@@ -151,3 +151,35 @@ def test_a_mistake_is_told_by_every_process_and_ends_all(base, tmp_path):
 def test_how_processes_find_each_other_is_checked(options, words):
     with pytest.raises(InputError, match=words):
         DistributedConfig(**options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1))
+def test_a_run_whose_processes_are_killed_twenty_times_ends_in_the_same_bits(base, tmp_path, seed):
+    """A random one of two, at a random moment: while they start, in a step, in a save, at the end."""
+    long = {
+        **SETTINGS,
+        "train": {**SETTINGS["train"], "steps": 3000, "save_every": 25, "eval_every": 1500}
+        | {"log_every": 100},
+    }
+    folders = undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    for folder in folders:
+        folder.mkdir()
+    good(processes(2, "train", write_run(base, undisturbed, **long)))
+    yaml = write_run(base, disturbed, **long)
+    random = np.random.default_rng(seed)
+    steps = []
+    for _ in range(20):
+        running = processes(2, "train", yaml, "distributed.timeout=10")
+        time.sleep(random.uniform(3, 22))
+        running[random.integers(2)].kill()
+        codes, _, errors = ended(running)
+        assert set(codes) <= {0, -signal.SIGKILL, -signal.SIGABRT}, errors
+        checkpoints = disturbed / "run" / "checkpoints"
+        done = [int(p.name[5:]) for p in checkpoints.glob("step_*") if p.name[5:].isdigit()]
+        steps.append(max(done, default=0))
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 5, steps
+    print("newest checkpoint after every kill:", steps)
+    good(processes(2, "train", yaml))
+    assert adapter_bytes(disturbed / "run") == adapter_bytes(undisturbed / "run")
