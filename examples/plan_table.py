@@ -1,7 +1,7 @@
 """The README's table of plans: LLaMA shapes on TPU slices, one `droplora plan` each.
 
     python examples/plan_table.py            # all of it, one to four minutes a line
-    python examples/plan_table.py 8B         # the lines of one model
+    python examples/plan_table.py 8B 70B@v5p # the lines of a model, or of a model on a kind of slice
 
 Needs the TPU compiler (pip install 'droplora-jax[tpu]') and no TPU.
 """
@@ -61,7 +61,7 @@ def main(models: list[str]) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, *line in LINES:
-            if not models or name in models:
+            if not models or any(f"{name}@{line[0]}".startswith(model) for model in models):
                 print(row(Path(folder), name, *line), flush=True)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from data_fixtures import make_tokenizer, random_rows, write_json
 
-from droplora_jax.data import Batches, DataConfig, Row, Rows, load
+from droplora_jax.data import Batches, DataConfig, Row, Rows, load, placed
 from droplora_jax.data.batches import collate
 from droplora_jax.data.packing import first_fit, one_row_a_line, packed
 from droplora_jax.errors import InputError
+from droplora_jax.sharding import MeshConfig, make_mesh
 
 T = 16
 BOTH = pytest.mark.parametrize("packing", [False, True])
@@ -232,3 +233,25 @@ def test_eos_is_learnt_and_padding_never_is_where_both_are_one_token(tmp_path, p
 def test_batches_that_can_not_be(rows, values, message):
     with pytest.raises(InputError, match=message):
         make(rows, **values)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_mesh_gets_the_lines_of_the_batch_each_made_once(monkeypatch, microbatches):
+    batches = make(Rows(random_rows(40, T, seed=1)), packing=True)
+    made = []
+    collated = batches.collate
+
+    def collate(lines):
+        made.extend(lines)
+        return collated(lines)
+
+    monkeypatch.setattr(batches, "collate", collate)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
+    lines = batches.lines(3).reshape(microbatches, -1)
+    found = placed(batches, lines, mesh)
+    assert sorted(made) == sorted(lines.ravel())
+    for name, expected in collated(batches.lines(3)).items():
+        assert found[name].shape == (*lines.shape, batches.max_length)
+        np.testing.assert_array_equal(found[name].reshape(expected.shape), expected)
+    shard = found["tokens"].addressable_shards[0].data
+    assert shard.shape == (microbatches, lines.shape[1] // 2, batches.max_length // 2)
