@@ -1,7 +1,7 @@
 """The README's table of plans: LLaMA shapes on TPU slices, one `droplora plan` each.
 
     python examples/plan_table.py            # all of it, one to four minutes a line
-    python examples/plan_table.py 8B 70B@v5p # the lines of a model, or of a model on a kind of slice
+    python examples/plan_table.py 8B 70B@v5p # of one model, and of one on one kind of slice
 
 Needs the TPU compiler (pip install 'droplora-jax[tpu]') and no TPU.
 """
