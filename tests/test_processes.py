@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 def ended(running):
     """Codes, and what the processes said."""
-    said = [one.communicate(timeout=300) for one in running]
+    said = [one.communicate(timeout=1200) for one in running]
     return [one.returncode for one in running], [out for out, _ in said], [err for _, err in said]
 
 
@@ -153,7 +153,7 @@ def test_a_run_whose_processes_are_killed_twenty_times_ends_in_the_same_bits(bas
     """A random one of two, at a random moment: while they start, in a step, in a save, at the end."""
     long = {
         **SETTINGS,
-        "train": {**SETTINGS["train"], "steps": 3000, "save_every": 25, "eval_every": 1500}
+        "train": {**SETTINGS["train"], "steps": 1000, "save_every": 10, "eval_every": 500}
         | {"log_every": 100},
     }
     folders = undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
