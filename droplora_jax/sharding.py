@@ -83,7 +83,7 @@ def make_mesh(
         sizes[sizes.index(-1)] = len(devices) // known
     names = tuple(field.name for field in fields(config))
     if math.prod(sizes) != len(devices):
-        asked = " x ".join(f"{name}={size}" for name, size in zip(names, config.sizes, strict=True))
+        asked = described(dict(zip(names, config.sizes, strict=True)))
         raise InputError(
             f"mesh {asked} does not match the {len(devices)} device(s) here: the sizes must "
             f"multiply to {len(devices)}; set one of them to -1 to take what is left"
@@ -141,7 +141,7 @@ def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
 
 def described(shape: Mapping[str, int]) -> str:
     """A mesh's shape in words, without the axes of one device."""
-    return " x ".join(f"{name}={size}" for name, size in shape.items() if size > 1) or "1 device"
+    return " x ".join(f"{name}={size}" for name, size in shape.items() if size != 1) or "1 device"
 
 
 def divides(mesh: Mesh | None, axis: str, size: int) -> bool:
