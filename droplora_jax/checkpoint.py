@@ -37,7 +37,7 @@ class Checkpoints:
         # Orbax logs what it raises, with a traceback from each of its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
-        self._unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
+        self.unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
         best = policies.BestN(
             get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -140,6 +140,8 @@ class Checkpoints:
                 return restored
             name = self._set_aside(step)
             say(f"{reason or 'corrupt in another process'}; it is kept as {name}, and skipped")
+            if not self.steps:
+                say("no other checkpoint is left: starting from the first step")
         return state
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -156,14 +158,10 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
         )
-        where = f"{self.folder / f'step_{step}'}"
-        try:
+        where = self._path(step)
+        with _ReadErrors(where):
             saved = self._manager.item_metadata(step)["state"].tree
             shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
-        except Exception as error:
-            raise Corrupt(
-                f"{where}: the checkpoint can't be read ({_first_line(error)})"
-            ) from error
         if shapes != (wanted := {name: leaf.shape for name, leaf in flat.items()}):
             name = min(name for name, _ in shapes.items() ^ wanted.items())
             raise InputError(
@@ -171,25 +169,18 @@ class Checkpoints:
                 f"{wanted.get(name, 'no such array')}: a checkpoint of another run, or of another "
                 "version of optax. Name another output, or move the checkpoint away"
             )
-        try:
+        with _ReadErrors(where):
             found = self._manager.restore(step, args=args)
-        except Exception as error:
-            raise Corrupt(
-                f"{where}: the checkpoint can't be read ({_first_line(error)})"
-            ) from error
-        restored, promised = found["state"], found["run"]["digests"]
+            restored, promised = found["state"], found["run"]["digests"]
         if bad := sorted(name for name, d in digests(restored).items() if promised.get(name) != d):
             raise Corrupt(f"{where}: is corrupt ({bad[0]} is not what was saved)")
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
 
-    @property
-    def unfinished(self) -> list[Path]:
-        """Checkpoints that never got their names."""
-        return self._unfinished
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step}"
 
     def _set_aside(self, step: int) -> Path:
-        folder = self.folder / f"step_{step}"
         aside = self.folder / f"corrupt_{step}"
         number = 1
         while aside.exists():
@@ -197,7 +188,7 @@ class Checkpoints:
             aside = self.folder / f"corrupt_{step}_{number}"
         processes.wait_for_all("a corrupt checkpoint has its other name")
         if processes.first():
-            folder.rename(aside)
+            self._path(step).rename(aside)
         processes.wait_for_all("a corrupt checkpoint is set aside")
         self._manager.reload()
         return aside
@@ -249,6 +240,21 @@ class _SaveErrors:
         if error is None or not isinstance(error, Exception):
             return
         raise self.checkpoints._failed(_first_line(error)) from error
+
+
+class _ReadErrors:
+    """Turns whatever a checkpoint that can't be read raises into `Corrupt`."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            reason = _first_line(error)
+            raise Corrupt(f"{self.where}: the checkpoint can't be read ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

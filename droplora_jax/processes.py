@@ -84,10 +84,13 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=config.timeout,
             shutdown_timeout_seconds=config.timeout,
         )
-    except ValueError:
-        if by_hand:
-            raise
-        # No cluster was found: a process alone.
+    except ValueError as error:
+        # Only where no cluster was found is it a process alone: not where one was found by half.
+        if by_hand or "coordinator_address" not in str(error):
+            raise InputError(
+                f"distributed: JAX found a cluster but not all of it ({error}); give "
+                "distributed.coordinator, num_processes and process_id"
+            ) from error
     except RuntimeError as error:
         if not by_hand and "must be called before" in str(error):
             return  # from a program that has used JAX already, alone

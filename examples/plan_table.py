@@ -3,7 +3,7 @@
     python examples/plan_table.py            # all of it, one to four minutes a line
     python examples/plan_table.py 8B 70B@v5p # of one model, and of one on one kind of slice
 
-Needs the TPU compiler (pip install 'droplora-jax[tpu]') and no TPU.
+Needs the TPU compiler (pip install '.[tpu]') and no TPU.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_an_epoch_holds_every_label_once(count, shuffle, packing):
 def test_once_holds_every_label_once_in_order(packing):
     rows = random_rows(13, T, seed=1)
     batches = make(rows, shuffle=False, packing=packing)
-    found = list(batches.once())
+    found = [batches.collate(lines) for lines in batches.lines_once()]
     assert {array.shape for batch in found for array in batch.values()} == {(4, T)}
     assert len(found) == math.ceil(batches.lines_per_epoch / 4)
     targets = np.concatenate([batch["targets"] for batch in found])
@@ -188,7 +188,8 @@ def test_packing_follows_the_seed_only_when_shuffled():
     rows = random_rows(60, T, seed=8)
 
     def first_line(seed, shuffle):
-        return next(make(rows, seed=seed, shuffle=shuffle, packing=True).once())["tokens"][0]
+        batches = make(rows, seed=seed, shuffle=shuffle, packing=True)
+        return batches.collate(next(batches.lines_once()))["tokens"][0]
 
     assert not np.array_equal(first_line(0, True), first_line(1, True))
     assert np.array_equal(first_line(0, False), first_line(1, False))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from oracles import relative
 from run_fixtures import adapter_bytes, factors, make_base, metrics, process, processes, write_run
 
 from droplora_jax.errors import InputError
-from droplora_jax.processes import DistributedConfig
+from droplora_jax.processes import DistributedConfig, join
 
 SETTINGS = {
     "train": {"steps": 8, "global_batch": 8, "save_every": 4, "eval_every": 4} | {"log_every": 1},
@@ -130,6 +131,17 @@ def test_a_mistake_is_told_by_every_process_and_ends_all(base, tmp_path):
         assert f"droplora: process {i} of 2: mesh " in error
         assert "does not match the 4 device(s)" in error
         assert "Traceback" not in error
+
+
+def test_half_a_cluster_is_no_process_alone(monkeypatch):
+    """Or every process would train by itself, into one folder."""
+
+    def initialize(*arguments, **options):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match="found a cluster but not all of it .Number of processes"):
+        join(DistributedConfig())
 
 
 @pytest.mark.parametrize(

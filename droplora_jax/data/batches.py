@@ -91,10 +91,6 @@ class Batches:
     def __getitem__(self, n: SupportsIndex) -> Batch:
         return self.collate(self.lines(n))
 
-    def once(self) -> Iterator[Batch]:
-        """All rows once, unshuffled; the last batch is filled up with lines of padding."""
-        return map(self.collate, self.lines_once())
-
     def lines(self, n: SupportsIndex) -> np.ndarray:
         """The numbers of batch n's lines [G]."""
         index = operator.index(n)
@@ -103,7 +99,10 @@ class Batches:
         return np.asarray(self._numbers[index], np.int64)
 
     def lines_once(self) -> Iterator[np.ndarray]:
-        """The numbers of the lines of `once`'s batches; `PADDING` is a line that is only that."""
+        """The numbers of all lines, unshuffled, batch by batch [G]; the last is filled up.
+
+        `PADDING` is the number of a line that is nothing else.
+        """
         size = self._rows_per_batch
         numbers = np.arange(-(-self.lines_per_epoch // size) * size)
         numbers[self.lines_per_epoch :] = PADDING

@@ -3,7 +3,7 @@
 #
 # Ask before paying: droplora plan run.yaml --topology v5e:4x4
 # The bucket is mounted as a folder that all hosts share; model.path may also be gs://... itself
-# (install '.[tpu,gcs]' for that), output has to be a folder.
+# ([tpu,gcs] in place of [tpu] for that), output has to be a folder.
 set -euo pipefail
 : "${ZONE:?}" "${BUCKET:?}"
 NAME=${NAME:-droplora}
@@ -13,9 +13,11 @@ gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" \
 
 on_all() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
-on_all "python3 -m venv ~/.venvs/droplora && ~/.venvs/droplora/bin/pip install 'droplora-jax[tpu]'"
+# In the bucket: run.yaml, what it names, and a checkout of this repository.
 on_all "mkdir -p ~/shared && gcsfuse --implicit-dirs $BUCKET ~/shared"
+on_all "python3 -m venv ~/.venvs/droplora && ~/.venvs/droplora/bin/pip install ~/shared/droplora_jax[tpu]"
 on_all "cd ~/shared && ~/.venvs/droplora/bin/droplora train run.yaml output=runs/first"
 
-# Only process 0 speaks. After a preemption, create the slice again, and run the last command again.
+# Only process 0 speaks. If it ends otherwise than well, this script ends here and the slice stays (and
+# costs): run the command above again, after a preemption on a new slice, or delete it.
 gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE" --quiet

@@ -21,6 +21,7 @@ on_all() {
     --node=all --worker=all --command="$1"
 }
 
-on_all "python3 -m venv ~/.venvs/droplora && ~/.venvs/droplora/bin/pip install 'droplora-jax[tpu]'"
+# In the bucket: run.yaml, what it names, and a checkout of this repository.
 on_all "mkdir -p ~/shared && gcsfuse --implicit-dirs $BUCKET ~/shared"
+on_all "python3 -m venv ~/.venvs/droplora && ~/.venvs/droplora/bin/pip install ~/shared/droplora_jax[tpu]"
 on_all "cd ~/shared && ~/.venvs/droplora/bin/droplora train run.yaml mesh.replica=$SLICES"
