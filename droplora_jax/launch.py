@@ -273,11 +273,11 @@ def _describe(prepared: Run) -> str:
     _, adapters, _, frozen = split(prepared.model)
     trained, kept = (sum(x.size for x in jax.tree.leaves(t)) for t in (adapters, frozen))
     device = prepared.mesh.devices.flat[0]
-    mesh = described(prepared.mesh.shape)
+    mesh = f" as {described(prepared.mesh.shape)}" if prepared.mesh.size > 1 else ""
     joined = f" in {jax.process_count()} processes" if processes.several() else ""
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
-        f"{prepared.mesh.size} x {device.device_kind} as {mesh}{joined}; {prepared.steps} steps"
+        f"{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; {prepared.steps} steps"
     )
 
 

@@ -41,7 +41,7 @@ def show_plan(
 
 def lines(found: Plan) -> list[str]:
     """What a person wants to know, a line each."""
-    mesh = described(found.settings["mesh"])
+    mesh = f"s as {described(found.settings['mesh'])}" if found.devices > 1 else ""
     limit = f" of {_size(found.hbm_limit_bytes)}" if found.hbm_limit_bytes else ""
     fits = {True: "fits", False: "does not fit", None: "compiled"}[found.fits]
     parts = ", ".join(
@@ -49,7 +49,7 @@ def lines(found: Plan) -> list[str]:
         for name in ("weights", "adapters", "optimizer", "temporaries")
     )
     made = [
-        f"{found.topology}: {found.devices} devices as {mesh}, micro-batch "
+        f"{found.topology}: {found.devices} device{mesh}, micro-batch "
         f"{found.settings['micro_batch']}, remat {found.settings['remat']}",
         f"{fits}: {_size(found.hbm_bytes_per_chip)}{limit} a device ({parts})",
         f"{found.flops_per_step / 1e12:,.1f} TFLOP a step of {found.tokens_per_step:,} tokens; "
