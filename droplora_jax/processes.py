@@ -100,7 +100,7 @@ def join(config: DistributedConfig) -> None:
             f"be joined ({reason}). All of them have to be started, and to reach process 0"
         ) from error
     else:
-        # On CPUs two programs may run at once, and then each of two processes may wait for a message
+        # On CPUs two programs may run at once, and then two processes may each wait for a message
         # of the other's other program. Accelerators run them in order.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
