@@ -99,10 +99,6 @@ def join(config: DistributedConfig) -> None:
             f"distributed.coordinator={config.coordinator!r}: the processes of the run could not "
             f"be joined ({reason}). All of them have to be started, and to reach process 0"
         ) from error
-    else:
-        # On CPUs two programs may run at once, and then two processes may each wait for a message
-        # of the other's other program. Accelerators run them in order.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def leave() -> None:
@@ -135,6 +131,16 @@ def wait_for_all(point: str) -> None:
 def all_true(here: bool) -> bool:
     """Whether it is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(here)))) if several() else here
+
+
+def sum_of_all(here: np.ndarray) -> np.ndarray:
+    """The sum over all processes of whole numbers below 2 ** 32."""
+    if not several():
+        return here
+    # JAX has no 64 bits by default.
+    halves = np.stack([here & 0xFFFF, here >> 16]).astype(np.uint32)
+    sums = np.asarray(multihost_utils.process_allgather(halves)).sum(axis=0, dtype=np.uint64)
+    return sums[0] + (sums[1] << np.uint64(16))
 
 
 def to_host(x: jax.Array) -> np.ndarray:
