@@ -19,7 +19,7 @@ from droplora_jax.collectives import collectives
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
 from droplora_jax.hardware import topology
-from droplora_jax.plan import changes, plan, traced_step
+from droplora_jax.plan import _used, changes, plan, traced_step
 from droplora_jax.sharding import MeshConfig, described, make_mesh
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -251,6 +251,27 @@ def test_what_no_slice_may_gather(file, base, mesh):
         assert shape != f"{vocab},{width}"
         assert not (sizes[0] == layers > 1 and math.prod(sizes) >= layers * width * width), shape
         assert not (sizes[0] == 8 and sizes[-1] == width and 48 in sizes), shape
+
+
+@needs_libtpu
+def test_too_much_for_a_chip(file):
+    settings = ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", f"train.global_batch={2**23}"]
+    found = plan(run.read(file, settings), topology("v5e:1x1"))
+    assert not found.fits
+    assert found.hbm_bytes_per_chip > 15 * 2**30
+    assert not found.collectives
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.12G of 15.75G hbm.", 20.12 * 2**30),
+        ("temporaries is too big: required for HLO temporaries (512.5M) exceeds", 512.5 * 2**20),
+        ("Something else went wrong in 15.75G hbm", None),
+    ],
+)
+def test_the_compiler_says_how_much_is_too_much(words, number):
+    assert _used(words) == (number if number is None else int(number))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
