@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from droplora_jax import hub
+from droplora_jax import hub, processes
 from droplora_jax.adapters.base import base_path
 from droplora_jax.adapters.whole import wholes_of
 from droplora_jax.errors import InputError
@@ -75,9 +75,15 @@ def save_merged(
     `droplora_merge.json` in it keeps the report.
 
     Raises:
-      InputError: an output folder that holds something, a value that is not finite, no space.
+      InputError: an output folder that holds something, a value that is not finite, no space;
+        or one of several processes, none of which has all of the adapters.
     """
     folder = Path(folder)
+    if processes.several():
+        raise InputError(
+            f"{folder}: save_merged works in one process: save_adapter here, and then "
+            "`droplora export` anywhere"
+        )
     check_free(folder)
     base_folder = hub.source_folder(model)
     base, merges = open_folder(base_folder), merges_by_tensor(model)
