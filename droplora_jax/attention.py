@@ -3,7 +3,8 @@
 Where positions are split (`context`), keys and values are gathered, and the queries are dealt out:
 of every device's run of positions each device gets a part, so that all have the same to do.
 
-Letters: `B` batch, `T` position, `N` query heads, `K` key/value heads, `H` head width.
+Letters: `B` batch, `T` position, `S` slot of a cache, `N` query heads, `K` key/value heads,
+`H` head width.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from droplora_jax.blockwise import Layout, blockwise_attention
+from droplora_jax.blockwise import Layout, attend, blockwise_attention
 from droplora_jax.sharding import axis_size
 
 
@@ -50,6 +51,25 @@ def attention(
         axis_names={"context"},
     )
     return dealt(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+
+
+def cached_attention(
+    q_B1NH: Float[Array, "B 1 N H"],
+    k_BKHS: Float[Array, "B K H S"],
+    v_BKSH: Float[Array, "B K S H"],
+    segment_ids_BS: Int[Array, "B S"],
+    slot: Int[Array, ""],
+    window: Int[Array, ""] | None = None,
+) -> Float[Array, "B 1 N H"]:
+    """The same of one position, in `slot`, with itself and those before it."""
+    rows, _, heads, width = q_B1NH.shape
+    q_BKG1H = q_B1NH.reshape(rows, v_BKSH.shape[1], -1, 1, width)
+    distance_S = slot - jnp.arange(v_BKSH.shape[2], dtype=jnp.int32)
+    visible_BS = (distance_S >= 0) & (segment_ids_BS != 0)
+    if window is not None:
+        visible_BS = visible_BS & (distance_S < window)
+    y_BKG1H, _ = attend(q_BKG1H, k_BKHS.swapaxes(2, 3), v_BKSH, visible_BS[:, None, None, None])
+    return y_BKG1H.reshape(rows, 1, heads, width)
 
 
 def deals(mesh: Mesh | None, length: int) -> bool:

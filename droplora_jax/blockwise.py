@@ -80,11 +80,11 @@ def _forward(layout: Layout, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, *seen:
     k, v = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
 
     def of_block(keys: int, q: Array, place: Any) -> Any:
-        def attend(portion: Any) -> Any:
+        def attend_portion(portion: Any) -> Any:
             q, place = _tied(portion)
-            return _attend(q, k[:, :, :keys], v[:, :, :keys], blocks.visible(place, keys))
+            return attend(q, k[:, :, :keys], v[:, :, :keys], blocks.visible(place, keys))
 
-        return jax.lax.map(attend, (q, place))
+        return jax.lax.map(attend_portion, (q, place))
 
     done = [of_block(keys, q, place) for keys, q, place in blocks.of(blocks.split(q_BTNH))]
     y, log_total = (jnp.stack(parts) for parts in zip(*done, strict=True))
@@ -101,7 +101,7 @@ def _backward(layout: Layout, saved: Saved, dy_BTNH: Array):
     queries = (*map(blocks.split, (q_BTNH, dy_BTNH, mean_BTN1)), log_total)
 
     def of_block(keys: int, of_queries: Any, place: Any) -> Any:
-        def attend(sums: Any, portion: Any) -> Any:
+        def attend_portion(sums: Any, portion: Any) -> Any:
             (q, dy, mean, log_total), place = _tied(portion)
             visible = blocks.visible(place, keys)
             dq, dk, dv = _attend_backward(
@@ -110,7 +110,7 @@ def _backward(layout: Layout, saved: Saved, dy_BTNH: Array):
             return jax.tree.map(jnp.add, sums, (dk, dv)), dq
 
         zeros = jnp.zeros_like(k[:, :, :keys], jnp.float32)
-        return jax.lax.scan(attend, (zeros, zeros), (of_queries, place))
+        return jax.lax.scan(attend_portion, (zeros, zeros), (of_queries, place))
 
     done = [of_block(keys, of_queries, place) for keys, of_queries, place in blocks.of(queries)]
     sums, dq = zip(*done, strict=True)
@@ -187,7 +187,7 @@ class _Blocks:
         return (visible & same)[:, None, None]
 
 
-def _attend(
+def attend(
     q_BKGTH: Float[Array, "B K G T H"],
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],

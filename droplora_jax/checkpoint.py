@@ -26,7 +26,7 @@ class Corrupt(InputError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and the best by evaluation loss.
+    """The checkpoints of one run: the newest `keep`, and the best of those that were evaluated.
 
     Saving is asynchronous. One that was cut short is never listed: it gets its name when whole.
     """
@@ -38,12 +38,10 @@ class Checkpoints:
         self.folder = folder
         self.unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
-        best = policies.BestN(
-            get_metric_fn=_eval_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+        best = policies.BestN(get_metric_fn=_worth, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_eval_loss,
-            best_mode="min",
+            best_fn=_worth,
+            best_mode="max",
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -68,13 +66,13 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest evaluation loss, if any was evaluated."""
-        return self._manager.best_step() if self.best_loss is not None else None
+        """The step of the highest worth, if any was evaluated."""
+        return self._manager.best_step() if self.best_worth is not None else None
 
     @property
-    def best_loss(self) -> float | None:
-        losses = [self._manager.metrics(step) for step in self.steps]
-        return min((loss["eval_loss"] for loss in losses if loss), default=None)
+    def best_worth(self) -> float | None:
+        metrics = [self._manager.metrics(step) for step in self.steps]
+        return max((_worth(of_step) for of_step in metrics if of_step), default=None)
 
     def choose(self, which: str) -> int:
         """The step that `last`, `best` or a number stands for."""
@@ -86,8 +84,8 @@ class Checkpoints:
         if which == "best":
             if self.best is None:
                 raise InputError(
-                    f"{self.folder}: --step best, but no checkpoint was evaluated (data.valid and "
-                    "train.eval_every choose when); use --step last"
+                    f"{self.folder}: --step best, but no checkpoint was evaluated (data.valid or "
+                    "train.eval_tasks choose on what); use --step last"
                 )
             return self.best
         if which not in map(str, steps):
@@ -97,23 +95,28 @@ class Checkpoints:
         return int(which)
 
     def save(
-        self, state: TrainState, record: Mapping[str, Any], eval_loss: float | None = None
+        self, state: TrainState, record: Mapping[str, Any], worth: float | None = None
     ) -> None:
         """Start saving `state` under its step, with a JSON `record` of the run.
+
+        Args:
+          worth: of two checkpoints of the run, the one of more is the better; None if it was not
+            evaluated.
 
         Raises what went wrong with the save before.
         """
         step = int(state.step)
         flat = _flatten(state)
         self._check_space(sum(leaf.nbytes for leaf in flat.values()))
-        run = {"data": {"next_batch": step}, "digests": digests(flat), **record}
+        run = {**record, "digests": digests(flat)}
+        run["data"] = {**record.get("data", {}), "next_batch": step}
         with _SaveErrors(self):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(run)
                 ),
-                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                metrics=None if worth is None else {"worth": worth},
                 force=True,
             )
 
@@ -173,6 +176,8 @@ class Checkpoints:
             restored, promised = found["state"], found["run"]["digests"]
         if bad := sorted(name for name, d in digests(restored).items() if promised.get(name) != d):
             raise Corrupt(f"{where}: is corrupt ({bad[0]} is not what was saved)")
+        if (place := found["run"]["data"]["next_batch"]) != int(restored["step"]):
+            raise Corrupt(f"{where}: is corrupt (batch {place} is next after so many steps)")
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
 
@@ -193,9 +198,21 @@ class Checkpoints:
         return aside
 
     def record(self, step: int) -> dict[str, Any]:
-        """What was recorded of the run when it saved `step`, and its place in the data."""
+        """What was recorded of the run when it saved `step`, and its place in the data.
+
+        Raises:
+          Corrupt: it can't be read.
+        """
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["run"]
+        with _ReadErrors(self._path(step)):
+            return self._manager.restore(step, args=args)["run"]
+
+    def newest_record(self) -> dict[str, Any] | None:
+        """The record of the newest checkpoint that can be read, if there is one."""
+        for step in reversed(self.steps):
+            with contextlib.suppress(Corrupt):
+                return self.record(step)
+        return None
 
     def wait(self) -> None:
         """Return when everything is on disk; raises what went wrong."""
@@ -269,8 +286,8 @@ def _complete(folder: Path) -> list[int]:
     return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
 
 
-def _eval_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["eval_loss"]
+def _worth(metrics: Mapping[str, float]) -> float:
+    return metrics["worth"]
 
 
 def digests(flat: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("file", metavar="RUN.yaml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument(
+        "--dry-run", action="store_true", help="show the data and stop; nothing is written"
+    )
     train.set_defaults(command=_train)
 
     export = commands.add_parser(
@@ -95,6 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
     export.add_argument("--base", metavar="DIR", help="of an adapter, if it has moved")
     export.set_defaults(command=_export)
+
+    _generate_arguments(
+        commands.add_parser(
+            "generate", help="complete the prompts of a file, or chat in the terminal without one"
+        )
+    )
+
+    _evaluate_arguments(
+        commands.add_parser(
+            "evaluate", help="score a model on test sets; carries on where it was interrupted"
+        )
+    )
 
     plan = commands.add_parser(
         "plan", help="say whether a run fits on devices that are not here, and how fast it could be"
@@ -117,6 +132,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _generate_arguments(generate: argparse.ArgumentParser) -> None:
+    add = generate.add_argument
+    add("model", metavar="MODEL", help="a model's folder or hub id, a run, or an adapter")
+    add("--adapter", metavar="DIR", help="in PEFT's format, for a base")
+    add("--step", default="last", metavar="last|best|N", help="of a run")
+    add("--prompts", metavar="FILE", type=Path, help='rows {"prompt": ...}, .jsonl or .json')
+    add("--output", metavar="FILE.jsonl", type=Path, help="what to write; carries on if cut short")
+    add("--template", metavar="NAME|recorded", help="around every prompt; default: none in a file")
+    add("--max-new-tokens", type=int, default=256, metavar="N")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="ends a completion")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    generate.set_defaults(command=_generate)
+
+
+def _evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
+    add = evaluate.add_argument
+    add("model", metavar="MODEL", help="a model's folder or hub id, a run, or an adapter")
+    add("--adapter", metavar="DIR", help="in PEFT's format, for a base")
+    add("--step", default="last", metavar="last|best|N", help="of a run")
+    add("--task", required=True, action="append", metavar="NAME=FILE", help="as often as you like")
+    add("--output", required=True, metavar="FILE.json", type=Path)
+    add("--limit", type=int, metavar="N", help="the first N examples of every file")
+    add("--max-new-tokens", type=int, metavar="N", help="default: what each task needs")
+    add("--run-code", action="store_true", help="let humaneval and mbpp run what the model writes")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    evaluate.set_defaults(command=_evaluate)
+
+
 # Each command imports what it needs, so that `--help` and a mistyped option answer at once.
 
 
@@ -128,11 +177,12 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from droplora_jax import processes, run
-    from droplora_jax.launch import train_run
+    from droplora_jax.launch import dry_run, train_run
 
     config = run.read(options.file, options.overrides)
     processes.join(config.distributed)
-    return _training(lambda console: train_run(config, console))
+    work = dry_run if options.dry_run else train_run
+    return _training(lambda console: work(config, console))
 
 
 def _training(work) -> int:
@@ -165,6 +215,58 @@ def _export(options: argparse.Namespace) -> int:
         base=options.base,
         console=Console(),
     )
+    return DONE
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if (options.prompts is None) != (options.output is None):
+        raise InputError("--prompts and --output go together; without both, it is a chat")
+    from rich.console import Console
+
+    from droplora_jax.chatting import chat
+    from droplora_jax.generate import Sampling
+    from droplora_jax.generating import Request, generate_file
+
+    request = Request(
+        model=options.model,
+        adapter=options.adapter,
+        step=options.step,
+        dtype=options.dtype,
+        template=options.template,
+        sampling=Sampling(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop=tuple(options.stop),
+            seed=options.seed,
+        ),
+        batch_size=options.batch_size,
+    )
+    if options.prompts is None:
+        chat(request, Console())
+    else:
+        generate_file(request, options.prompts, options.output, Console())
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from droplora_jax.evaluating import EvaluateConfig, evaluate_files
+
+    config = EvaluateConfig(
+        model=options.model,
+        tasks=tuple(options.task),
+        adapter=options.adapter,
+        step=options.step,
+        dtype=options.dtype,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        run_code=options.run_code,
+    )
+    evaluate_files(config, options.output, Console())
     return DONE
 
 

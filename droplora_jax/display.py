@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+_SHOWN = 500  # characters at either end of a long text
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a terminal would obey
 Show = Callable[[int, Mapping[str, Any] | None], None]
 
 
@@ -53,6 +56,11 @@ def _line(row: Mapping[str, Any]) -> str:
     parts = []
     if "eval_loss" in row:
         parts.append(f"evaluation loss {row['eval_loss']:.4f}")
+    parts += [
+        f"{name.removeprefix('accuracy/')} {value:.1%}"
+        for name, value in row.items()
+        if name.startswith("accuracy/")
+    ]
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     if "tokens_per_second" in row:
@@ -69,10 +77,22 @@ def _clock(seconds: float) -> str:
 
 
 def example(console: Console, spans: list[tuple[str, bool]]) -> None:
-    """One decoded example; what is trained on stands out, by marks where there is no colour."""
-    say(console, "one example, [[trained]] tokens marked:")
+    """One decoded example; what is trained on stands out, by marks where there is no colour.
+
+    Of a long span the middle is left out.
+    """
+    colour = "green" if console.is_terminal else "[[marked]]"
+    say(console, f"one example, what is trained on {colour}:")
     text = Text()
     for part, trained in spans:
-        marked = f"[[{part}]]" if trained and not console.is_terminal else part
+        shown = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _shortened(part))
+        marked = f"[[{shown}]]" if trained and not console.is_terminal else shown
         text.append(marked, style="bold green" if trained else "dim")
     console.print(text, soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - 2 * _SHOWN
+    if left_out < _SHOWN // 2:
+        return text
+    return f"{text[:_SHOWN]} ... {left_out:,} characters ... {text[-_SHOWN:]}"

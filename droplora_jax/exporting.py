@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from rich.console import Console
 
-from droplora_jax import display, export, files, hub, optim, run
-from droplora_jax.checkpoint import Checkpoints
+from droplora_jax import display, export, files, hub, run
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE
-from droplora_jax.launch import CHECKPOINTS, CONFIG_FILE, what_to_record, with_fresh_adapters
+from droplora_jax.launch import CONFIG_FILE
 from droplora_jax.models import Decoder
+from droplora_jax.opening import base_of, restored
 from droplora_jax.sharding import make_mesh
-from droplora_jax.step import init_state
-from droplora_jax.surgery import split
 
 
 def export_folder(
@@ -75,26 +72,13 @@ def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]
             f"{folder}: no run of droplora in it (no {CONFIG_FILE}), "
             f"and no adapter (no {PEFT_FILE})"
         )
-    if not (folder / CHECKPOINTS).is_dir():
-        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
     config = run.read(folder / CONFIG_FILE)
-    model = with_fresh_adapters(config, _abstract(config.model))
-    graphdef, adapters, mask_keys, frozen = split(model)
-    tx = optim.optimizer(config.optim, lambda count: 0.0)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    step = checkpoints.choose(which)
-    state = checkpoints.restore(step, init_state(adapters, tx))
-    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
-    return model, what_to_record(checkpoints.record(step))
+    return restored(_abstract(config.model), config, folder, which)
 
 
 def _with_adapter(folder: Path, base: str | None) -> Decoder:
     """The model of an adapter in PEFT's format, the base as shapes only."""
-    named = files.read_json(folder / PEFT_FILE)
-    path = base or named.get("base_model_name_or_path")
-    if not path:
-        raise InputError(f"{folder}: does not say which base it is for: give --base")
-    config = run.LoadConfig(path, revision=None if base else named.get("revision"))
+    config = base_of(folder, base)
     try:
         model = _abstract(config)
     except InputError as error:

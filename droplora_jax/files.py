@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from droplora_jax.errors import InputError
@@ -65,6 +67,12 @@ def check_links(folder: Path, patterns: Sequence[str]) -> None:
             )
 
 
+def cache_folder(name: str) -> Path:
+    """A folder of the user's cache, which may not be there yet; what is in it can be made again."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "droplora" / name
+
+
 def temporary_file(path: Path) -> Path:
     """Where `write_file` writes first: what a killed process may leave."""
     return path.with_name(f".{path.name}.tmp")
@@ -79,6 +87,30 @@ def write_file(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name when the block ends well; else nothing remains."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not `temporary_file`: other processes may write the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Of all processes one at a time is in such a block for a path; one that dies leaves it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
 
 
 @contextmanager

@@ -6,22 +6,22 @@ import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import data, display, export, files, hub, optim, prng, processes, run
+from droplora_jax import data, display, export, files, hub, optim, prng, processes, reading, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
-from droplora_jax.models import Decoder, ModelConfig
+from droplora_jax.models import Decoder
 from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
+from droplora_jax.validation import Measured
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "output",
     "mesh",
     "distributed",
+    "data.cache",
     "train.steps",
     "train.epochs",
     "train.eval_every",
@@ -51,14 +52,9 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     nothing is written before everything is loaded. Returns the folder of the adapter.
     """
     folder = Path(config.output)
-    config = _resolved(config, folder)
     adapter = folder / ADAPTER
-    check_folder(config, folder)
-    mesh = make_mesh(config.mesh)
-    config.train.check_mesh(mesh, config.data.max_length)
-    batches, valid, record = _read_data(config, console)
+    config, mesh, batches, measured, record = _checked(config, folder, console)
     steps = total_steps(config.train, batches)
-    optim.learning_rate(config.optim, steps)
     if adapter.exists() and _last_step(folder) >= steps:
         display.say(console, f"finished already: {_after(folder)}")
         return adapter
@@ -66,7 +62,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
         model=_load(config, mesh),
         mesh=mesh,
         train=batches,
-        valid=valid,
+        measured=measured,
         optim=config.optim,
         config=config.train,
         seed=config.seed,
@@ -80,6 +76,32 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     export.save_adapter(model, adapter, extra=what_to_record(record), replace=True)
     display.say(console, f"done: {_after(folder)}")
     return adapter
+
+
+def dry_run(config: run.RunConfig, console: Console) -> None:
+    """Look at everything that a run looks at before it loads the weights, and show its data."""
+    _checked(config, Path(config.output), console)
+    display.say(console, "a dry run: no weights were loaded, and nothing was written")
+
+
+class _Checked(NamedTuple):
+    config: run.RunConfig
+    mesh: Mesh
+    train: data.Batches
+    measured: Measured
+    record: dict[str, Any]
+
+
+def _checked(config: run.RunConfig, folder: Path, console: Console) -> _Checked:
+    """The input of a run, looked at and read."""
+    config = _resolved(config, folder)
+    check_folder(config, folder)
+    mesh = make_mesh(config.mesh)
+    config.train.check_mesh(mesh, config.data.max_length)
+    batches, measured, record = _read_data(config, console)
+    reading.check_same(folder / CHECKPOINTS, record["data"])
+    optim.learning_rate(config.optim, total_steps(config.train, batches))
+    return _Checked(config, mesh, batches, measured, record)
 
 
 def _begin(folder: Path, config: run.RunConfig) -> None:
@@ -192,10 +214,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: no tokenizer could be loaded from it ({reason})") from error
 
 
-def _read_data(
-    config: run.RunConfig, console: Console
-) -> tuple[data.Batches, data.Batches | None, dict[str, Any]]:
-    """Training and validation batches, and what to record of the run; shows one example."""
+def _read_data(config: run.RunConfig, console: Console) -> reading.Read:
     base = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(base, config.model.ignore_config_keys)
     if config.data.max_length > shape.max_positions:
@@ -203,44 +222,7 @@ def _read_data(
             f"data.max_length={config.data.max_length}: the model is made for "
             f"{shape.max_positions} positions (max_position_embeddings in its config.json)"
         )
-    tokenizer = load_tokenizer(base)
-    read = partial(_read_rows, config=config, tokenizer=tokenizer, shape=shape, console=console)
-    rows, report = read(config.data.train)
-    valid = _batches(config, read(config.data.valid)[0], False) if config.data.valid else None
-    display.example(console, data.preview(rows[0], tokenizer))
-    record = {"config": run.as_tree(config), "template": report.sources[0].template}
-    return _batches(config, rows, True), valid, record
-
-
-def _read_rows(
-    paths: str | tuple[str, ...],
-    config: run.RunConfig,
-    tokenizer: Any,
-    shape: ModelConfig,
-    console: Console,
-) -> tuple[data.Rows, data.Report]:
-    """The rows of some files; says what they hold."""
-    rows, report = data.load(paths, tokenizer, config.data)
-    for line in report.lines():
-        display.say(console, line)
-    largest = int(rows.ids.max())
-    if largest >= shape.vocab_size:
-        raise InputError(
-            f"{paths}: token id {largest} is outside the model's vocabulary of "
-            f"{shape.vocab_size}: the tokenizer in {config.model.path} is another model's"
-        )
-    return rows, report
-
-
-def _batches(config: run.RunConfig, rows: data.Rows, training: bool) -> data.Batches:
-    return data.Batches(
-        rows,
-        rows_per_batch=config.train.global_batch if training else config.train.rows_per_pass,
-        seed=config.seed,
-        shuffle=training,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-    )
+    return reading.read(config, load_tokenizer(base), shape.vocab_size, console)
 
 
 def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:

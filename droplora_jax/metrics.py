@@ -75,23 +75,32 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def plot_losses(rows: list[Row], file: Path) -> None:
-    """Training and evaluation loss over the steps, as a picture."""
+    """The losses over the steps, and the accuracy of tasks below them, as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    tasks = sorted({key for row in rows for key in row if key.startswith("accuracy/")})
+    figure = Figure(figsize=(7, 6.5 if tasks else 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (
-        ("loss", "training", {"linewidth": 1.2}),
-        ("eval_loss", "evaluation", {"marker": "o", "markersize": 4}),
-    ):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss per trained token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    above, *below = figure.subplots(2 if tasks else 1, 1, sharex=True, squeeze=False)[:, 0]
+    dots = {"marker": "o", "markersize": 4}
+    _draw(above, rows, "loss", "training", linewidth=1.2)
+    _draw(above, rows, "eval_loss", "evaluation", **dots)
+    above.set(ylabel="loss per trained token (nats)")
+    for axes in below:
+        for task in tasks:
+            _draw(axes, rows, task, task.removeprefix("accuracy/"), **dots)
+        axes.set(ylabel="accuracy")
+    for axes in (above, *below):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    (below or [above])[-1].set(xlabel="step")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     write_file(file, picture.getvalue())
+
+
+def _draw(axes: Any, rows: list[Row], key: str, label: str, **style: Any) -> None:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **style)

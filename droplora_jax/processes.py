@@ -6,6 +6,7 @@ Every process runs the same program on its own devices. The first one writes and
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -131,6 +132,15 @@ def wait_for_all(point: str) -> None:
 def all_true(here: bool) -> bool:
     """Whether it is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(here)))) if several() else here
+
+
+def same(here: bytes) -> bool:
+    """Whether it is the same in every process."""
+    if not several():
+        return True
+    digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    return bool((digests == digest).all())
 
 
 def sum_of_all(here: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from droplora_jax.adapters import DropLoRA
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
 from droplora_jax.files import check_free
+from droplora_jax.generate import Generator, Sampling
 from droplora_jax.optim import OptimConfig
 from droplora_jax.sharding import make_mesh
 from droplora_jax.train import TrainConfig
@@ -47,11 +47,11 @@ def quickstart(folder: Path, console: Console) -> None:
     tokenizer = launch.load_tokenizer(BASE)
     mesh = make_mesh(config.mesh)
     base = hub.load(BASE, mesh=mesh, dtype=jnp.float32)
-    before = answers(base, tokenizer, [row["prompt"] for row in questions])
+    before = answers(base, tokenizer, questions)
 
     adapter = launch.train_run(config, console)
     tuned = export.load_adapter(base, adapter)
-    after = answers(tuned, tokenizer, [row["prompt"] for row in questions])
+    after = answers(tuned, tokenizer, questions)
     show_answers(console, questions, before, after)
 
     merged = folder / "merged"
@@ -137,32 +137,11 @@ def write_data(folder: Path) -> list[dict[str, str]]:
 # --- looking at what was learnt ------------------------------------------------------------------
 
 
-def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy answers, each token computed from the whole text so far."""
-    ids = [tokenizer(prompt).input_ids for prompt in prompts]
-    tokens = np.zeros((len(ids), LENGTH), np.int32)
-    lengths = np.array([len(row) for row in ids])
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[: len(prompt)] = prompt
-    rows = np.arange(len(ids))
-    next_tokens = jax.jit(partial(_next_tokens, model))
-    for n in range(ANSWER_LENGTH):
-        tokens[rows, lengths + n] = np.asarray(next_tokens(tokens, lengths + n))
-    return [
-        _until_end(row[start : start + ANSWER_LENGTH].tolist(), tokenizer)
-        for row, start in zip(tokens, lengths.tolist(), strict=True)
-    ]
-
-
-def _next_tokens(model: Any, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    logits_BTV = model(tokens_BT)  # causal: what stands behind a row's end changes nothing
-    last_BV = jnp.take_along_axis(logits_BTV, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    return jnp.argmax(last_BV, axis=-1)
-
-
-def _until_end(ids: list[int], tokenizer: Any) -> str:
-    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-    return tokenizer.decode(ids[:end])
+def answers(model: Any, tokenizer: Any, questions: list[dict[str, str]]) -> list[str]:
+    """Greedy answers."""
+    generator = Generator(model, tokenizer, batch_size=len(questions))
+    sampling = Sampling(max_new_tokens=ANSWER_LENGTH)
+    return generator([row["prompt"] for row in questions], sampling)
 
 
 def show_answers(

@@ -51,6 +51,14 @@ def rotation_tables(
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
+def longest_static(config: RopeConfig, length: int) -> int:
+    """Up to how many of `length` positions the tables do not depend on the row's length."""
+    given = dict(config.parameters)
+    return (
+        min(length, int(given["max_position_embeddings"])) if config.kind == "dynamic" else length
+    )
+
+
 def rotate(
     x_BTNH: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:

@@ -148,8 +148,11 @@ def _messages(
 ) -> list[str]:
     """One line a mistake; the alternatives of a union are one mistake."""
     rules: dict[tuple[str, str], list[str]] = {}
-    for detail in map(_of_kind, error.errors()):
-        path = _keys(detail["loc"], tree)
+    details = [_of_kind(detail) for detail in error.errors()]
+    paths = [_keys(detail, tree) for detail in details]
+    for detail, path in zip(details, paths, strict=True):
+        if any(path == other[: len(path)] and len(path) < len(other) for other in paths):
+            continue  # an alternative that was not meant: what was is wrong further below
         key, rule = ".".join(path), _rule(detail, path)
         if detail["type"] == "value_error":  # one of ours, which names its key itself
             key = rule.partition("=")[0]
@@ -190,11 +193,14 @@ def _touches(key: str, overridden: set[str]) -> bool:
     return any(key == other or other.startswith(f"{key}.") for other in overridden)
 
 
-def _keys(location: tuple[Any, ...], tree: Any) -> list[str]:
+def _keys(detail: Any, tree: Any) -> list[str]:
     """The keys in an error's location, which also names the alternatives of a union."""
     keys: list[str] = []
+    location = detail["loc"]
+    named = "missing" in detail["type"] or detail["type"] == "unexpected_keyword_argument"
     for i, part in enumerate(location):
-        is_key = isinstance(tree, dict) and (part in tree or i == len(location) - 1)
+        last = i == len(location) - 1
+        is_key = isinstance(tree, dict) and (part in tree or (named and last))
         if not is_key and not (isinstance(tree, list) and isinstance(part, int)):
             continue
         keys.append(str(part))
@@ -206,12 +212,19 @@ def _known_keys(path: Sequence[str]) -> list[str]:
     """The keys that may stand below `path`; none below a value."""
     cls: Any = RunConfig
     for part in path:
-        hint = typing.get_type_hints(cls).get(part)
-        # Of a section of several kinds, the first: they have the same keys.
-        cls = next(iter(typing.get_args(hint)), hint) if part == "adapter" else hint
-        if not dataclasses.is_dataclass(cls):
+        if not part.isdigit():  # the place in a list
+            cls = _section(typing.get_type_hints(cls).get(part))
+        if cls is None:
             return []
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass in a type; of several kinds, the first: they have the same keys."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    inner = (_section(part) for part in typing.get_args(hint))
+    return next((cls for cls in inner if cls is not None), None)
 
 
 def _first_lines(error: Exception) -> str:

@@ -163,8 +163,8 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> ja
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
-def put(tree: Mapping[str, Any], axes: Sequence[str | None], mesh: Mesh) -> dict:
-    """Host arrays, the same on every process, to global arrays with these leading logical axes."""
+def put(tree: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
+    """A tree of host arrays, the same on every process, to global ones with these leading axes."""
 
     def place(x: np.ndarray) -> jax.Array:
         sharding = named_sharding(mesh, [*axes, *[None] * (x.ndim - len(axes))])

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
-import numpy as np
 from flax import nnx
 from rich.console import Console
 
 from droplora_jax import display, optim, prng, processes, signals
 from droplora_jax.checkpoint import Checkpoints
-from droplora_jax.data import Batches, placed
+from droplora_jax.data import Batches, fed
 from droplora_jax.errors import InputError
 from droplora_jax.metrics import MetricsLog, NoLog
 from droplora_jax.models import Decoder, Remat
-from droplora_jax.sharding import RULES, axis_size, named_sharding
-from droplora_jax.step import TrainState, compile_train_step, eval_step, init_state
+from droplora_jax.sharding import RULES, axis_size
+from droplora_jax.step import TrainState, compile_train_step, init_state
 from droplora_jax.surgery import split
+from droplora_jax.validation import Measure, Measured
+from droplora_jax.watch import NonFinite, Watch
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class TrainConfig:
       global_batch: rows (lines, with packing) of one optimizer step, over all devices.
       micro_batch: rows of one forward and backward pass, over all devices; the gradients of the
         passes are summed. Default: the whole batch at once.
-      eval_every: steps between evaluations on `data.valid`.
+      eval_every: steps between evaluations, on `data.valid` and `eval_tasks`.
+      eval_tasks: files by the name of a task (`evaluate.TASKS`) whose accuracy is looked at too.
+      eval_examples: of each of them, the first so many.
+      eval_run_code: whether tasks that run code which the model wrote may do so.
+      best: what the best checkpoint is best in: `loss`, or the name of a task. Default: the loss
+        if there are validation rows, else the first task.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
       keep: how many of the newest checkpoints to keep, beside the best.
@@ -51,6 +57,10 @@ class TrainConfig:
     global_batch: int = 128
     micro_batch: int | None = None
     eval_every: int = 100
+    eval_tasks: Mapping[str, str] = field(default_factory=dict)
+    eval_examples: int = 200
+    eval_run_code: bool = False
+    best: str | None = None
     save_every: int = 100
     log_every: int = 10
     keep: int = 2
@@ -62,7 +72,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"train.{name}={value}: must be at least 1")
-        for name in ("log_every", "keep", "stop_seconds"):
+        for name in ("log_every", "keep", "stop_seconds", "eval_examples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -97,18 +107,6 @@ class TrainConfig:
             )
 
 
-class NonFinite(Exception):
-    """The loss or the gradient stopped being a number."""
-
-    def __init__(self, step: int, metrics: Mapping[str, float], good: int | None) -> None:
-        kept = f"the last good checkpoint, step {good}, is kept" if good else "no checkpoint yet"
-        super().__init__(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: stopped; "
-            f"{kept}. A lower optim.learning_rate or a longer warm-up usually helps"
-        )
-        self.step = step
-
-
 class Stopped(Exception):
     """A signal asked the run to stop, and it saved first."""
 
@@ -124,7 +122,7 @@ class Run:
     model: Decoder
     mesh: jax.sharding.Mesh
     train: Batches
-    valid: Batches | None
+    measured: Measured
     optim: optim.OptimConfig
     config: TrainConfig
     seed: int
@@ -138,10 +136,11 @@ class Run:
         self.schedule = optim.learning_rate(self.optim, self.steps)
         self.mask_root = prng.fold_name(prng.root_key(self.seed), "mask")
 
-    def batch(self, n: int) -> Any:
-        """The global batch of step `n`, on the mesh, as microbatches [k, m, T]."""
-        lines = self.train.lines(n).reshape(-1, self.config.rows_per_pass)
-        return placed(self.train, lines, self.mesh)
+    def feed(self, start: int) -> grain.DatasetIterator[Any]:
+        """The global batches from step `start` on, on the mesh, as microbatches [k, m, T]."""
+        numbers = self.train.numbers[: self.steps]
+        split = numbers.map(lambda lines: lines.reshape(-1, self.config.rows_per_pass))
+        return fed(self.train, split, self.mesh, start=start)
 
     def due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.steps
@@ -164,7 +163,7 @@ def train(run: Run) -> Decoder:
     tx = optim.optimizer(run.optim, run.schedule)
     state = init_state(adapters, tx)
     step_fn = compile_train_step(graphdef, tx, adapters)
-    evaluate = _evaluator(run, graphdef, mask_keys, frozen)
+    measure = run.measured.by(graphdef, mask_keys, frozen, run.mesh)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
     state = checkpoints.restore_newest(state, partial(display.say, run.console))
     start = int(state.step)
@@ -174,13 +173,14 @@ def train(run: Run) -> Decoder:
         with (
             signals.collected(run.config.stop_seconds, partial(_late, run, checkpoints)) as stop,
             display.progress(run.console, start=start, total=run.steps) as show,
+            closing(run.feed(start)) as batches,
         ):
-            watch = _Watch(run, log, checkpoints, show)
+            watch = Watch(run.config.log_every, run.steps, run.schedule, log, checkpoints, show)
             for n in range(start, run.steps):
-                state, metrics = step_fn(state, mask_keys, frozen, run.batch(n), run.mask_root)
+                state, metrics = step_fn(state, mask_keys, frozen, next(batches), run.mask_root)
                 watch.after(n + 1, metrics)
                 signal_number = agreed(stop[0] if stop else 0)
-                _look_and_save(run, watch, evaluate, state, n + 1, signal_number)
+                _look_and_save(run, watch, measure, state, n + 1, signal_number)
         checkpoints.wait()
         log.plot()
     except (NonFinite, Stopped):
@@ -205,113 +205,25 @@ def _late(run: Run, checkpoints: Checkpoints) -> str:
 
 
 def _look_and_save(
-    run: Run, watch: _Watch, evaluate: Any, state: TrainState, step: int, stop: int
+    run: Run, watch: Watch, measure: Measure | None, state: TrainState, step: int, stop: int
 ) -> None:
     """Whatever is due after `step`: evaluation, a checkpoint, and the stop that a signal asks.
 
     `stop` is the signal's number, or 0.
     """
     config, checkpoints = run.config, watch.checkpoints
-    eval_loss = None
+    worth = None
     save = run.due(step, config.save_every) or bool(stop)
-    if evaluate is not None and run.due(step, config.eval_every):
+    if measure is not None and run.due(step, config.eval_every):
         watch.settle()
         with watch.pause():
-            eval_loss = evaluate(state.adapters)
-        watch.write({"step": step, "eval_loss": eval_loss})
-        save |= checkpoints.best_loss is None or eval_loss < checkpoints.best_loss
+            found = measure(state.adapters)
+        watch.write({"step": step, **found})
+        worth = run.measured.worth(found)
+        save |= checkpoints.best_worth is None or worth > checkpoints.best_worth
     if save:
         watch.settle()
-        checkpoints.save(state, run.record, eval_loss)
+        checkpoints.save(state, run.record, worth)
     if stop and step < run.steps:
         checkpoints.wait()
         raise Stopped(stop, step)
-
-
-def _evaluator(run: Run, graphdef: Any, mask_keys: Any, frozen: Any) -> Any:
-    """A function from adapters to the mean loss over all validation rows, or None."""
-    valid = run.valid
-    if valid is None:
-        return None
-    step = jax.jit(partial(eval_step, graphdef), out_shardings=named_sharding(run.mesh))
-
-    def evaluate(adapters: Any) -> float:
-        sums = [
-            step(adapters, mask_keys, frozen, placed(valid, lines, run.mesh))
-            for lines in valid.lines_once()
-        ]
-        losses, counts = zip(*jax.device_get(sums), strict=True)
-        return float(np.sum(losses, dtype=np.float64) / np.sum(counts))
-
-    return evaluate
-
-
-class _Watch:
-    """Follows the steps: the guard, the log, the speed.
-
-    A step's numbers are read when the next step has been sent off, so that the device never waits
-    for the guard; before anything is saved they are read at once.
-    """
-
-    def __init__(
-        self, run: Run, log: MetricsLog, checkpoints: Checkpoints, show: display.Show
-    ) -> None:
-        self.run, self.log, self.checkpoints, self.show = run, log, checkpoints, show
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._tokens = 0
-        self._since: float | None = None  # None while the first step compiles
-
-    def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        self.settle()
-        self._pending = (step, metrics)
-        if self._since is None or self.run.due(step, self.run.config.log_every):
-            self.settle()
-
-    def settle(self) -> None:
-        """Read the last step's numbers, stop if they are no numbers, log them if it is time."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending[0], jax.device_get(self._pending[1])
-        self._pending = None
-        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            self.checkpoints.wait()
-            numbers = {name: float(value) for name, value in metrics.items()}
-            raise NonFinite(step, numbers, self.checkpoints.latest)
-        self._tokens += int(metrics["tokens"])
-        row = self._row(step, metrics) if self.run.due(step, self.run.config.log_every) else None
-        if self._since is None:
-            self._since, self._tokens = time.perf_counter(), 0
-        if row:
-            self.write(row)
-        else:
-            self.show(step, None)
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that is not the training's, and does not count in its speed."""
-        start = time.perf_counter()
-        yield
-        if self._since is not None:
-            self._since += time.perf_counter() - start
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
-        self.show(row["step"], row)
-        if "eval_loss" in row:
-            self.log.plot()
-
-    def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        row = {
-            "step": step,
-            "loss": float(metrics["loss"]),
-            "learning_rate": float(self.run.schedule(step - 1)),
-            "grad_norm": float(metrics["grad_norm"]),
-            "tokens": int(metrics["tokens"]),
-        }
-        if self._since is not None and self._tokens:
-            now = time.perf_counter()
-            row["tokens_per_second"] = self._tokens / (now - self._since)
-            per_step = row["tokens_per_second"] / max(row["tokens"], 1)
-            row["seconds_left"] = (self.run.steps - step) / per_step
-            self._since, self._tokens = now, 0
-        return row

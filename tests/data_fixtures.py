@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from droplora_jax.data import Row
 
@@ -30,19 +31,21 @@ def make_tokenizer(
     adds_eos: bool = False,
     pad: str | None = None,
     eos: str | None = EOS,
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
+    sentences: Sequence[str] = SENTENCES,
+    vocab_size: int = 340,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 300-odd tokens."""
+    """A byte-level BPE tokenizer, by default of 300-odd tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=vocab_size,
         special_tokens=[BOS, EOS, START, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(SENTENCES, trainer)
+    backend.train_from_iterator(sentences, trainer)
     single = " ".join(([BOS] if adds_bos else []) + ["$A"] + ([EOS] if adds_eos else []))
     ids = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
@@ -50,6 +53,36 @@ def make_tokenizer(
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=[START, END],
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_sentencepiece(
+    *,
+    legacy: bool,
+    pad: str | None = None,
+    chat_template: str | None = None,
+    sentences: Sequence[str] = SENTENCES,
+    vocab_size: int = 200,
+) -> LlamaTokenizer:
+    """Llama 2's kind: spaces are words' first letters, bytes stand in for unknown letters.
+
+    If `legacy`, a space is put before every text and behind every special token.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+    backend.train_from_iterator(sentences, trainer)
+    learnt = json.loads(backend.to_str())["model"]
+    tokens = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    tokenizer = LlamaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        legacy=legacy,
+        add_bos_token=True,
         pad_token=pad,
         additional_special_tokens=[START, END],
     )

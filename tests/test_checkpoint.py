@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -51,8 +52,8 @@ def checkpoints(tmp_path):
     opened.close()
 
 
-def save(checkpoints, state, step, loss=None):
-    checkpoints.save(replace(state, step=jnp.int32(step)), CONFIG, loss)
+def save(checkpoints, state, step, worth=None):
+    checkpoints.save(replace(state, step=jnp.int32(step)), CONFIG, worth)
     checkpoints.wait()
 
 
@@ -65,15 +66,15 @@ def assert_same(one: TrainState, other: TrainState) -> None:
 
 def test_a_new_folder_holds_none(checkpoints):
     assert (checkpoints.steps, checkpoints.latest) == ([], None)
-    assert (checkpoints.best, checkpoints.best_loss) == (None, None)
+    assert (checkpoints.best, checkpoints.best_worth) == (None, None)
 
 
 def test_the_newest_and_the_best_are_kept(checkpoints, state):
-    for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 4.0)]:
-        save(checkpoints, state, step, loss)
+    for step, worth in [(1, -3.0), (2, -1.0), (3, -2.0), (4, None), (5, -4.0)]:
+        save(checkpoints, state, step, worth)
     assert checkpoints.steps == [2, 4, 5]
-    assert (checkpoints.latest, checkpoints.best, checkpoints.best_loss) == (5, 2, 1.0)
-    save(checkpoints, state, 6, 0.5)
+    assert (checkpoints.latest, checkpoints.best, checkpoints.best_worth) == (5, 2, -1.0)
+    save(checkpoints, state, 6, -0.5)
     assert checkpoints.steps == [5, 6]
     assert checkpoints.best == 6
 
@@ -86,10 +87,10 @@ def test_without_evaluations_only_the_newest_are_kept(checkpoints, state):
 
 
 def test_another_process_sees_the_same(checkpoints, state):
-    for step, loss in [(1, 1.0), (2, 2.0), (3, 3.0)]:
-        save(checkpoints, state, step, loss)
+    for step, worth in [(1, 0.3), (2, 0.2), (3, 0.1)]:
+        save(checkpoints, state, step, worth)
     again = Checkpoints(checkpoints.folder, keep=2)
-    assert (again.steps, again.best, again.best_loss) == ([1, 2, 3], 1, 1.0)
+    assert (again.steps, again.best, again.best_worth) == ([1, 2, 3], 1, 0.3)
     record = again.record(3)
     assert record.pop("digests").keys() == _flatten(state).keys()
     assert record == {"data": {"next_batch": 3}, **CONFIG}
@@ -169,8 +170,8 @@ def test_an_older_one_is_found_beside_one_that_was_cut_short(checkpoints, state)
 
 
 def test_choose(checkpoints, state):
-    for step, loss in [(10, 1.0), (20, 2.0), (30, 3.0)]:
-        save(checkpoints, state, step, loss)
+    for step, worth in [(10, 0.3), (20, 0.2), (30, 0.1)]:
+        save(checkpoints, state, step, worth)
     assert [checkpoints.choose(which) for which in ("last", "best", "20")] == [30, 10, 20]
 
 
@@ -274,7 +275,15 @@ def cut_a_file(step):
             os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip_bits, lose_the_state, cut_a_file])
+def change_the_place(step):
+    """The next batch is no longer that of the step."""
+    (file,) = [
+        f for f in (step / "run").rglob("*") if f.is_file() and b"next_batch" in f.read_bytes()
+    ]
+    file.write_text(re.sub(r'"next_batch": ?3', '"next_batch": 2', file.read_text()))
+
+
+@pytest.mark.parametrize("damage", [flip_bits, lose_the_state, cut_a_file, change_the_place])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(checkpoints, state, damage):
     for step in (1, 2, 3):
         save(checkpoints, state, step)
@@ -289,6 +298,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(checkpoints, 
     save(again, state, 3)
     assert again.steps == [2, 3]
     assert (checkpoints.folder / "corrupt_3").is_dir()
+    again.close()
+
+
+def test_the_newest_record_that_can_be_read(checkpoints, state):
+    assert checkpoints.newest_record() is None
+    for step in (1, 2):
+        checkpoints.save(replace(state, step=jnp.int32(step)), {"data": {"rows": step}})
+    checkpoints.wait()
+    assert checkpoints.newest_record()["data"] == {"rows": 2, "next_batch": 2}
+    shutil.rmtree(checkpoints.folder / "step_2" / "run")
+    again = Checkpoints(checkpoints.folder)
+    assert again.newest_record()["data"] == {"rows": 1, "next_batch": 1}
     again.close()
 
 

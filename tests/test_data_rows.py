@@ -54,10 +54,40 @@ def test_without_bos_and_prompt_the_first_token_is_no_target(tmp_path):
 def test_pieces_are_tokenised_by_themselves():
     tokenizer = make_tokenizer()
     text = "the answer is"
-    halves = Document((Piece(text[:5], False), Piece(text[5:], True)), add_special=False)
-    (got,) = encode([halves], tokenizer)
-    assert got.ids.tolist() == bare(tokenizer, text[:5]) + bare(tokenizer, text[5:])
-    assert got.ids.tolist() != bare(tokenizer, text)
+    halves = (Piece(text[:5], False), Piece(text[5:], True))
+    apart, whole = encode([Document(halves), Document(halves, add_special=False)], tokenizer)
+    parts = bare(tokenizer, text[:5]), bare(tokenizer, text[5:])
+    assert apart.ids[1:-1].tolist() == parts[0] + parts[1]
+    assert apart.trained.tolist() == [False] * (1 + len(parts[0])) + [True] * (len(parts[1]) + 1)
+    assert whole.ids.tolist() == bare(tokenizer, text) != parts[0] + parts[1]
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_a_token_that_reaches_into_a_trained_piece_is_trained(at):
+    tokenizer = make_tokenizer()
+    text = "the 日本🙂 is"
+    document = Document((Piece(text[:at], False), Piece(text[at:], True)), add_special=False)
+    (got,) = encode([document], tokenizer)
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert got.trained[1:].tolist() == [end > at for _, end in places["offset_mapping"]][1:]
+
+
+def test_what_is_trained_on():
+    pieces = [("a", False), ("b", True), ("c", False), ("d", True), ("e", False)]
+    document = Document(tuple(Piece(*piece) for piece in pieces))
+    expected = {"responses": "bd", "last": "d", "all": "abcde"}
+    for which, texts in expected.items():
+        got = document.trained_on(which).pieces
+        assert [piece.text for piece in got] == list("abcde")
+        assert "".join(piece.text for piece in got if piece.trained) == texts
+
+
+def test_a_whole_needs_a_tokenizer_that_knows_places():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(InputError, match=r"needs a tokenizer\.json"):
+        encode([Document((Piece("a", True),), add_special=False)], Slow())
 
 
 def test_chat_adds_nothing_to_what_the_template_writes(tmp_path):
@@ -86,7 +116,7 @@ def test_loading_does_not_depend_on_the_chunk(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     data = [{"prompt": f"{i} the", "completion": "true" * (i % 5 + 1)} for i in range(20)]
     rows, report = loaded(tmp_path, data, tokenizer)
-    monkeypatch.setattr("droplora_jax.data.loading._CHUNK", 7)
+    monkeypatch.setattr("droplora_jax.data.loading._RECORDS", 7)
     again, same = loaded(tmp_path, data, tokenizer)
     assert report == same
     for i, (one, other) in enumerate(zip(rows, again, strict=True)):
@@ -161,32 +191,58 @@ def test_plain_text_is_split_and_every_token_predicted_once(tmp_path, adds_bos, 
         assert report.cut == report.dropped == 0
 
 
+def test_empty_rows_are_dropped_counted_and_named(tmp_path):
+    tokenizer = make_tokenizer()
+    empty = {"prompt": "0", "completion": " \n"}
+    rows, report = loaded(tmp_path, [empty, *LONG, *[empty] * 3], tokenizer)
+    assert (len(rows), report.read, report.dropped, report.dropped_empty) == (2, 6, 4, 4)
+    assert (
+        "2 rows to train on; 0 cut to 1,024 tokens; 4 dropped (4 empty: a.json, row 1: completion, "
+        "a.json, row 4: completion, a.json, row 5: completion, ...)"
+    ) in report.lines()
+    with pytest.raises(InputError, match=r"row 1: completion is empty: .* or set data.empty=drop"):
+        loaded(tmp_path, [empty, *LONG], tokenizer, empty="error")
+    with pytest.raises(InputError, match=r"no row is left.*1 are empty \(.*row 1: completion\)"):
+        loaded(tmp_path, [empty], tokenizer)
+
+
 def test_the_report(tmp_path):
     tokenizer = make_tokenizer()
     data = [*LONG, {"prompt": "0", "completion": "1"}]
     whole, _ = loaded(tmp_path, data, tokenizer)
     limit = len(whole[1]) - 1
     rows, report = loaded(tmp_path, data, tokenizer, max_length=limit)
-    lengths = sorted(len(r) for r in rows)
-    assert report.lengths == tuple(lengths)
-    assert report.tokens == sum(lengths)
+    lengths = sorted(len(r) for r in whole)
+    assert report.lengths == tuple((length, 1) for length in lengths)
+    assert report.tokens == sum(len(r) for r in rows) == sum(lengths) - 1
     assert report.trained_tokens == sum(int(r.trained.sum()) for r in rows)
-    assert report.lines() == [
-        f"3 rows from {tmp_path / 'a.json'} (prompt_completion, template none); 1 cut to {limit} "
-        f"tokens; 0 dropped; lengths {lengths[0]} / {lengths[1]} / {lengths[2]} (min / median / "
-        f"max); {report.trained_tokens / report.tokens:.0%} of {report.tokens} tokens are trained"
-    ]
+    first, changes, trained, sizes, *bars = report.lines()
+    assert first == f"3 rows from {tmp_path / 'a.json'} (prompt_completion, template none)"
+    assert changes == f"3 rows to train on; 1 cut to {limit} tokens; 0 dropped"
+    share = report.trained_tokens / report.tokens
+    assert trained == f"{share:.0%} of {report.tokens} tokens are trained"
+    assert sizes == f"lengths in tokens: {' / '.join(map(str, lengths))} (min / median / max)"
+    assert [bar.endswith(f"  < max_length={limit}") for bar in bars].count(True) == 1
+    assert sum(int(bar.partition("<")[0].split()[-1]) for bar in bars) == 3
     _, report = loaded(tmp_path, data, tokenizer, max_length=limit, too_long="drop")
-    assert (
-        f"0 cut to {limit} tokens; 1 dropped (1 of more than {limit} tokens);" in report.lines()[0]
-    )
+    assert f"1 dropped (1 of more than {limit} tokens)" in report.lines()[1]
     _, report = loaded(tmp_path, [{"text": "0123456789"}], tokenizer, max_length=4)
-    assert f"1 split into {report.pieces} of at most 4 tokens;" in report.lines()[0]
+    assert f"1 split into {report.pieces} of at most 4 tokens;" in report.lines()[1]
+
+
+def test_the_report_of_many_files_shows_a_few(tmp_path):
+    tokenizer = make_tokenizer()
+    paths = [write_json(tmp_path / f"{i}.json", [PAIR]) for i in range(11)]
+    _, report = load(paths, tokenizer, DataConfig(train="x"))
+    lines = report.lines()
+    assert [f"/{i}.json" in lines[i] for i in range(8)] == [True] * 8
+    assert lines[8:10] == ["3 rows from 3 more files", lines[9]]
+    assert lines[9].startswith("11 rows to train on")
 
 
 def test_rows_are_a_sequence():
     parts = random_rows(7, 5, seed=0)
-    rows = Rows(parts)
+    rows = Rows.of(parts)
     assert rows.lengths.tolist() == [len(part) for part in parts]
     for got, part in zip(rows, parts, strict=True):
         np.testing.assert_array_equal(got.ids, part.ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_json
 
@@ -151,13 +153,8 @@ def test_chat_needs_a_template(tmp_path):
         ("{{ raise_exception('roles must alternate') }}", r"fails \(roles must alternate\)"),
         ("{% for m in messages %}{{ m.name.first }}{% endfor %}", "the chat template fails"),
         ("{% for m in messages %}", "the chat template fails"),
-        ("{{ messages | length }}" + CHATML, "message 3 this chat template renders otherwise"),
-        # The last answer is written otherwise than the earlier ones, as reasoning templates do.
         (
-            CHATML.replace(
-                "{{ m.content }}",
-                "{% if loop.last and m.role == 'assistant' %}<think>{% endif %}{{ m.content }}",
-            ),
+            "{{ messages | length }}" + CHATML.replace("{{ m.content }}", "{{ m.content * 2 }}"),
             "message 3 this chat template renders otherwise",
         ),
     ],
@@ -165,6 +162,66 @@ def test_chat_needs_a_template(tmp_path):
 def test_chat_templates_that_can_not_be_used(template, message):
     with pytest.raises(InputError, match=message):
         chat(CONVERSATION, template)
+
+
+REASONING = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{% if loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1] | trim }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["", "<think>so</think>\n"])
+def test_earlier_answers_whose_reasoning_is_left_out(thought):
+    turns = [
+        Turn("user", "Hi"),
+        Turn("assistant", f"{thought}Hello! "),
+        Turn("user", "Hello! Who?"),
+        Turn("assistant", "Hello!", keys={"reasoning_content": "hm"}),
+    ]
+    plain = REASONING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    got = chat(Example(tuple(turns)), plain)
+    assert got == chat(Example(tuple(turns)), REASONING)
+    assert [text for text, trained in got if trained] == [
+        "Hello!<|end|>",
+        "<think>hm</think>Hello!<|end|>",
+    ]
+
+
+def test_the_end_marker_of_every_turn_is_learnt_where_the_whole_has_an_end_of_its_own():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+    )
+    got = chat(CONVERSATION, template)
+    learnt = [text for text, trained in got if trained]
+    assert learnt == ["Hello!<|end|>", "I am\na model<|end|>\n</s>"]
+
+
+def test_earlier_calls_that_are_rendered_otherwise_later_on():
+    """As where an empty thought stands in the last turn of the assistant alone."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}{{ '\\n' }}{% endif %}"
+        "<call>{{ c.function | tojson }}</call>{% endfor %}<|end|>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    for content in (None, "", "Wait."):
+        turns = (
+            Turn("user", "Hi"),
+            Turn("assistant", content, (call,)),
+            Turn("tool", "3"),
+            Turn("assistant", "It is 3"),
+        )
+        got = chat(Example(turns), template)
+        assert [text for text, trained in got if trained] == [
+            f"{content}\n" * bool(content)
+            + '<call>{"name": "find", "arguments": {}}</call><|end|>',
+            "<think></think>It is 3<|end|>",
+        ]
 
 
 def test_mathematics_asks_for_steps_as_the_paper_does():
@@ -176,3 +233,58 @@ def test_mathematics_asks_for_steps_as_the_paper_does():
         "### Response: Let's think step by step.",
         "The answer is: 4",
     ]
+
+
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m.role }}|{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}END"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "learnt"),
+    [
+        ("<|end|>", ["Hello!<|end|>", "I am\na model<|end|>"]),
+        (" </s>\n", ["Hello! </s>", "I am\na model </s>"]),
+        # What follows is no end marker, but the next header.
+        ("\n", ["Hello!", "I am\na model"]),
+        (".<|end|>", ["Hello!", "I am\na model"]),
+    ],
+)
+def test_the_end_marker_is_learnt_where_the_marks_leave_it_out(end, learnt):
+    got = chat(CONVERSATION, MARKED.replace("END", end))
+    assert [text for text, trained in got if trained] == learnt
+
+
+def test_what_is_marked_is_learnt_where_renderings_are_no_prefixes():
+    """As in templates that leave the reasoning of earlier answers out."""
+    template = MARKED.replace(
+        "{% generation %}", "{% generation %}{% if loop.last %}<think>{% endif %}"
+    ).replace("END", "<|end|>")
+    got = chat(CONVERSATION, template)
+    assert [text for text, trained in got if trained] == [
+        "Hello!<|end|>",
+        "<think>I am\na model<|end|>",
+    ]
+
+
+def test_marks_that_are_not_one_a_message_leave_weights_open():
+    turns = (Turn("user", "a"), Turn("assistant", "b", learnt=False), Turn("assistant", "c"))
+    twice = MARKED.replace(
+        "{{ m.content }}{% endgen",
+        "{{ m.content }}{% endgeneration %}-{% generation %}{% endgen",
+        1,
+    )
+    with pytest.raises(InputError, match="marks 4 places as generated, where the assistant has 2"):
+        chat(Example(turns), twice)
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools():
+    tokenizer = make_tokenizer(
+        chat_template={"default": CHATML, "tool_use": "{{ tools[0].function.name }}" + CHATML}
+    )
+    tool = {"type": "function", "function": {"name": "find"}}
+    text = "".join(text for text, _ in pieces("chat", replace(QUESTION, tools=(tool,)), tokenizer))
+    assert text.startswith("find<|start|>user")
+    assert pieces("chat", QUESTION, tokenizer)[0][0].startswith("<|start|>user")

@@ -73,3 +73,18 @@ def test_an_example_is_coloured_where_there_is():
     text = out.file.getvalue()
     assert "[[the answer]]" not in text
     assert "\x1b[1;32mthe answer" in text
+
+
+def test_of_a_long_text_both_ends_are_shown():
+    out = console(False)
+    display.example(out, [("a" * 700 + "b" * 700, False), ("c" * 1200, True)])
+    shown = out.file.getvalue().splitlines()[-1]
+    assert shown == f"{'a' * 500} ... 400 characters ... {'b' * 500}[[{'c' * 1200}]]"
+
+
+def test_a_terminal_obeys_nothing_that_an_example_says():
+    for terminal in (False, True):
+        out = console(terminal)
+        display.example(out, [("a\x1b[31m\tb\r\n", True)])
+        assert "a\\x1b[31m" in out.file.getvalue()
+        assert "b\\x0d" in out.file.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import time
@@ -29,7 +30,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 import droplora_jax as dl
-from droplora_jax import cli, launch, run
+from droplora_jax import cli, data, launch, run
 from droplora_jax.data import load as load_rows
 from droplora_jax.errors import InputError
 
@@ -345,3 +346,64 @@ def test_an_export_that_is_stopped_leaves_nothing(folder, tmp_path, number, code
     assert export.returncode == code, error
     assert error.splitlines()[-1] in ("droplora: interrupted", "droplora: terminated")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a dry run ------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_the_data_and_writes_nothing(base, droplora, tmp_path, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("droplora_jax.hub.load", loaded)
+    file = write_run(base, tmp_path, data={"packing": True, "max_length": 128}, train={"steps": 20})
+    before = contents(tmp_path)
+    out = droplora.good("train", file, "--dry-run", "train.global_batch=8")
+    assert contents(tmp_path) == before
+    train = tmp_path / "data" / "train.jsonl"
+    assert f"40 rows from {train} (alpaca, template alpaca)\n40 rows to train on; 0 cut" in out
+    found = re.search(r"\n(\d+) lines of 128 tokens an epoch, ([\d.]+)% full \(first_fit\)\n", out)
+    rows, report = load_rows(
+        train, launch.load_tokenizer(base), data.DataConfig(str(train), max_length=128)
+    )
+    lines = int(found[1])
+    assert -(-report.tokens // 128) <= lines < len(rows)
+    assert float(found[2]) == pytest.approx(100 * report.tokens / (128 * lines), abs=0.05)
+    assert f"\n20 steps of 8 lines: {160 / lines:.2f} epochs of {report.tokens:,} tokens\n" in out
+    assert "[[the answer is " in out
+    assert out.endswith("a dry run: no weights were loaded, and nothing was written\n")
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(base, droplora, tmp_path):
+    file = write_run(base, tmp_path, optim={"warmup_steps": 13})
+    wrong = droplora("train", file), droplora("train", "--dry-run", file)
+    assert wrong[0].code == wrong[1].code == 2
+    assert wrong[0].err == wrong[1].err
+    assert "warmup_steps" in wrong[0].err
+
+
+def test_a_dry_run_of_a_finished_run(folder, droplora):
+    before = contents(folder)
+    out = droplora.good("train", folder.parent / "run.yaml", "--dry-run")
+    assert "a dry run" in out
+    assert contents(folder) == before
+
+
+def test_columns_stand_in_the_yaml(base, droplora, tmp_path):
+    train = write_jsonl(tmp_path / "qa.jsonl", [{"q": "Q", "a": "A"}])
+    file = write_run(base, tmp_path, data={"train": train, "valid": ..., "template": "none"})
+    result = droplora("train", file, "--dry-run")
+    assert (result.code, "no format has the keys q, a" in result.err) == (2, True)
+    columns = {"prompt": "q", "completion": "a"}
+    file = write_run(
+        base, tmp_path, data={"train": train, "valid": ..., "template": "none", "columns": columns}
+    )
+    assert "(prompt_completion, template none)" in droplora.good("train", file, "--dry-run")
+    assert run.read(file) == run.read(write_text(tmp_path / "again.yaml", run.dump(run.read(file))))
+    named = droplora("train", file, "--dry-run", "data.columns.promt=q")
+    assert "command line: data.columns.promt='q': no format reads this key" in named.err
+
+
+def write_text(file, text):
+    file.write_text(text)
+    return file

@@ -17,9 +17,19 @@ from droplora_jax.processes import DistributedConfig, join
 SETTINGS = {
     "train": {"steps": 8, "global_batch": 8, "save_every": 4, "eval_every": 4} | {"log_every": 1},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
-    "data": {"packing": True},
     "optim": {"schedule": "constant"},  # so that it does not matter when the end is known
 }
+
+
+def written(base, folder, settings=SETTINGS):
+    """A run with everything by which its data could depend on the number of processes."""
+    data = folder / "data"
+    mixture = [
+        {"path": str(data / "train.jsonl"), "weight": 3},
+        {"path": str(data / "valid.jsonl"), "weight": 1},
+    ]
+    packed = {"packing": "best_fit", "train": mixture, "valid": None, "valid_fraction": 0.2}
+    return write_run(base, folder, data=packed, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,7 @@ def good(running) -> str:
 def alone(base, tmp_path_factory):
     """The folder of a run of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
-    good([process("train", write_run(base, folder, **SETTINGS), devices=4)])
+    good([process("train", written(base, folder), devices=4)])
     return folder / "run"
 
 
@@ -66,7 +76,7 @@ def assert_same_run(run, other):
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_as_one(base, alone, tmp_path, count):
     """Masks and data are the same, or the losses were not; one process speaks and writes."""
-    out = good(processes(count, "train", write_run(base, tmp_path, **SETTINGS)))
+    out = good(processes(count, "train", written(base, tmp_path)))
     assert f"as data=2 x fsdp=2 in {count} processes; 8 steps" in out
     assert_same_run(tmp_path / "run", alone)
 
@@ -76,7 +86,7 @@ def test_a_run_goes_on_in_another_number_of_processes(base, alone, tmp_path, bef
     """On another mesh too: no place in the data, no mask and no weight depends on either."""
 
     def start(count, *overrides):
-        yaml = write_run(base, tmp_path, **SETTINGS)
+        yaml = written(base, tmp_path)
         if count == 1:
             return [process("train", yaml, *overrides, devices=4)]
         return processes(count, "train", yaml, *overrides)
@@ -96,7 +106,7 @@ def until(condition, seconds: float = 120) -> None:
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_when_one_process_dies_the_others_stop_and_say_why(base, alone, tmp_path, dead):
-    yaml = write_run(base, tmp_path, **SETTINGS)
+    yaml = written(base, tmp_path)
     running = processes(2, "train", yaml, "train.steps=100000", "distributed.timeout=10")
     until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
     killed = time.monotonic()
@@ -110,7 +120,7 @@ def test_when_one_process_dies_the_others_stop_and_say_why(base, alone, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_and_saves_all(base, tmp_path, number):
-    yaml = write_run(base, tmp_path, **SETTINGS)
+    yaml = written(base, tmp_path)
     running = processes(2, "train", yaml, "train.steps=100000")
     until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
     running[1].send_signal(number)
@@ -124,7 +134,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(base, tmp_path, number):
 
 
 def test_a_mistake_is_told_by_every_process_and_ends_all(base, tmp_path):
-    yaml = write_run(base, tmp_path, **SETTINGS)
+    yaml = written(base, tmp_path)
     codes, _, errors = ended(processes(2, "train", yaml, "mesh.tensor=3"))
     assert codes == [2, 2]
     for i, error in enumerate(errors):
@@ -171,8 +181,8 @@ def test_a_run_whose_processes_are_killed_twenty_times_ends_in_the_same_bits(bas
     folders = undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     for folder in folders:
         folder.mkdir()
-    good(processes(2, "train", write_run(base, undisturbed, **long)))
-    yaml = write_run(base, disturbed, **long)
+    good(processes(2, "train", written(base, undisturbed, long)))
+    yaml = written(base, disturbed, long)
     random = np.random.default_rng(seed)
     steps = []
     for _ in range(20):

@@ -9,7 +9,7 @@ import pytest
 
 from droplora_jax import run
 from droplora_jax.adapters import DropLoRA
-from droplora_jax.data import DataConfig
+from droplora_jax.data import DataConfig, Part
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig
 from droplora_jax.sharding import MeshConfig
@@ -65,6 +65,36 @@ def test_one_file_or_several_and_targets(read):
     config = read(text, "data.valid=[b.jsonl, c.jsonl]")
     assert config.data.valid == ("b.jsonl", "c.jsonl")
     assert config.adapter.targets == ("q_proj$", "v_proj$")
+
+
+SOURCES = "model: {path: base}\noutput: out\ndata:\n  train:\n"
+
+
+def test_sources_with_weights(read):
+    text = (
+        SOURCES + "    - {path: a.jsonl, weight: 3}\n    - {path: b, weight: 0.5, template: chat}\n"
+    )
+    config = read(least=text)
+    assert config.data.train == (Part("a.jsonl", 3.0), Part("b", 0.5, template="chat"))
+    assert config.data.weights == (3.0, 0.5)
+    assert read(least=run.dump(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("    - {path: a, wieght: 3}", "data.train.0.wieght=3: unknown key; did you mean weight?"),
+        ("    - a\n    - {path: b, weight: x}", "data.train.1.weight='x': must be a valid number"),
+        ("    - {weight: 3}", "data.train.0.path is missing"),
+        ("    - 3", "data.train.0=3: must be a valid string or must be an object"),
+        ("    - {path: a, format: alpcaa}", "a: data.format='alpcaa': must be one of"),
+    ],
+)
+def test_a_mistake_in_a_source_is_named_once(read, text, message):
+    with pytest.raises(InputError) as error:
+        read(least=SOURCES + text)
+    assert message in str(error.value)
+    assert str(error.value).count("\n") == 0
 
 
 def test_what_is_dumped_is_complete_and_reads_the_same(read, tmp_path):

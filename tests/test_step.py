@@ -287,6 +287,27 @@ def test_a_packed_row_is_trained_with_the_masks_of_its_documents(sequence):
     assert abs(loss(1) - loss(2)) > 1e-3
 
 
+def test_a_packed_document_computes_what_it_does_alone_with_its_own_masks(sequence):
+    """Alone it is another row with other positions; what counts is (row, number in the row)."""
+    batch = ragged(documents=3)
+    tokens, segments = batch["tokens"], batch["segment_ids"]
+    rows = jnp.arange(G, dtype=jnp.int32)
+
+    def logits(tokens, rows, documents):
+        keys = dl.draw(sequence.mask_keys, key_of(5), rows=rows, documents=documents)
+        model = nnx.merge(sequence.graphdef, sequence.adapters, keys, sequence.frozen)
+        return np.asarray(model(jnp.asarray(tokens), segment_ids=documents))
+
+    packed = logits(tokens, rows, jnp.asarray(segments))
+    for g, number in [(0, 1), (0, 2), (3, 3), (G - 1, 2)]:
+        (at,) = np.nonzero(segments[g] == number)
+        mine = tokens[g, at][None], jnp.array([g], jnp.int32)
+        alone = logits(*mine, jnp.full((1, len(at)), number, jnp.int32))
+        np.testing.assert_allclose(packed[g, at], alone[0], rtol=1e-5, atol=1e-5)
+        other = logits(*mine, jnp.full((1, len(at)), number + 1, jnp.int32))
+        assert np.abs(other - alone).max() > 1e-2
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_masks_are_the_same_bits_on_every_mesh(untied, granularity):
     def drawn(config):

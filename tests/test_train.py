@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import random_rows, write_jsonl
+from data_fixtures import make_tokenizer, random_rows, write_jsonl
 from matplotlib.image import imread
 from run_fixtures import (
     CommandLine,
@@ -26,8 +28,9 @@ from run_fixtures import (
     write_run,
 )
 
-from droplora_jax import cli, run
-from droplora_jax.data import Batches
+from droplora_jax import cli, launch, run
+from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.data import Batches, load
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.train import Run, TrainConfig, total_steps
@@ -216,16 +219,23 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(
 
 
 def send(monkeypatch, numbers: list[signal.Signals], *, at: int) -> None:
-    """Signals to this process while the batch of a step is made."""
-    original = Run.batch
+    """Signals to this process when the batch of a step is asked for."""
+    original = Run.feed
 
-    def batch(self, n):
-        if n == at:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return original(self, n)
+    def feed(self, start):
+        batches = original(self, start)
+        following = type(batches).__next__
 
-    monkeypatch.setattr(Run, "batch", batch)
+        def next_batch(iterator):
+            if iterator is batches and iterator.get_state() == {"next_index": at}:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return following(iterator)
+
+        monkeypatch.setattr(type(batches), "__next__", next_batch)
+        return batches
+
+    monkeypatch.setattr(Run, "feed", feed)
 
 
 def test_a_signal_lets_the_step_end_and_saves_it(base, tmp_path, droplora, monkeypatch):
@@ -243,15 +253,14 @@ def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
     hanging = tmp_path / "hanging.py"
     hanging.write_text(
         "import sys, time\n"
-        "from droplora_jax import cli\n"
-        "from droplora_jax.train import Run\n"
-        "batch = Run.batch\n"
-        "def hang(self, n):\n"
-        "    if n == 2:\n"
+        "from droplora_jax import cli, train\n"
+        "after = train._Watch.after\n"
+        "def hang(self, step, metrics):\n"
+        "    if step == 3:\n"
         "        print('hanging', flush=True)\n"
         "        time.sleep(100)\n"
-        "    return batch(self, n)\n"
-        "Run.batch = hang\n"
+        "    after(self, step, metrics)\n"
+        "train._Watch.after = hang\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     yaml = write_run(base, tmp_path, train={"save_every": 1, "stop_seconds": 2})
@@ -306,6 +315,72 @@ def test_other_settings_are_an_error_that_lists_them(copy, droplora, overrides, 
         assert change in result.err
     assert "train.steps" not in result.err
     assert contents(copy) == before
+
+
+def test_a_data_file_that_has_changed_is_named_with_what_it_was(copy, droplora):
+    """A run does not go on with other rows than those that it began with."""
+    train, valid = copy / "data" / "train.jsonl", copy / "data" / "valid.jsonl"
+    was = hashlib.sha256(train.read_bytes()).hexdigest()[:12]
+    train.write_bytes(train.read_bytes() + b"\n")
+    now = hashlib.sha256(train.read_bytes()).hexdigest()[:12]
+    before = contents(copy)
+    result = droplora("train", copy / "run.yaml", "train.steps=44")
+    assert result.code == 2
+    assert f"{train} was {was} and is {now}" in result.err
+    assert str(valid) not in result.err
+    assert contents(copy) == before
+
+
+def test_a_file_more_or_less_is_named(copy, droplora):
+    """A folder or a glob is the same setting with other files in it."""
+    for file in (copy / "run.yaml", copy / "run" / "config.yaml"):
+        file.write_text(file.read_text().replace("/train.jsonl", "/train*.jsonl"))
+    more = copy / "data" / "train2.jsonl"
+    shutil.copy(copy / "data" / "train.jsonl", more)
+    result = droplora("train", copy / "run.yaml", "train.steps=44")
+    assert result.code == 2
+    assert f"{more} was not there" in result.err
+
+
+def test_another_tokenizer_under_a_run_is_an_error(copy, base, droplora, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    make_tokenizer(adds_bos=False).save_pretrained(other)
+    for file in (copy / "run.yaml", copy / "run" / "config.yaml"):
+        file.write_text(file.read_text().replace(str(base), str(other)))
+    result = droplora("train", copy / "run.yaml", "train.steps=44")
+    assert result.code == 2
+    assert "holds a run on the same files, of which" in result.err
+    assert "the tokenizer has changed" in result.err
+
+
+def test_a_checkpoint_says_where_in_which_data_the_run_is(finished, base):
+    data = Checkpoints(finished / "run" / "checkpoints", read_only=True).record(STEPS)["data"]
+    assert data["next_batch"] == STEPS
+    config = run.read(finished / "run" / "config.yaml").data
+    tokenizer = launch.load_tokenizer(base)
+    loaded = [load(places, tokenizer, config)[0] for places in (config.train, config.valid)]
+    assert data["rows"] == sum(len(rows) for rows in loaded)
+    assert data["tokens"] == sum(int(rows.lengths.sum()) for rows in loaded)
+    for file in data["files"]:
+        path = Path(file["path"])
+        assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_mixture_with_rows_held_out(base, tmp_path, droplora):
+    data = {
+        "train": [
+            {"path": str(tmp_path / "data" / "train.jsonl"), "weight": 0.7},
+            {"path": str(tmp_path / "data" / "valid.jsonl"), "weight": 0.3, "template": "none"},
+        ],
+        "valid": None,
+        "valid_fraction": 0.2,
+        "packing": "best_fit",
+    }
+    out = droplora.good("train", write_run(base, tmp_path, data=data, train={"steps": 4}))
+    kept = sum(int(n) for n in re.findall(r"(\d+) rows to train on", out))
+    assert f"{round(0.2 * kept)} rows are held out for validation" in out
+    assert "full (best_fit)" in out
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] > 0
 
 
 def test_longer_on_another_mesh_and_with_other_cadences(copy, droplora):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import SupportsIndex, TypedDict
 
 import grain
 import numpy as np
 
-from droplora_jax.data.packing import one_row_a_line, packed
-from droplora_jax.data.rows import Row
+from droplora_jax.data.mixing import Schedule
+from droplora_jax.data.packing import Fit, Lines, joined, one_row_a_line, packed
+from droplora_jax.data.rows import Row, Rows
 from droplora_jax.errors import InputError
 
 PADDING = -1
@@ -38,9 +39,15 @@ class Batches:
     Every epoch holds each line once, in an order of its own if `shuffle`; one follows the other
     without a gap, so a batch can span two. Which rows share a line is settled here, once.
 
+    With weights the rows are of several sources. Each goes through epochs of its own, and the
+    lines are taken from them in proportion to the weights. An epoch of the whole is as many lines
+    as all sources have together, of which some are then there more than once and some not at all.
+
     Attributes:
       lines_per_epoch: lines that hold all rows once: as many as rows, or fewer with packing.
+      utilisation: the part of their positions that holds a token.
       max_length: T, the tokens of a line.
+      numbers: the numbers of every batch's lines, [G] each.
     """
 
     def __init__(
@@ -51,7 +58,8 @@ class Batches:
         seed: int,
         shuffle: bool,
         max_length: int,
-        packing: bool = False,
+        packing: Fit | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         """
         Args:
@@ -60,23 +68,34 @@ class Batches:
           seed: of the order of the rows while they are packed, and of the lines in every epoch.
           shuffle: or keep the order of the rows.
           max_length: T, the tokens of a line.
-          packing: several documents a line, none of them split.
+          packing: several documents a line, none of them split and none of another source.
+          weights: of the sources of `Rows` that are mixed.
 
         Raises:
           InputError: there is no row, a row is too long, or a number is out of range.
         """
-        lengths = np.array([len(row) for row in rows], np.int64)
+        lengths = rows.lengths if isinstance(rows, Rows) else np.array([len(r) for r in rows], int)
         _check(lengths, rows_per_batch, seed, max_length)
-        # Through SeedSequence, since grain takes seed + epoch: run 1 would repeat run 0.
-        packing_seed, shuffle_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
-        order = _order(len(rows), packing_seed) if shuffle else np.arange(len(rows))
         self._rows, self.max_length, self._rows_per_batch = rows, max_length, rows_per_batch
-        self._lines = packed(lengths, order, max_length) if packing else one_row_a_line(len(rows))
-        lines = grain.MapDataset.range(len(self._lines))
-        if shuffle:
-            lines = lines.shuffle(seed=shuffle_seed)
-        # `repeat` after `shuffle` gives every epoch an order of its own.
-        self._numbers = lines.repeat().batch(rows_per_batch)
+        counts = rows.counts if weights and isinstance(rows, Rows) else [len(rows)]
+        # Through SeedSequence, since grain takes seed + epoch: run 1 would repeat run 0.
+        seeds = np.random.SeedSequence(seed).generate_state(2 * len(counts)).reshape(-1, 2).tolist()
+        parts = [
+            _lines(own, packing, max_length, packing_seed if shuffle else None)
+            for own, (packing_seed, _) in zip(_cut(lengths, counts), seeds, strict=True)
+        ]
+        self._lines = joined(parts)
+        self.utilisation = float(lengths.sum()) / (len(self._lines) * max_length)
+        numbers, start = [], 0
+        for part, (_, shuffle_seed) in zip(parts, seeds, strict=True):
+            own = grain.MapDataset.range(start, start + len(part))
+            # `repeat` after `shuffle` gives every epoch an order of its own.
+            numbers.append((own.shuffle(seed=shuffle_seed) if shuffle else own).repeat())
+            start += len(part)
+        mixed = numbers[0]
+        if weights:
+            mixed = grain.MapDataset.select_from_datasets(numbers, Schedule(weights))
+        self.numbers: grain.MapDataset[np.ndarray] = mixed.batch(rows_per_batch)
 
     @property
     def lines_per_epoch(self) -> int:
@@ -96,17 +115,17 @@ class Batches:
         index = operator.index(n)
         if index < 0:
             raise IndexError(f"batch {index}: batches are counted from 0 and have no last one")
-        return np.asarray(self._numbers[index], np.int64)
+        return np.asarray(self.numbers[index], np.int64)
 
-    def lines_once(self) -> Iterator[np.ndarray]:
-        """The numbers of all lines, unshuffled, batch by batch [G]; the last is filled up.
+    def lines_once(self) -> np.ndarray:
+        """The numbers of all lines, unshuffled, batch by batch [n, G]; the last is filled up.
 
         `PADDING` is the number of a line that is nothing else.
         """
         size = self._rows_per_batch
         numbers = np.arange(-(-self.lines_per_epoch // size) * size)
         numbers[self.lines_per_epoch :] = PADDING
-        yield from numbers.reshape(-1, size)
+        return numbers.reshape(-1, size)
 
     def collate(self, lines: Sequence[int] | np.ndarray) -> Batch:
         """The lines of these numbers."""
@@ -131,6 +150,18 @@ def collate(lines: Sequence[Sequence[Row]], count: int, length: int) -> Batch:
             segment_ids[g, start:end] = number
             start = end
     return Batch(tokens=tokens, targets=targets, segment_ids=segment_ids)
+
+
+def _lines(lengths: np.ndarray, packing: Fit | None, capacity: int, seed: int | None) -> Lines:
+    """The lines of one source; its rows are placed in order if there is no seed."""
+    if packing is None:
+        return one_row_a_line(len(lengths))
+    order = np.arange(len(lengths)) if seed is None else _order(len(lengths), seed)
+    return packed(lengths, order, capacity, packing)
+
+
+def _cut(array: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    return np.split(array, np.cumsum(counts)[:-1])
 
 
 def _order(count: int, seed: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -13,25 +13,50 @@ from droplora_jax.errors import InputError
 
 
 def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Row]:
-    """The documents as rows, however long; every piece is tokenised by itself.
+    """The documents as rows, however long.
 
     Raises:
-      InputError: a document is to end with EOS, and the tokenizer has none.
+      InputError: a document is to end with EOS, and the tokenizer has none; or one is to be
+        tokenised as a whole, and the tokenizer can't say which text a token stands for.
     """
-    begin: list[int] = []
-    end: list[int] = []
-    if any(document.add_special for document in documents):
-        begin, end = _begin(tokenizer), [_eos(tokenizer)]
+    in_pieces = _in_pieces([doc for doc in documents if doc.add_special], tokenizer)
+    whole = _whole([doc for doc in documents if not doc.add_special], tokenizer)
+    return [next(in_pieces if doc.add_special else whole) for doc in documents]
+
+
+def _in_pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
+    """BOS, every piece tokenised by itself, and a trained EOS."""
+    if not documents:
+        return
+    begin, end = _begin(tokenizer), [_eos(tokenizer)]
     ids = iter(_ids([piece.text for doc in documents for piece in doc.pieces], tokenizer))
-    rows = []
     for document in documents:
-        parts = list(islice(ids, len(document.pieces)))
-        trained = [piece.trained for piece in document.pieces]
-        if document.add_special:
-            parts, trained = [begin, *parts, end], [False, *trained, True]
+        parts = [begin, *islice(ids, len(document.pieces)), end]
+        trained = [False, *(piece.trained for piece in document.pieces), True]
         lengths = [len(part) for part in parts]
-        rows.append(row(np.concatenate(parts).astype(np.int32), np.repeat(trained, lengths)))
-    return rows
+        yield row(np.concatenate(parts).astype(np.int32), np.repeat(trained, lengths))
+
+
+def _whole(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
+    """The text tokenised at once; a token that reaches into a trained piece is trained."""
+    if not documents:
+        return
+    if not tokenizer.is_fast:
+        raise InputError(
+            "data.template=chat: the tokenizer can't say which text a token stands for; it needs "
+            "a tokenizer.json"
+        )
+    texts = ["".join(piece.text for piece in doc.pieces) for doc in documents]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    for document, own, places in zip(documents, ids, offsets, strict=True):
+        starts, ends = np.array(places, np.int64).reshape(-1, 2).T
+        trained = np.zeros(len(own), bool)
+        upto = list(accumulate(len(piece.text) for piece in document.pieces))
+        for piece, end in zip(document.pieces, upto, strict=True):
+            if piece.trained:
+                trained |= (ends > end - len(piece.text)) & (starts < end)
+        yield row(own, trained)
 
 
 def _ids(texts: list[str], tokenizer: Tokenizer, *, add_special: bool = False) -> list[list[int]]:
@@ -59,3 +84,22 @@ def _eos(tokenizer: Tokenizer) -> int:
             "tokenizer_config.json"
         )
     return tokenizer.eos_token_id
+
+
+def encode_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    """The documents up to their last response, as token ids to go on from.
+
+    They are what the model was trained to go on from: the same pieces, the same special tokens
+    before them. A text that begins with those already does not get them twice.
+    """
+    begin = _begin(tokenizer) if any(document.add_special for document in documents) else []
+    return [_prompt_ids(document, tokenizer, begin) for document in documents]
+
+
+def _prompt_ids(document: Document, tokenizer: Tokenizer, begin: list[int]) -> list[int]:
+    trained = [i for i, piece in enumerate(document.pieces) if piece.trained]
+    texts = [piece.text for piece in document.pieces[: trained[-1] if trained else None]]
+    if not document.add_special:
+        return _ids(["".join(texts)], tokenizer)[0]
+    ids = [token for part in _ids(texts, tokenizer) for token in part]
+    return ids if ids[: len(begin)] == begin else begin + ids

@@ -1,104 +1,120 @@
-"""JSON and JSON Lines files: their bytes, and their records with where each one stands."""
+"""Data files: what they hold, unpacked as it is read, and what tells one from another."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
-import json
+import hashlib
+import io
+import lzma
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from droplora_jax.data.readers import READERS, Reader, Record
 from droplora_jax.errors import InputError
 
-Record = tuple[str, Mapping[str, Any]]  # where it stands, for errors; and the object
-KINDS = (".json", ".jsonl")
+Unpack = Callable[..., Any]
 
 
-def content(path: str) -> bytes:
-    """The bytes of a file as they lie on disk.
+def _zstandard(stream: BufferedIOBase) -> Any:
+    import pyarrow
 
-    Raises:
-      InputError: the file can't be read.
+    # Unlike the stream of the zstandard package, this one tells when the file was cut short.
+    unpacked: Any = pyarrow.CompressedInputStream(stream, "zstd")
+    return io.BufferedReader(unpacked, 2**20)
+
+
+UNPACKERS: dict[str, Unpack] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
+KNOWN = f"{', '.join(READERS)}, or one of them packed as {', '.join(UNPACKERS)}"
+
+
+@dataclass(frozen=True)
+class File:
+    """A data file that is on this machine.
+
+    Attributes:
+      name: what the user calls it.
+      path: where it is.
     """
-    try:
-        return Path(path).expanduser().read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from error
 
+    name: str
+    path: Path
 
-def records(path: str, raw: bytes) -> Iterator[Record]:
-    """The objects in a file's bytes, each with where it stands: "a.jsonl:17", "a.json, row 17".
+    @property
+    def suffix(self) -> str:
+        """The end of its name that says how it is read, such as `.jsonl`."""
+        return data_suffix(self.path.name)
 
-    Raises:
-      InputError: names the file, the line and the rule.
-    """
-    name = path.lower().removesuffix(".gz")
-    if not name.endswith(KINDS):
-        raise InputError(f"{path}: must be a .json or .jsonl file, or a .gz of one")
-    text = _decode(path, _decompress(path, raw) if path.lower().endswith(".gz") else raw)
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty")
-    return _lines(path, text) if name.endswith(".jsonl") else _list(path, text)
+    def sha256(self) -> str:
+        """Of the bytes as they lie on disk."""
+        with self._open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
+    def records(self) -> Iterator[Record]:
+        """Its objects, each with where it stands: "a.jsonl:17", "a.parquet, row 17".
 
-def _decompress(path: str, raw: bytes) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error})") from error
+        Raises:
+          InputError: names the file, the line and the rule.
+        """
+        empty = True
+        with ExitStack() as stack:
+            try:
+                for record in self._reader.records(self._unpacked(stack), self.name):
+                    empty = False
+                    yield record
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                kind = self.path.suffix.lower()
+                what = f"not a whole {kind} file" if kind in UNPACKERS else "can't be read"
+                raise InputError(f"{self.name}: {what} ({error})") from error
+        if empty:
+            raise InputError(f"{self.name}: the file is empty")
 
+    @property
+    def _reader(self) -> Reader:
+        if self.suffix not in READERS:
+            raise InputError(f"{self.name}: must be one of {KNOWN}")
+        return READERS[self.suffix]
 
-def _decode(path: str, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise InputError(
-            f"{path}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8"
-        ) from error
-
-
-def _lines(path: str, text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    def _open(self) -> BufferedIOBase:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = "; a .jsonl file holds one object a line, a list goes into a .json file"
-            listed = number == 1 and line.lstrip().startswith("[")
-            raise InputError(f"{where}: broken JSON ({error}){hint if listed else ''}") from error
-        yield where, _object(where, row)
+            return self.path.open("rb")
+        except FileNotFoundError as error:
+            raise InputError(f"{self.name}: no such file") from error
+        except OSError as error:
+            raise InputError(f"{self.name}: can't be read ({error.strerror})") from error
+
+    def _unpacked(self, stack: ExitStack) -> BufferedIOBase:
+        raw = stack.enter_context(self._open())
+        unpack = UNPACKERS.get(self.path.suffix.lower())
+        if unpack is None:
+            return raw
+        stream = stack.enter_context(unpack(raw))
+        if not self._reader.seeks:
+            return stream
+        whole: Any = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        shutil.copyfileobj(stream, whole, 2**20)
+        whole.seek(0)
+        return whole
 
 
-def _list(path: str, text: str) -> Iterator[Record]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file of one object a line is named .jsonl" if error.msg == "Extra data" else ""
-        raise InputError(f"{path}:{error.lineno}: broken JSON ({error}){hint}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: broken JSON ({error})") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: must be a list of objects, is {_kind(rows)}")
-    if not rows:
-        raise InputError(f"{path}: the list is empty")
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        yield where, _object(where, row)
+def data_suffix(name: str) -> str:
+    """The end of a file's name, that of a packed file left out."""
+    path = Path(name.lower())
+    return path.with_suffix("").suffix if path.suffix in UNPACKERS else path.suffix
 
 
-def _object(where: str, row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: must be an object with keys, is {_kind(row)}")
-    return row
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", type(None): "null"}
-    return kinds.get(type(value), repr(value))
+def records(path: str | Path) -> Iterator[Record]:
+    """The objects in a local file of any kind, each with where it stands."""
+    return File(str(path), Path(path).expanduser()).records()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+Fit = Literal["first_fit", "best_fit"]
+_CHUNK = 2**16  # sizes that are Python numbers at a time
+_NONE = 2**62  # no bin
 
 
 @dataclass(frozen=True)
@@ -31,39 +37,122 @@ def one_row_a_line(count: int) -> Lines:
     return Lines(np.arange(count), np.arange(1, count + 1))
 
 
-def packed(lengths: np.ndarray, order: np.ndarray, capacity: int) -> Lines:
-    """Every row in one line, by first fit in the given order.
+def packed(lengths: np.ndarray, order: np.ndarray, capacity: int, fit: Fit) -> Lines:
+    """Every row in one line.
 
     Args:
       lengths: int [rows], none above `capacity`.
-      order: int [rows], the order in which they are placed.
+      order: int [rows], the order in which they are placed, at `best_fit` those of one length.
       capacity: tokens of a line.
+      fit: `first_fit`: the first line with room. `best_fit`: the line with the least room that is
+        enough, longer rows before shorter ones.
     """
-    line_of = np.array(first_fit(lengths[order].tolist(), capacity))
+    if fit == "best_fit":
+        order = order[np.argsort(-lengths[order], kind="stable")]
+    line_of = bins(lengths[order], capacity, fit)
     return Lines(order[np.argsort(line_of, kind="stable")], np.cumsum(np.bincount(line_of)))
 
 
-def first_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """For every item the first bin with room for it, bins numbered from 0.
+def joined(parts: list[Lines]) -> Lines:
+    """The lines of several sources, whose rows are numbered one source after the other."""
+    offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
+    return Lines(
+        np.concatenate([part.rows + at for part, at in zip(parts, offsets, strict=False)]),
+        np.concatenate([part.ends + at for part, at in zip(parts, offsets, strict=False)]),
+    )
 
-    Over the bins stands a binary tree of the most room below each node (the root is node 1, the
-    children of node k are 2k and 2k + 1), so that an item costs the logarithm of their number. A
-    bin that is not in use yet is an empty one.
+
+def bins(sizes: np.ndarray, capacity: int, fit: Fit) -> np.ndarray:
+    """The bin of every item, int64, bins numbered from 0 in the order in which they are opened.
+
+    Of the bins that the best fit may choose from it takes the one that was opened first. An item
+    costs the logarithm of the capacity and of the number of bins with room. A bin with less room
+    than the smallest item is forgotten, so that hardly more than the rows themselves is held.
     """
-    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
-    room = [capacity] * (2 * leaves)
-    bins = []
-    for size in sizes:
-        if size > capacity:
-            raise ValueError(f"an item of {size} does not fit a bin of {capacity}")
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < size:
-                node += 1
-        bins.append(node - leaves)
-        room[node] -= size
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"an item of {sizes.max()} does not fit a bin of {capacity}")
+    open_bins = _OpenBins(capacity, fit)
+    smallest = int(sizes.min(initial=capacity))
+    found = np.empty(len(sizes), np.int64)
+    count = 0
+    for i, size in enumerate(_numbers(sizes)):
+        bin, room = open_bins.take(size)
+        if bin == _NONE:
+            bin, room = count, capacity
+            count += 1
+        found[i] = bin
+        if room - size >= smallest:
+            open_bins.put(bin, room - size)
+    return found
+
+
+def _numbers(sizes: np.ndarray) -> Iterator[int]:
+    for start in range(0, len(sizes), _CHUNK):
+        yield from sizes[start : start + _CHUNK].tolist()
+
+
+class _OpenBins:
+    """Bins with room, by how much they have.
+
+    For every room there is a heap of the bins that have it, and over the rooms a binary tree of
+    the first bin below each node: the root is node 1, the children of node k are 2k and 2k + 1.
+    """
+
+    def __init__(self, capacity: int, fit: Fit) -> None:
+        self._leaves = 1 << capacity.bit_length()
+        self._first = [_NONE] * (2 * self._leaves)
+        self._heaps: list[list[int]] = [[] for _ in range(capacity + 1)]
+        self._room: dict[int, int] = {}
+        self._search = self._best_fit if fit == "best_fit" else self._first_fit
+
+    def put(self, bin: int, room: int) -> None:
+        heapq.heappush(self._heaps[room], bin)
+        self._room[bin] = room
+        self._update(room)
+
+    def take(self, size: int) -> tuple[int, int]:
+        """A bin with room for an item, and its room; `_NONE` if there is none."""
+        bin = self._search(size)
+        if bin == _NONE:
+            return bin, 0
+        room = self._room.pop(bin)
+        heapq.heappop(self._heaps[room])
+        self._update(room)
+        return bin, room
+
+    def _first_fit(self, size: int) -> int:
+        """The first bin of all those with this room or more."""
+        tree, node = self._first, size + self._leaves
+        bin = tree[node]
         while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return bins
+            if not node & 1 and tree[node + 1] < bin:
+                bin = tree[node + 1]
+            node >>= 1
+        return bin
+
+    def _best_fit(self, size: int) -> int:
+        """The first bin of those with the least room that is enough."""
+        tree, node = self._first, size + self._leaves
+        if tree[node] != _NONE:
+            return tree[node]
+        while node > 1 and (node & 1 or tree[node + 1] == _NONE):
+            node >>= 1
+        if node == 1:
+            return _NONE
+        node += 1
+        while node < self._leaves:
+            node *= 2
+            if tree[node] == _NONE:
+                node += 1
+        return tree[node]
+
+    def _update(self, room: int) -> None:
+        tree, heap, node = self._first, self._heaps[room], room + self._leaves
+        tree[node] = heap[0] if heap else _NONE
+        while node > 1:
+            node >>= 1
+            left, right = tree[2 * node], tree[2 * node + 1]
+            first = left if left < right else right
+            if tree[node] == first:
+                return
+            tree[node] = first

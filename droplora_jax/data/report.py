@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import basename
+
+from droplora_jax.data.histogram import bars, drawn, quantile
+
+_FILES = 8  # of which a line is shown
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,11 @@ class Report:
       pieces: rows that they were split into.
       dropped_long: records left out because they were longer than the limit.
       dropped_unlabelled: records left out because none of their tokens is a target.
+      dropped_empty: records left out because a text of theirs is empty.
+      empty: where the first of these stand, and what is empty.
       tokens: tokens of all kept rows.
       trained_tokens: of these, targets.
-      lengths: tokens of the shortest, the median and the longest kept row.
+      lengths: (tokens, records), by tokens: of the records before they were cut, split or dropped.
     """
 
     sources: tuple[Source, ...]
@@ -44,28 +51,42 @@ class Report:
     pieces: int
     dropped_long: int
     dropped_unlabelled: int
+    dropped_empty: int
+    empty: tuple[str, ...]
     tokens: int
     trained_tokens: int
-    lengths: tuple[int, int, int]
+    lengths: tuple[tuple[int, int], ...]
 
     @property
     def dropped(self) -> int:
-        return self.dropped_long + self.dropped_unlabelled
+        return self.dropped_long + self.dropped_unlabelled + self.dropped_empty
 
     def lines(self) -> list[str]:
         """A short text for the terminal."""
-        files = [
-            f"{source.records:,} rows from {source.path} ({source.format}, "
-            f"template {source.template})"
-            for source in self.sources
+        counts = dict(self.lengths)
+        lengths = min(counts), quantile(self.lengths, 0.5), max(counts)
+        return [
+            *self._files(),
+            "; ".join(self._changes()),
+            f"{self.trained_tokens / self.tokens:.0%} of {self.tokens:,} tokens are trained",
+            f"lengths in tokens: {' / '.join(f'{n:,}' for n in lengths)} (min / median / max)",
+            *drawn(bars(counts, self.max_length), self.max_length),
         ]
-        *others, last = files
-        facts = [last, *self._changes(), *self._sizes()]
-        return [*others, "; ".join(facts)]
+
+    def _files(self) -> list[str]:
+        shown, more = self.sources[:_FILES], self.sources[_FILES:]
+        lines = [
+            f"{many(s.records, 'row')} from {s.path} ({s.format}, template {s.template})"
+            for s in shown
+        ]
+        if more:
+            rows = many(sum(s.records for s in more), "row")
+            lines.append(f"{rows} from {many(len(more), 'more file')}")
+        return lines
 
     def _changes(self) -> list[str]:
         limit = f"{self.max_length:,} tokens"
-        parts = [f"{self.cut:,} cut to {limit}"]
+        parts = [f"{many(self.kept, 'row')} to train on", f"{self.cut:,} cut to {limit}"]
         if self.split:
             parts.append(f"{self.split:,} split into {self.pieces:,} of at most {limit}")
         why = []
@@ -73,11 +94,13 @@ class Report:
             why.append(f"{self.dropped_long:,} of more than {limit}")
         if self.dropped_unlabelled:
             why.append(f"{self.dropped_unlabelled:,} with no response within {limit}")
-        return [*parts, f"{self.dropped:,} dropped" + (f" ({', '.join(why)})" if why else "")]
+        if self.dropped_empty:
+            more = ", ..." if self.dropped_empty > len(self.empty) else ""
+            places = ", ".join(basename(place) for place in self.empty)
+            why.append(f"{self.dropped_empty:,} empty: {places}{more}")
+        return [*parts, f"{self.dropped:,} dropped" + (f" ({'; '.join(why)})" if why else "")]
 
-    def _sizes(self) -> list[str]:
-        lengths = " / ".join(f"{length:,}" for length in self.lengths)
-        return [
-            f"lengths {lengths} (min / median / max)",
-            f"{self.trained_tokens / self.tokens:.0%} of {self.tokens:,} tokens are trained",
-        ]
+
+def many(count: int, what: str) -> str:
+    """The count with its noun."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -80,11 +80,11 @@ def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
     names = FAMILIES[config.family].tensor_names(config)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     rotation = rope.rotation_tables(config.rope, config.head_dim, positions_BT)
-    graphdef, state = nnx.split(_without_mesh(model.layers))
+    graphdef, state = nnx.split(_without_mesh(model.stacks[0]))
 
     @jax.jit
     def run(layer: nnx.State, x_BTD: jax.Array, window: jax.Array | None) -> jax.Array:
-        return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)
+        return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)[0]
 
     embedding = names["embed.embedding"].pattern
     rows = [read(embedding, (slice(token, token + 1),)) for token in tokens_BT.flat]

@@ -8,7 +8,7 @@ position, `D` width, `N` query heads, `K` key/value heads, `H` head width, `F` f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from droplora_jax import ops, rope
 from droplora_jax.attention import attention
 from droplora_jax.embedding import embed
+from droplora_jax.models.cache import Cache
 from droplora_jax.sharding import axis_size, constrain, divides
 from droplora_jax.shared import apply_all
 
@@ -173,14 +174,15 @@ class Layer(nnx.Module):
         rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
         segment_ids_BT: Int[Array, "B T"] | None,
         window: Int[Array, ""] | None = None,
-    ) -> Float[Array, "B T D"]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         normed_BTD = self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.attend(normed_BTD, rotation, segment_ids_BT, window)
-        x_BTD = checkpoint_name(x_BTD, "dots")
+        y_BTD, cache = self.attend(normed_BTD, rotation, segment_ids_BT, window, cache)
+        x_BTD = checkpoint_name(x_BTD + y_BTD, "dots")
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
-        return constrain(x_BTD, ("batch", "position", None), self.mesh)
+        return constrain(x_BTD, ("batch", "position", None), self.mesh), cache
 
-    def attend(self, x_BTD, rotation, segment_ids_BT, window):
+    def attend(self, x_BTD, rotation, segment_ids_BT, window, cache):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in qkv)
@@ -188,8 +190,11 @@ class Layer(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
-        y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
-        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1))
+        if cache is None:
+            y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
+        else:
+            y_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
     def feed_forward(self, x_BTD):
         gate_BTF, up_BTF = checkpoint_name(apply_all((self.gate_proj, self.up_proj), x_BTD), "dots")
@@ -200,6 +205,7 @@ class Decoder(nnx.Module):
     """A causal language model: `model(tokens, *, positions=None, segment_ids=None) -> logits`.
 
     Attributes:
+      layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
       source: where the weights came from, for the exporters.
     """
@@ -224,7 +230,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(
             config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
         )
-        self.layers = stacked_layers(rngs)
+        self.layers: Layer | nnx.List = stacked_layers(rngs)
         self.final_norm = RMSNorm(config.width, config.norm_epsilon, dtype=dtype)
         if not config.tie_embeddings:
             self.lm_head = Head(config.width, config.vocab_size, dtype=dtype, rngs=rngs)
@@ -255,12 +261,53 @@ class Decoder(nnx.Module):
         if positions is None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
+        return self._run(tokens, positions, segment_ids, [None] * len(self.stacks), self.remat)[0]
+
+    def extend(
+        self,
+        caches: Sequence[Cache],
+        tokens_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], list[Cache]]:
+        """`hidden` of the tokens that come next in every row, and the caches with them.
+
+        T is 1, or the caches are empty.
+
+        Args:
+          caches: one a stack of layers, from `empty_caches`.
+          segment_ids_BT: 1, or 0 for padding, which comes before all tokens of a row.
+        """
+        before_B1 = jnp.sum(caches[0].segment_ids_BS, axis=1, keepdims=True)
+        positions_BT = before_B1 + jnp.cumsum(segment_ids_BT, axis=1) - 1
+        positions_BT = jnp.maximum(positions_BT, 0)
+        opened = [cache.opened(segment_ids_BT) for cache in caches]
+        x_BTD, kept = self._run(tokens_BT, positions_BT, segment_ids_BT, opened, "everything")
+        return x_BTD, [cache.closed(tokens_BT.shape[1]) for cache in kept]
+
+    def empty_caches(self, rows: int, slots: int) -> list[Cache]:
+        """Caches for rows of as many tokens, padding included."""
+        c = self.config
+        layers = c.layers // len(self.stacks)
+        shape = (layers, rows, c.kv_heads, slots, c.head_dim)
+        return [Cache.empty(*shape, dtype=self.dtype, mesh=self.mesh) for _ in self.stacks]
+
+    @property
+    def stacks(self) -> Sequence[Layer]:
+        return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
+
+    def _run(self, tokens, positions, segment_ids, caches, remat):
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
         x_BTD = embed(self.embed.embedding[...].astype(self.dtype), tokens, self.mesh)
         x_BTD = constrain(x_BTD, ("batch", "position", None), self.mesh)
-        windows_L = self.config.windows_L
-        x_BTD = run_layers(self.layers, x_BTD, rotation, segment_ids, windows_L, remat=self.remat)
-        return self.final_norm(x_BTD)
+        stacks, windows_L = self.stacks, self.config.windows_L
+        parts = [None] * len(stacks) if windows_L is None else jnp.split(windows_L, len(stacks))
+        kept = []
+        for stack, windows, cache in zip(stacks, parts, caches, strict=True):
+            x_BTD, cache = run_layers(
+                stack, x_BTD, rotation, segment_ids, windows, cache, remat=remat
+            )
+            kept.append(cache)
+        return self.final_norm(x_BTD), kept
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Project hidden states to the vocabulary."""
@@ -303,17 +350,21 @@ def run_layers(
     rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
     segment_ids_BT: Int[Array, "B T"] | None,
     windows_L: Int[Array, "L"] | None,
+    cache: Cache | None = None,
     *,
     remat: Remat = "everything",
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Run a stack of layers, one after the other, in a scan."""
     graphdef, state = nnx.split(layers)
 
-    def run(x_BTD, of_layer):
+    def run(carried, of_layer):
         layer_state, window = of_layer
         layer = nnx.merge(graphdef, layer_state)
-        return layer(x_BTD, rotation, segment_ids_BT, window), None
+        x_BTD, cache = carried
+        return layer(x_BTD, rotation, segment_ids_BT, window, cache), None
 
     if remat != "everything":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(run, x_BTD, (state, windows_L))[0]
+    alone = jax.tree.leaves(state)[0].shape[0] == 1
+    # A loop would be simplified away too late for a cache to be written where it is.
+    return jax.lax.scan(run, (x_BTD, cache), (state, windows_L), unroll=0 if alone else 1)[0]

@@ -1,18 +1,13 @@
 """The sides that `train_step.py` compares: ours in JAX, and PEFT's in PyTorch.
 
 Both train the same factors on the same frozen weights with the same tokens, and one step of each
-is what a user's loop does: forward, backward, clip to norm 1, AdamW. Each side lives in a process
-of its own, which sleeps until it is told to run, so that no two ever share the cores.
+is what a user's loop does: forward, backward, clip to norm 1, AdamW.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +18,6 @@ CLIP_NORM = 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 Step = Callable[[], tuple[float, float]]  # one step: the loss and the norm of the gradient
-
-
-@dataclass(frozen=True)
-class Result:
-    """One step: seconds on the clock, seconds of the cores, loss, norm of the gradient."""
-
-    wall: float
-    cpu: float
-    loss: float
-    norm: float
 
 
 @dataclass(frozen=True)
@@ -121,36 +106,3 @@ class Peft:
 
 def _shifted(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
-
-
-class Worker:
-    """A side in its own process."""
-
-    def __init__(self, side: Ours | Peft, work: Workload) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(side, work, theirs), daemon=True)
-        self._process.start()
-
-    def run(self, steps: int) -> list[Result]:
-        """Run the next steps."""
-        self._pipe.send(steps)
-        return self._pipe.recv()
-
-    def stop(self) -> None:
-        self._pipe.send(0)
-        self._process.join()
-
-
-def _serve(side: Ours | Peft, work: Workload, pipe: Connection) -> None:
-    # Before torch or JAX starts its threads: both make one for every core that they may use.
-    os.sched_setaffinity(0, work.cores)
-    step = side.prepare(work)
-    while steps := pipe.recv():
-        results = []
-        for _ in range(steps):
-            wall, cpu = time.perf_counter(), time.process_time()
-            loss, norm = step()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            results.append(Result(wall, cpu, loss, norm))
-        pipe.send(results)

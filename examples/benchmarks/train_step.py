@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from sides import TARGETS, Ours, Peft, Worker, Workload
+from sides import TARGETS, Ours, Peft, Workload
+from workers import Worker, cpu_model, versions
 
 TOLERANCE = 1e-4  # relative, between the first losses and gradient norms of the sides
 PAUSE = 0.5  # seconds between turns, in which the last side's threads stop spinning
@@ -32,7 +32,7 @@ PACKAGES = ("droplora-jax", "jax", "flax", "torch", "transformers", "peft")
 
 def main() -> None:
     args = parse_arguments()
-    print(f"{cpu_model()}, {len(args.cores)} threads; {versions_line()}")
+    print(f"{cpu_model()}, {len(args.cores)} threads; {versions(PACKAGES)}")
     with tempfile.TemporaryDirectory() as folder:
         work = make_workload(Path(folder), args)
         parameters = sum(f.stat().st_size for f in work.base.glob("*.safetensors")) / 4e6
@@ -40,7 +40,10 @@ def main() -> None:
             f"{parameters:.1f}M parameters, float32, batch {args.batch} x {args.length}, rank "
             f"{args.rank} on {', '.join(TARGETS)}; AdamW, every position trained"
         )
-        workers = {name: Worker(side, work) for name, side in chosen_sides(args).items()}
+        workers = {
+            name: Worker(side.prepare, work, work.cores)
+            for name, side in chosen_sides(args).items()
+        }
         check_agreement(workers)
         rounds = time_rounds(workers, args)
         for worker in workers.values():
@@ -121,8 +124,8 @@ def chosen_sides(args: argparse.Namespace) -> dict[str, Ours | Peft]:
 
 def check_agreement(workers: dict[str, Worker]) -> None:
     """One step of each side without masks: stop if they do not compute the same thing."""
-    theirs, ours = (workers[name].run(1)[0] for name in ("PEFT LoRA", "LoRA (drop_rate=0)"))
-    pairs = {"loss": (ours.loss, theirs.loss), "gradient norm": (ours.norm, theirs.norm)}
+    theirs, ours = (workers[name].run(1)[0].value for name in ("PEFT LoRA", "LoRA (drop_rate=0)"))
+    pairs = dict(zip(("loss", "gradient norm"), zip(ours, theirs, strict=True), strict=True))
     for name, (a, b) in pairs.items():
         print(f"first step without masks: {name} {a:.6f} (ours), {b:.6f} (PEFT)")
         if not abs(a - b) <= TOLERANCE * abs(b):
@@ -170,18 +173,6 @@ def report(rounds: dict[str, list], args: argparse.Namespace) -> None:
             "sides": figures,
         }
         args.json.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def versions_line() -> str:
-    names = [f"{name} {version(name)}" for name in PACKAGES]
-    return ", ".join([f"Python {platform.python_version()}", *names])
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""The formats of a record, one file each; `auto` takes the first whose keys are all there."""
+"""The formats of a record, one file each; `auto` takes the first that matches."""
 
 from droplora_jax.data.formats.alpaca import ALPACA
-from droplora_jax.data.formats.base import Example, Format, Turn
+from droplora_jax.data.formats.base import Empty, Example, Format, Turn
 from droplora_jax.data.formats.messages import MESSAGES
 from droplora_jax.data.formats.prompt_completion import PROMPT_COMPLETION
+from droplora_jax.data.formats.question_answer import QUESTION_ANSWER
+from droplora_jax.data.formats.sharegpt import SHAREGPT
 from droplora_jax.data.formats.text import TEXT
+from droplora_jax.data.formats.wrapped import WRAPPED
 
 # The more telling keys first: many instruction data sets also carry a `text`.
 FORMATS: dict[str, Format] = {
     "messages": MESSAGES,
+    "sharegpt": SHAREGPT,
+    "wrapped": WRAPPED,
     "alpaca": ALPACA,
     "prompt_completion": PROMPT_COMPLETION,
+    "question_answer": QUESTION_ANSWER,
     "text": TEXT,
 }
 
-__all__ = ["FORMATS", "Example", "Format", "Turn"]
+__all__ = ["FORMATS", "Empty", "Example", "Format", "Turn"]

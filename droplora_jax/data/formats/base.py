@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from droplora_jax.errors import InputError
 
-USER, ASSISTANT = "user", "assistant"
+USER, ASSISTANT, TOOL = "user", "assistant", "tool"
+
+
+class Empty(InputError):
+    """A text that has to hold something is empty; `key` says which."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is empty: fill it in or remove the row")
+        self.key = key
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. What the assistant says is learnt."""
+    """What one role says. What the assistant says is learnt.
+
+    Attributes:
+      role: one of `conversation.ROLES`.
+      content: the words; None where there are none, but calls.
+      calls: the assistant's calls of tools, as {"type": "function", "function": {"name",
+        "arguments": an object}}.
+      keys: what else a chat template may read of a message (`name`, `tool_call_id`, ...).
+      learnt: of an assistant's turn, whether it is trained on.
+    """
 
     role: str
-    content: str
+    content: str | None
+    calls: tuple[Mapping[str, Any], ...] = ()
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    learnt: bool = True
 
 
 @dataclass(frozen=True)
@@ -27,11 +47,15 @@ class Example:
       turns: the conversation; empty for plain text.
       input: what a single instruction applies to, where that is kept apart from it.
       text: plain text; empty for a conversation.
+      tools: that the assistant may call, as {"type": "function", "function": {"name", ...}}.
+      first: the number of the first turn among the record's messages, for errors.
     """
 
     turns: tuple[Turn, ...] = ()
     input: str = ""
     text: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    first: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,15 +67,22 @@ class Format:
       template: the name of the template it usually goes with.
       convert: record to `Example`; raises InputError that says what is wrong with which key.
       optional: further keys that are read. Any others are ignored.
+      telling: what else a record of this format must show; by default its keys are enough.
     """
 
     required: tuple[str, ...]
     template: str
     convert: Callable[[Mapping[str, Any]], Example]
     optional: tuple[str, ...] = ()
+    telling: Callable[[Mapping[str, Any]], bool] = lambda record: True
 
     def matches(self, record: Mapping[str, Any]) -> bool:
-        return all(key in record for key in self.required)
+        return all(key in record for key in self.required) and self.telling(record)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All keys that are read."""
+        return self.required + self.optional
 
     @property
     def keys(self) -> str:
@@ -69,18 +100,25 @@ def text_of(record: Mapping[str, Any], key: str, *, may_be_empty: bool = False) 
     """The text under a key.
 
     Raises:
-      InputError: it is missing, is not text, or is empty.
+      Empty: there is none in it.
+      InputError: it is missing or is not text.
     """
     if key not in record:
         raise InputError(f"{key} is missing")
     value = record[key]
+    if value is None and not may_be_empty:
+        raise Empty(key)
     if not isinstance(value, str):
         raise InputError(f"{key} must be text, is {value!r:.60}")
     if not may_be_empty and not value.strip():
-        raise InputError(f"{key} is empty: fill it in or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise InputError(f"{key} holds half of a surrogate pair ({half!a})") from error
+        raise Empty(key)
+    check_unicode(key, value)
     return value
+
+
+def check_unicode(key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f"{key} holds half of a surrogate pair ({half!a})") from error

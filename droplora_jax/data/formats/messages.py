@@ -1,32 +1,55 @@
-"""A conversation: `messages`, a list of objects with `role` and `content`."""
+"""A conversation in OpenAI's form: `messages` of `role` and `content`, with tools and calls."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, text_of
+from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
+from droplora_jax.data.formats.conversation import ROLES, calls_of, conversation
 from droplora_jax.errors import InputError
+
+_READ = ("role", "content", "tool_calls", "weight")
 
 
 def convert(record: Mapping[str, Any]) -> Example:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages must be a list of objects with role and content")
-    turns = tuple(_turn(message, number) for number, message in enumerate(messages, 1))
-    if not any(turn.role == ASSISTANT for turn in turns):
-        raise InputError(f"messages has no message whose role is {ASSISTANT}: nothing to learn")
-    return Example(turns)
+    return conversation(record, "messages", _turn)
 
 
-def _turn(message: Any, number: int) -> Turn:
-    if not isinstance(message, dict):
-        raise InputError(f"message {number} must be an object with role and content")
-    try:
-        role = text_of(message, "role")
-        return Turn(role, text_of(message, "content", may_be_empty=role != ASSISTANT))
-    except InputError as error:
-        raise InputError(f"message {number}: {error}") from error
+def _turn(message: Mapping[str, Any]) -> Turn:
+    role = text_of(message, "role")
+    if role not in ROLES:
+        raise InputError(f"role={role!r}: must be one of {', '.join(ROLES)}")
+    if message.get("function_call") is not None:
+        raise InputError("function_call is no longer OpenAI's form: write it as tool_calls")
+    calls = calls_of("tool_calls", message.get("tool_calls"))
+    if calls and role != ASSISTANT:
+        raise InputError(f"tool_calls of the {role}: only the {ASSISTANT} calls tools")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise InputError(f"weight={weight!r}: must be 0 or 1")
+    others = {k: v for k, v in message.items() if k not in _READ and v is not None}
+    check_unicode("one of its keys", json.dumps(others, ensure_ascii=False))
+    return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=weight != 0)
 
 
-MESSAGES = Format(("messages",), "chat", convert)
+def _content(message: Mapping[str, Any], role: str, calls: bool) -> str | None:
+    """The text, joined where it comes in parts."""
+    content = message.get("content")
+    if content is None and calls:
+        return None
+    if isinstance(content, list):
+        content = "".join(_part(part, number) for number, part in enumerate(content, 1))
+        message = {"content": content}
+    return text_of(message, "content", may_be_empty=role != ASSISTANT or calls)
+
+
+def _part(part: Any, number: int) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise InputError(f"content: part {number} must be text, is {kind!r:.60}")
+
+
+MESSAGES = Format(("messages",), "chat", convert, optional=("tools",))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from droplora_jax.data.formats.base import Example
+from droplora_jax.data.formats.wrapped import TASK, is_wrapped
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer, one_exchange
 from droplora_jax.errors import InputError
 
 STEPS = " Let's think step by step."
-TASK = "Below is an instruction that describes a task"
 WITHOUT_INPUT = (
     TASK + ". Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n"
@@ -30,6 +30,11 @@ def prompt(instruction: str, input: str = "") -> str:
     return template.format(instruction=instruction, input=input)
 
 
+def steps_prompt(instruction: str, input: str = "") -> str:
+    """The same for mathematics, which begins the response with a request to think step by step."""
+    return prompt(instruction, input).rstrip("\n") + STEPS
+
+
 def render(example: Example, tokenizer: Tokenizer) -> Document:
     """The wrapped instruction, untrained, and the response.
 
@@ -41,12 +46,12 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
 
 def render_steps(example: Example, tokenizer: Tokenizer) -> Document:
     """The same for mathematics: the response is begun with a request to think step by step."""
-    return _wrapped(example, lambda *given: prompt(*given).rstrip("\n") + STEPS)
+    return _wrapped(example, steps_prompt)
 
 
 def _wrapped(example: Example, prompt: Callable[[str, str], str]) -> Document:
     instruction, response = one_exchange(example, "alpaca")
-    if instruction.lstrip().startswith(TASK):
+    if is_wrapped(instruction):
         raise InputError(
             f"the instruction starts with {TASK!r} already and would be wrapped twice; "
             "set data.template=none"

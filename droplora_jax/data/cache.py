@@ -1,0 +1,113 @@
+"""Rows that were made once are kept, under everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from droplora_jax.data import flat
+from droplora_jax.data.config import DataConfig
+from droplora_jax.data.files import File
+from droplora_jax.data.rows import Flat
+from droplora_jax.data.templates.base import Tokenizer
+from droplora_jax.errors import InputError
+from droplora_jax.files import atomic_folder, cache_folder, locked
+
+# What of the configuration does not change the rows of a file. Whatever is not named here does.
+OTHERS = ("train", "valid", "valid_fraction", "packing", "cache")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder with the rows of files, each in a folder of its own.
+
+    Attributes:
+      folder: where; what is in it may be deleted at any time that no run uses it.
+      tokenizer: the SHA-256 of all that a tokenizer is.
+    """
+
+    folder: Path
+    tokenizer: str
+
+    @staticmethod
+    def of(config: DataConfig, tokenizer: Tokenizer) -> Cache:
+        folder = Path(config.cache).expanduser() if config.cache else cache_folder("rows")
+        return Cache(folder, _tokenizer_digest(tokenizer))
+
+    def rows(
+        self,
+        file: File,
+        sha256: str,
+        config: DataConfig,
+        write: Callable[[flat.FlatWriter], None],
+    ) -> tuple[Flat, flat.Info]:
+        """The rows of a file: those that are kept, or what `write` makes of it now.
+
+        Raises:
+          InputError: the folder can't be written, the disk is full, the file changed meanwhile.
+        """
+        folder = self.folder / self._key(file, sha256, config)
+        if (kept := flat.read(folder)) is not None:
+            return kept
+        try:
+            with locked(folder):
+                if (kept := flat.read(folder)) is None:  # no other process was faster
+                    self._clear(folder)
+                    self._make(folder, file, sha256, write)
+        except OSError as error:
+            raise self._failed(error) from error
+        made = kept or flat.read(folder)
+        if made is None:
+            raise InputError(f"{folder}: what was just written there is not whole")
+        return made
+
+    def _make(
+        self, folder: Path, file: File, sha256: str, write: Callable[[flat.FlatWriter], None]
+    ) -> None:
+        with atomic_folder(folder) as temporary:
+            try:
+                with ExitStack() as stack:
+                    write(flat.FlatWriter(temporary, stack))
+            except OSError as error:  # of writing alone: what is read says so itself
+                raise self._failed(error) from error
+            if file.sha256() != sha256:
+                raise InputError(f"{file.name}: was changed while it was read; run it again")
+
+    def _key(self, file: File, sha256: str, config: DataConfig) -> str:
+        settings = {k: v for k, v in asdict(config).items() if k not in OTHERS}
+        facts = [file.suffix, sha256, self.tokenizer, settings, _code(), version("transformers")]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+    def _clear(self, folder: Path) -> None:
+        """Take away what a process left that was killed here, or whatever is not whole."""
+        for left in [folder, *self.folder.glob(f".{folder.name}.*")]:
+            if left.is_dir():
+                shutil.rmtree(left)
+
+    def _failed(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.folder}: tokenised rows could not be written ({error.strerror or error}); they "
+            "take 5 bytes a token. Make room, or set data.cache to a folder elsewhere"
+        )
+
+
+def _code() -> str:
+    """What this folder's code is: rows that other code made are not taken for its own."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

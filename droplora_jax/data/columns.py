@@ -1,0 +1,59 @@
+"""Columns of other names, and which format a record has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.data.formats import FORMATS
+from droplora_jax.errors import InputError
+
+Columns = Mapping[str, str]  # a format's key, and the column that holds it
+
+
+def renamed(record: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+    """The record with a format's keys; a column that it does not have is a key it does not have."""
+    if not columns:
+        return record
+    others = {key: value for key, value in record.items() if key not in columns}
+    return others | {key: record[name] for key, name in columns.items() if name in record}
+
+
+def recognised(record: Mapping[str, Any], columns: Columns) -> str:
+    """The name of the first format whose keys a record has, and which reads the mapped ones.
+
+    Raises:
+      InputError: there is none.
+    """
+    found = renamed(record, columns)
+    for name, format in FORMATS.items():
+        if format.matches(found) and all(key in format.read for key in columns):
+            return name
+    known = "; ".join(f"{name} ({format.keys})" for name, format in FORMATS.items())
+    hint = described(columns) or (
+        "; for other names say which column holds what, as in data.columns={prompt: q, "
+        "completion: a}"
+    )
+    raise InputError(
+        f"no format has the keys {', '.join(found) or '(none)'}; the formats are {known}{hint}"
+    )
+
+
+def check_columns(columns: Columns, format: str | None) -> None:
+    """Raise InputError if no format, or not the one that is named, reads a key."""
+    formats = [FORMATS[format]] if format else list(FORMATS.values())
+    for key, name in columns.items():
+        if not any(key in each.read for each in formats):
+            known = dict.fromkeys(key for each in formats for key in each.read)
+            raise InputError(
+                f"data.columns.{key}={name!r}: {'the format ' + format if format else 'no format'} "
+                f"{'does not read' if format else 'reads'} this key; there are {', '.join(known)}"
+            )
+    if not any(all(key in each.read for key in columns) for each in formats):
+        raise InputError(f"data.columns: no format reads all of {', '.join(columns)}")
+
+
+def described(columns: Columns) -> str:
+    """What an error of a renamed record adds."""
+    reads = ", ".join(f"{key} from {name}" for key, name in columns.items())
+    return f"; data.columns reads {reads}" if reads else ""

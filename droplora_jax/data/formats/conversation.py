@@ -1,0 +1,154 @@
+"""What conversations have in common: roles, their order, tools and calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from droplora_jax.data.formats.base import (
+    ASSISTANT,
+    TOOL,
+    USER,
+    Empty,
+    Example,
+    Turn,
+    check_unicode,
+)
+from droplora_jax.errors import InputError
+
+ROLES = ("system", "developer", USER, ASSISTANT, TOOL)
+
+
+def conversation(
+    record: Mapping[str, Any],
+    key: str,
+    turn: Callable[[Mapping[str, Any]], Turn],
+    before: Sequence[Turn] = (),
+) -> Example:
+    """The example of a record that holds a list of messages.
+
+    Args:
+      record: with the messages under `key`, and perhaps `tools`.
+      key: of the messages.
+      turn: what a message is; what it raises is told with the message's number.
+      before: turns that stand before the messages.
+
+    Raises:
+      InputError: names the number of the message.
+    """
+    messages = record.get(key)
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{key} must be a list of objects")
+    turns = tuple(_numbered(turn, message, n) for n, message in enumerate(messages, 1))
+    check_order(turns)
+    if not any(turn.role == ASSISTANT and turn.learnt for turn in turns):
+        raise InputError(f"{key} has no message of the {ASSISTANT} that is learnt")
+    tools = tools_of(record.get("tools"))
+    return Example((*before, *turns), tools=tools, first=1 - len(before))
+
+
+def _numbered(turn: Callable[[Mapping[str, Any]], Turn], message: Any, number: int) -> Turn:
+    where = f"message {number}"
+    if not isinstance(message, dict):
+        raise InputError(f"{where} must be an object, is {message!r:.60}")
+    try:
+        return turn(message)
+    except Empty as error:
+        raise Empty(f"{where}: {error.key}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def check_order(turns: Sequence[Turn]) -> None:
+    """Raise InputError where no order of messages could be meant.
+
+    What else is out of order (two turns of the user, a system turn in the middle) depends on the
+    chat template, which says so itself.
+    """
+    if turns[0].role == ASSISTANT:
+        raise InputError(
+            f"message 1: the first message is the {ASSISTANT}'s, with nothing to answer; take it "
+            f"out, or put one of the {USER} before it"
+        )
+    pending: list[Mapping[str, Any]] = []
+    for number, turn in enumerate(turns, 1):
+        if turn.role != TOOL:
+            pending = list(turn.calls)
+            continue
+        if not pending:
+            raise InputError(f"message {number}: the result of a tool without a call before it")
+        pending.pop(_answered(turn, pending, number))
+
+
+def _answered(turn: Turn, pending: Sequence[Mapping[str, Any]], number: int) -> int:
+    """Which call a result answers: by its id, or the first."""
+    ids = [call.get("id") for call in pending]
+    id = turn.keys.get("tool_call_id")
+    if id is None or None in ids:
+        return 0
+    if id not in ids:
+        raise InputError(
+            f"message {number}: tool_call_id={id!r}: the calls before it that are not answered "
+            f"have the ids {', '.join(map(repr, ids))}"
+        )
+    return ids.index(id)
+
+
+def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Tools as chat templates take them, of a list or the JSON of one.
+
+    A bare {"name", ...} is wrapped as {"type": "function", "function": ...}.
+    """
+    return tuple(
+        _function("tools", tool, number) for number, tool in enumerate(_listed("tools", value), 1)
+    )
+
+
+def calls_of(key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Calls as chat templates take them, of an object, a list of them or the JSON of either.
+
+    Their arguments are objects here; they may come as JSON.
+    """
+    listed = enumerate(_listed(key, value), 1)
+    return tuple(_call(key, _function(key, call, number)) for number, call in listed)
+
+
+def _listed(key: str, value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        value = _parsed(key, value)
+    check_unicode(key, json.dumps(value, ensure_ascii=False))
+    return value if isinstance(value, list) else [value]
+
+
+def _function(key: str, value: Any, number: int) -> Mapping[str, Any]:
+    if isinstance(value, dict) and "function" not in value and "name" in value:
+        value = {"type": "function", "function": value}
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(
+            f"{key}: number {number} must be an object with a function that has a name, is "
+            f"{value!r:.60}"
+        )
+    return value
+
+
+def _call(key: str, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(f"{key}: the arguments of {function['name']}", arguments or "{}")
+    if not isinstance(arguments, dict):
+        raise InputError(
+            f"{key}: the arguments of {function['name']} must be an object, are {arguments!r:.60}"
+        )
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _parsed(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{key} must be JSON ({error}), is {text!r:.60}") from error

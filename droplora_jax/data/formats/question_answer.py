@@ -1,0 +1,15 @@
+"""A question and its worked answer, as in GSM8K."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.data.formats.base import Example, Format, exchange, text_of
+
+
+def convert(record: Mapping[str, Any]) -> Example:
+    return exchange(text_of(record, "question"), text_of(record, "answer"))
+
+
+QUESTION_ANSWER = Format(("question", "answer"), "alpaca", convert)

@@ -1,0 +1,33 @@
+"""The rows of DropLoRA's authors: `instruction` is the whole prompt, wrapped already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.data.formats.base import Example, Format, exchange, text_of
+from droplora_jax.errors import InputError
+
+TASK = "Below is an instruction that describes a task"
+
+
+def is_wrapped(instruction: Any) -> bool:
+    return isinstance(instruction, str) and instruction.lstrip().startswith(TASK)
+
+
+def convert(record: Mapping[str, Any]) -> Example:
+    prompt = text_of(record, "instruction")
+    if not is_wrapped(prompt):
+        raise InputError(f"instruction must start with {TASK!r}, as the rows before do")
+    if record.get("input"):
+        raise InputError("input must be empty, since the instruction is the whole prompt")
+    return exchange(prompt, text_of(record, "output"))
+
+
+WRAPPED = Format(
+    ("instruction", "output"),
+    "none",
+    convert,
+    optional=("input",),
+    telling=lambda record: is_wrapped(record["instruction"]),
+)

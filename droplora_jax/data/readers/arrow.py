@@ -1,0 +1,47 @@
+"""Arrow files and streams, such as the `datasets` library saves, a batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from io import BufferedIOBase
+from typing import Any
+
+from droplora_jax.data.readers.base import BATCH, Reader, Record
+from droplora_jax.errors import InputError
+
+_MAGIC = b"ARROW1"  # begins a file; a stream begins with the length of its schema
+
+
+def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
+    import pyarrow
+
+    try:
+        magic = stream.read(len(_MAGIC))
+        stream.seek(0)
+        yield from numbered(_batches(stream, magic == _MAGIC), name)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: not a whole Arrow file or stream ({reason})") from error
+
+
+def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    if whole_file:
+        file = ipc.open_file(stream)
+        yield from (file.get_batch(i) for i in range(file.num_record_batches))
+    else:
+        yield from ipc.open_stream(stream)
+
+
+def numbered(batches: Iterable[Any], name: str) -> Iterator[Record]:
+    """The rows of Arrow batches as objects, with their numbers from 1."""
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            for row in batch.slice(start, BATCH).to_pylist():
+                number += 1
+                yield f"{name}, row {number}", row
+
+
+ARROW = Reader(_records, seeks=True)

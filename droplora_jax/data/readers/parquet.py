@@ -1,0 +1,26 @@
+"""Parquet, a batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BufferedIOBase
+
+from droplora_jax.data.readers.arrow import numbered
+from droplora_jax.data.readers.base import BATCH, Reader, Record
+from droplora_jax.errors import InputError
+
+
+def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        # Without a buffer of its own for everything that it will read.
+        file = ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+        yield from numbered(file.iter_batches(batch_size=BATCH), name)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: not a whole Parquet file ({reason})") from error
+
+
+PARQUET = Reader(_records, seeks=True)

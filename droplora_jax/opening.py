@@ -1,0 +1,157 @@
+"""A trained model from where it lies: a base, a merged folder, a run, an adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from droplora_jax import export, hub, optim, run
+from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.errors import InputError
+from droplora_jax.export.peft import OWN_FILE
+from droplora_jax.export.peft_config import PEFT_FILE
+from droplora_jax.files import read_json
+from droplora_jax.launch import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    load_tokenizer,
+    what_to_record,
+    with_fresh_adapters,
+)
+from droplora_jax.models import Decoder, ModelConfig
+from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.step import init_state
+from droplora_jax.surgery import split
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to use.
+
+    Attributes:
+      template: that its training data was written with, where that is recorded with its adapter.
+    """
+
+    model: Decoder
+    tokenizer: Any
+    template: str | None = None
+
+
+def open_model(
+    path: str,
+    adapter: str | None = None,
+    *,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    step: str = "last",
+    ignore_config_keys: Sequence[str] = (),
+) -> Opened:
+    """Open a model with its tokenizer.
+
+    Args:
+      path: a Hugging Face folder (a base, or a merged one), its URL, a hub id; the folder of a run;
+        or of an adapter in PEFT's format, which says itself what base it is for.
+      adapter: the folder of an adapter in PEFT's format, for a base.
+      dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
+      mesh: where it goes; default: all local devices, as many as can along `tensor`.
+      revision: branch, tag or commit of a hub id.
+      step: of a run: `last`, `best`, or the number of a checkpoint.
+      ignore_config_keys: unknown keys of `config.json` known to change nothing.
+
+    Raises:
+      InputError: a folder that is none of these, or a part of it that is missing or broken.
+    """
+    folder = Path(path).expanduser()
+    trained = next((f for f in (CONFIG_FILE, PEFT_FILE) if (folder / f).exists()), None)
+    if trained is not None and adapter is not None:
+        raise InputError(
+            f"{path}: has an adapter of its own, so it takes no other ({adapter}); name its base"
+        )
+    if step != "last" and trained != CONFIG_FILE:
+        raise InputError(f"--step {step}: only a run has several, and {path} is none")
+    if trained == CONFIG_FILE:
+        config = run.read(folder / CONFIG_FILE)
+        model, tokenizer = _loaded(config.model, dtype, mesh)
+        if step == "last" and _only_adapter(folder):
+            return _with_adapter(model, tokenizer, folder / ADAPTER)
+        model, record = restored(model, config, folder, step)
+        return Opened(model, tokenizer, record["template"])
+    if trained == PEFT_FILE:
+        return _with_adapter(*_loaded(base_of(folder), dtype, mesh), folder)
+    base = run.LoadConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
+    model, tokenizer = _loaded(base, dtype, mesh)
+    if adapter is None:
+        return Opened(model, tokenizer)
+    return _with_adapter(model, tokenizer, Path(adapter).expanduser())
+
+
+def _only_adapter(run: Path) -> bool:
+    """Whether the checkpoints of a run that is done were taken away."""
+    return not (run / CHECKPOINTS).is_dir() and (run / ADAPTER).is_dir()
+
+
+def restored(
+    model: Decoder, config: run.RunConfig, folder: Path, which: str
+) -> tuple[Decoder, dict[str, Any]]:
+    """The base of a run with the adapters of a checkpoint, and what to record of it."""
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
+    model = with_fresh_adapters(config, model)
+    graphdef, adapters, mask_keys, frozen = split(model)
+    tx = optim.optimizer(config.optim, lambda count: 0.0)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    step = checkpoints.choose(which)
+    state = checkpoints.restore(step, init_state(adapters, tx))
+    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+    return model, what_to_record(checkpoints.record(step))
+
+
+def base_of(adapter: Path, instead: str | None = None) -> run.LoadConfig:
+    """The base that an adapter in PEFT's format is for, or the one to take instead."""
+    named = read_json(adapter / PEFT_FILE)
+    path = instead or named.get("base_model_name_or_path")
+    if not path:
+        raise InputError(f"{adapter}: does not say which base: give --base, or --adapter to a base")
+    return run.LoadConfig(path, revision=None if instead else named.get("revision"))
+
+
+def _loaded(base: run.LoadConfig, dtype: Any, mesh: Mesh | None) -> tuple[Decoder, Any]:
+    folder = hub.resolve(base.path, base.revision)
+    tokenizer = load_tokenizer(folder)
+    _, shape = hub.read_config(folder, base.ignore_config_keys)
+    mesh = mesh or decoding_mesh(shape)
+    platform = mesh.devices.flat[0].platform
+    model = hub.load(
+        base.path,
+        mesh=mesh,
+        dtype=run.LoadConfig(base.path, dtype=dtype).jax_dtype(platform),
+        remat="everything",
+        revision=base.revision,
+        ignore_config_keys=base.ignore_config_keys,
+    )
+    return model, tokenizer
+
+
+def _with_adapter(model: Decoder, tokenizer: Any, folder: Path) -> Opened:
+    own = folder / OWN_FILE
+    template = read_json(own).get("template") if own.exists() else None
+    return Opened(export.load_adapter(model, folder), tokenizer, template)
+
+
+def decoding_mesh(shape: ModelConfig) -> Mesh:
+    """All local devices, as many as the heads allow along `tensor`.
+
+    A decoding step is short: weights that stay where they are beat weights that are gathered.
+    """
+    devices = jax.local_devices()
+    tensor = math.gcd(len(devices), shape.kv_heads)
+    return make_mesh(MeshConfig(tensor=tensor), devices)

@@ -1,0 +1,114 @@
+"""Follows the steps of a run: stops it where the loss is no number, logs it, and times it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from droplora_jax import display
+from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.metrics import MetricsLog
+
+
+class NonFinite(Exception):
+    """The loss or the gradient stopped being a number."""
+
+    def __init__(self, step: int, metrics: Mapping[str, float], good: int | None) -> None:
+        kept = f"the last good checkpoint, step {good}, is kept" if good else "no checkpoint yet"
+        super().__init__(
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: stopped; "
+            f"{kept}. A lower optim.learning_rate or a longer warm-up usually helps"
+        )
+        self.step = step
+
+
+class Watch:
+    """Follows the steps: the guard, the log, the speed.
+
+    A step's numbers are read when the next step has been sent off, so that the device never waits
+    for the guard; before anything is saved they are read at once.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        total: int,
+        schedule: optax.Schedule,
+        log: MetricsLog,
+        checkpoints: Checkpoints,
+        show: display.Show,
+    ) -> None:
+        """
+        Args:
+          every: steps between rows of the log; the last of `total` has one too.
+          schedule: the learning rates.
+        """
+        self.every, self.total, self.schedule = every, total, schedule
+        self.log, self.checkpoints, self.show = log, checkpoints, show
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._tokens = 0
+        self._since: float | None = None  # None while the first step compiles
+
+    def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self.settle()
+        self._pending = (step, metrics)
+        if self._since is None or self._due(step):
+            self.settle()
+
+    def settle(self) -> None:
+        """Read the last step's numbers, stop if they are no numbers, log them if it is time."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+            self.checkpoints.wait()
+            numbers = {name: float(value) for name, value in metrics.items()}
+            raise NonFinite(step, numbers, self.checkpoints.latest)
+        self._tokens += int(metrics["tokens"])
+        row = self._row(step, metrics) if self._due(step) else None
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), 0
+        if row:
+            self.write(row)
+        else:
+            self.show(step, None)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not the training's, and does not count in its speed."""
+        start = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - start
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
+        self.show(row["step"], row)
+        if "loss" not in row:  # an evaluation
+            self.log.plot()
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.total
+
+    def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        row = {
+            "step": step,
+            "loss": float(metrics["loss"]),
+            "learning_rate": float(self.schedule(step - 1)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens": int(metrics["tokens"]),
+        }
+        if self._since is not None and self._tokens:
+            now = time.perf_counter()
+            row["tokens_per_second"] = self._tokens / (now - self._since)
+            per_step = row["tokens_per_second"] / max(row["tokens"], 1)
+            row["seconds_left"] = (self.total - step) / per_step
+            self._since, self._tokens = now, 0
+        return row
