@@ -35,8 +35,6 @@ class Partial:
             if self.rows:
                 self._check(before)
             self._write_all()  # without a row that a crash cut short
-        elif not output.parent.is_dir():
-            raise InputError(f"{output}: {output.parent} is no folder; make it first")
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
@@ -52,6 +50,7 @@ class Partial:
 
     def _write_all(self) -> None:
         lines = [{SETTINGS: self.settings}, *self.rows]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _read_settings(self) -> dict[str, Any]:

@@ -59,6 +59,6 @@ def test_without_a_row_there_is_no_file_and_no_setting_is_kept(tmp_path):
     assert Partial(output, other).rows == [{"id": 1}]
 
 
-def test_a_folder_that_is_missing_is_named(tmp_path):
-    with pytest.raises(InputError, match="is no folder; make it first"):
-        Partial(tmp_path / "no" / "out.json", SETTINGS)
+def test_a_folder_that_is_missing_is_made(tmp_path):
+    Partial(tmp_path / "no" / "out.json", SETTINGS).write({"id": 1})
+    assert Partial(tmp_path / "no" / "out.json", SETTINGS).rows == [{"id": 1}]
