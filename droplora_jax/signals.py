@@ -18,30 +18,56 @@ def collected(seconds: float, last_words: Callable[[], str]) -> Iterator[list[in
     After a SIGTERM the block has so many seconds; then the process says its last words and ends.
     """
     received: list[int] = []
-    timer = threading.Timer(seconds, _end, [last_words])
-    timer.daemon = True
 
     def receive(number: int, frame: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM and number not in received:
-            timer.start()
         received.append(number)
 
-    handlers = {
-        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    with _deadline(seconds, last_words):
+        handlers = {
+            number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield received
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _deadline(seconds: float, last_words: Callable[[], str]) -> Iterator[None]:
+    """Ends the process so long after a SIGTERM, whatever its main thread is at.
+
+    A handler of Python's would wait for the main thread, which may hang in a step.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(read, 1):
+            if number[0] == signal.SIGTERM and not over.wait(seconds):
+                _end(last_words)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    before = signal.set_wakeup_fd(write)
+    watcher.start()
     try:
-        yield received
+        yield
     finally:
-        timer.cancel()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        watcher.join()
+        os.close(read)
 
 
 def _end(last_words: Callable[[], str]) -> None:
-    print(f"droplora: {last_words()}", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGTERM)
+    try:
+        print(f"droplora: {last_words()}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(128 + signal.SIGTERM)
 
 
 class Terminated(BaseException):
