@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from droplora_jax.metrics import ACCURACY
+
 _SHOWN = 500  # characters at either end of a long text
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a terminal would obey
 Show = Callable[[int, Mapping[str, Any] | None], None]
@@ -57,9 +59,9 @@ def _line(row: Mapping[str, Any]) -> str:
     if "eval_loss" in row:
         parts.append(f"evaluation loss {row['eval_loss']:.4f}")
     parts += [
-        f"{name.removeprefix('accuracy/')} {value:.1%}"
+        f"{name.removeprefix(ACCURACY)} {value:.1%}"
         for name, value in row.items()
-        if name.startswith("accuracy/")
+        if name.startswith(ACCURACY)
     ]
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")

@@ -7,7 +7,6 @@ carries on from there.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,29 +18,18 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
-from droplora_jax import display, hub
+from droplora_jax import display
 from droplora_jax.data import Document, Piece
 from droplora_jax.data.encode import encode_prompts
+from droplora_jax.data.files import local
 from droplora_jax.errors import InputError
 from droplora_jax.evaluate import TASKS, Example, Result, Row, Task, ask, collected
 from droplora_jax.evaluate.mt_bench import MT_BENCH, answers
 from droplora_jax.evaluate.scoring import Complete, check_code, sampling_of
 from droplora_jax.files import check_absent, write_file
+from droplora_jax.generate import Generator
+from droplora_jax.opening import fingerprint, open_model
 from droplora_jax.partial import Partial
-
-# Of a model's folder, an adapter's or a run's: what its completions depend on.
-MARKS = (
-    "*.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "*.jinja",
-    "*.model",
-    "adapter_config.json",
-    "config.yaml",
-    "adapter/*",
-    "checkpoints/*",
-)
 
 
 @dataclass(frozen=True)
@@ -158,8 +146,7 @@ def _asked(given: str, config: EvaluateConfig) -> Asked:
     task = TASKS[name]
     check_code(task, config.run_code)
     examples = task.read(file)
-    sha256 = hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
-    return Asked(task, file, sha256, examples[: config.limit])
+    return Asked(task, file, local(file).sha256(), examples[: config.limit])
 
 
 def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -167,8 +154,7 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
     return {
         "model": config.model,
         "adapter": config.adapter,
-        "model_files": _digest(hub.resolve(config.model)),
-        "adapter_files": _digest(Path(config.adapter).expanduser()) if config.adapter else None,
+        "files": fingerprint(config.model, config.adapter),
         "step": config.step,
         "dtype": config.dtype,
         "limit": config.limit,
@@ -177,28 +163,16 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def _digest(folder: Path) -> str:
-    """A digest that changes with a folder's files: their names, sizes and times."""
-    found = sorted({path for pattern in MARKS for path in folder.glob(pattern)})
-    marks = [
-        (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in found
-    ]
-    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
-
-
 def _opened(config: EvaluateConfig, asked: Sequence[Asked]) -> Complete:
     """The model, after a look at whether every first prompt and its completion fit into it."""
-    from droplora_jax.generate import Generator
-    from droplora_jax.opening import open_model
-
     opened = open_model(config.model, config.adapter, dtype=config.dtype, step=config.step)
     generator = Generator(opened.model, opened.tokenizer, batch_size=config.batch_size)
     for each in asked:
         sampling = sampling_of(each.task, config.max_new_tokens)
-        for example in each.examples:
-            document = Document((Piece(each.task.prompt(example, ()), False),))
-            (ids,) = encode_prompts([document], opened.tokenizer)
+        prompts = [each.task.prompt(example, ()) for example in each.examples]
+        documents = [Document((Piece(prompt, False),)) for prompt in prompts]
+        encoded = encode_prompts(documents, opened.tokenizer)
+        for example, ids in zip(each.examples, encoded, strict=True):
             generator.check(f"{each.file}, {each.task.name} {example['id']}", ids, sampling)
     return generator
 

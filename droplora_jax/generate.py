@@ -207,7 +207,7 @@ class Generator:
                 self._graphdef,
                 self._state,
                 decoding,
-                *self._placed(stopped_B),
+                put(stopped_B, ["batch"], self.mesh),
                 np.asarray(ends, np.int32),
                 np.int32(limit),
                 filters=sampling.filters,
@@ -232,18 +232,12 @@ class Generator:
         return prefill(
             self._graphdef,
             self._state,
-            *self._placed(tokens_BP, segment_ids_BP, rows_B, stopped_B),
+            *put((tokens_BP, segment_ids_BP, rows_B, stopped_B), ["batch"], self.mesh),
             np.asarray(ends, np.int32),
             prng.fold_name(prng.root_key(sampling.seed), "generate"),
             new=bucket(sampling.max_new_tokens),
             filters=sampling.filters,
         )
-
-    def _placed(self, *arrays: np.ndarray) -> list[Any]:
-        """Arrays [B, ...] where their rows belong."""
-        if self.mesh is None:
-            return list(arrays)
-        return list(put(arrays, ["batch"], self.mesh))
 
     def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """What the new tokens add to the prompt's text; how it begins depends on what is there."""

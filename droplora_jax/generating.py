@@ -16,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from droplora_jax import display
 from droplora_jax.data import TEMPLATES, Document, Example, Piece, Turn
 from droplora_jax.data.encode import encode_prompts
-from droplora_jax.data.files import records
+from droplora_jax.data.files import local
 from droplora_jax.data.formats.base import ASSISTANT, USER, text_of
 from droplora_jax.errors import InputError
 from droplora_jax.files import check_absent, write_file
 from droplora_jax.generate import Generator, Sampling
-from droplora_jax.opening import Opened, open_model
+from droplora_jax.opening import Opened, fingerprint, open_model
 from droplora_jax.partial import Partial
 
 RECORDED = "recorded"  # in place of a template's name
@@ -78,7 +78,7 @@ def generate_file(request: Request, prompts: Path, output: Path, console: Consol
         display.say(console, f"carries on after {done} of {len(rows)} completions ({partial.file})")
     opened, generator = request.open()
     template = chosen_template(request.template, opened)
-    ids = [_encoded(where, prompt, template, opened.tokenizer) for where, prompt in rows]
+    ids = _encoded(rows, template, opened.tokenizer)
     _check_all(generator, rows, ids, request.sampling)
     with _progress(console, done, len(rows)) as advance:
         for first in range(done, len(rows), WINDOW * generator.batch_size):
@@ -97,7 +97,7 @@ def generate_file(request: Request, prompts: Path, output: Path, console: Consol
 def _read(file: Path) -> list[tuple[str, str]]:
     """Every row's place, for errors, and its prompt."""
     rows = []
-    for where, record in records(file):
+    for where, record in local(file).records():
         try:
             rows.append((where, text_of(record, "prompt")))
         except InputError as error:
@@ -105,12 +105,16 @@ def _read(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _encoded(where: str, prompt: str, template: str | None, tokenizer: Any) -> list[int]:
-    try:
-        document = prompt_document([Turn(USER, prompt)], template, tokenizer)
-        return encode_prompts([document], tokenizer)[0]
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+def _encoded(
+    rows: Sequence[tuple[str, str]], template: str | None, tokenizer: Any
+) -> list[list[int]]:
+    documents = []
+    for where, prompt in rows:
+        try:
+            documents.append(prompt_document([Turn(USER, prompt)], template, tokenizer))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+    return encode_prompts(documents, tokenizer)
 
 
 def _check_all(
@@ -129,7 +133,8 @@ def _settings(request: Request, prompts: Sequence[str]) -> dict[str, Any]:
     del settings["batch_size"]
     settings |= settings.pop("sampling")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return {**settings, "prompts": digest}
+    files = fingerprint(request.model, request.adapter)
+    return {**settings, "files": files, "prompts": digest}
 
 
 def _in_order(completions: Iterator[tuple[int, str]], advance: Any) -> Iterator[tuple[int, str]]:

@@ -21,7 +21,7 @@ from droplora_jax.adapters.targets import dotted
 from droplora_jax.errors import InputError
 from droplora_jax.files import check_links, read_json
 from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
-from droplora_jax.models.decoder import LOGICAL_AXES
+from droplora_jax.models.config import LOGICAL_AXES
 from droplora_jax.sharding import make_mesh, named_sharding
 from droplora_jax.weights import Each, TensorFiles, open_folder
 

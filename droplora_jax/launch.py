@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import data, display, export, files, hub, optim, prng, processes, reading, run
+from droplora_jax import display, export, files, hub, optim, prng, processes, reading, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.errors import InputError
@@ -21,7 +21,6 @@ from droplora_jax.models import Decoder
 from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
-from droplora_jax.validation import Measured
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -53,7 +52,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     """
     folder = Path(config.output)
     adapter = folder / ADAPTER
-    config, mesh, batches, measured, record = _checked(config, folder, console)
+    config, mesh, (batches, measured, record) = _checked(config, folder, console)
     steps = total_steps(config.train, batches)
     if adapter.exists() and _last_step(folder) >= steps:
         display.say(console, f"finished already: {_after(folder)}")
@@ -81,27 +80,21 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
 def dry_run(config: run.RunConfig, console: Console) -> None:
     """Look at everything that a run looks at before it loads the weights, and show its data."""
     _checked(config, Path(config.output), console)
-    display.say(console, "a dry run: no weights were loaded, and nothing was written")
+    display.say(console, "a dry run: no weights were loaded, and there is no run yet")
 
 
-class _Checked(NamedTuple):
-    config: run.RunConfig
-    mesh: Mesh
-    train: data.Batches
-    measured: Measured
-    record: dict[str, Any]
-
-
-def _checked(config: run.RunConfig, folder: Path, console: Console) -> _Checked:
+def _checked(
+    config: run.RunConfig, folder: Path, console: Console
+) -> tuple[run.RunConfig, Mesh, reading.Read]:
     """The input of a run, looked at and read."""
     config = _resolved(config, folder)
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
     config.train.check_mesh(mesh, config.data.max_length)
-    batches, measured, record = _read_data(config, console)
-    reading.check_same(folder / CHECKPOINTS, record["data"])
-    optim.learning_rate(config.optim, total_steps(config.train, batches))
-    return _Checked(config, mesh, batches, measured, record)
+    read = _read_data(config, console)
+    reading.check_same(folder / CHECKPOINTS, read.record["data"])
+    optim.learning_rate(config.optim, total_steps(config.train, read.train))
+    return config, mesh, read
 
 
 def _begin(folder: Path, config: run.RunConfig) -> None:

@@ -12,6 +12,8 @@ from droplora_jax.files import write_file
 
 Row = dict[str, Any]
 
+ACCURACY = "accuracy/"  # before the name of a task
+
 
 class MetricsLog:
     """One JSON object a logged step, written whole, and the same numbers for TensorBoard."""
@@ -79,7 +81,7 @@ def plot_losses(rows: list[Row], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = sorted({key for row in rows for key in row if key.startswith("accuracy/")})
+    tasks = sorted({key for row in rows for key in row if key.startswith(ACCURACY)})
     figure = Figure(figsize=(7, 6.5 if tasks else 4), layout="constrained")
     FigureCanvasAgg(figure)
     above, *below = figure.subplots(2 if tasks else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -89,7 +91,7 @@ def plot_losses(rows: list[Row], file: Path) -> None:
     above.set(ylabel="loss per trained token (nats)")
     for axes in below:
         for task in tasks:
-            _draw(axes, rows, task, task.removeprefix("accuracy/"), **dots)
+            _draw(axes, rows, task, task.removeprefix(ACCURACY), **dots)
         axes.set(ylabel="accuracy")
     for axes in (above, *below):
         axes.grid(alpha=0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +32,20 @@ from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import init_state
 from droplora_jax.surgery import split
+
+# Of a model's folder, an adapter's or a run's: what its completions depend on.
+MARKS = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+    "*.model",
+    "adapter_config.json",
+    CONFIG_FILE,
+    f"{ADAPTER}/*",
+    f"{CHECKPOINTS}/*",
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,18 @@ def open_model(
     if adapter is None:
         return Opened(model, tokenizer)
     return _with_adapter(model, tokenizer, Path(adapter).expanduser())
+
+
+def fingerprint(path: str, adapter: str | None = None) -> str:
+    """Changes with the files of a model and its adapter: their names, sizes and times."""
+    folders = [hub.resolve(path), *([Path(adapter).expanduser()] if adapter else [])]
+    found = [sorted({file for mark in MARKS for file in f.glob(mark)}) for f in folders]
+    marks = [
+        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder, files in zip(folders, found, strict=True)
+        for file in files
+    ]
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
 
 
 def _only_adapter(run: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -141,6 +142,15 @@ def same(here: bytes) -> bool:
     digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint32)
     digests = np.asarray(multihost_utils.process_allgather(digest))
     return bool((digests == digest).all())
+
+
+def of_first(here: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of the first process, in all of them: what has to be decided alike."""
+    if not several():
+        return dict(here)
+    halves = np.array(list(here.values()), np.float64).view(np.uint32)  # no 64 bits in JAX
+    numbers = np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.float64)
+    return dict(zip(here, numbers.tolist(), strict=True))
 
 
 def sum_of_all(here: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from droplora_jax import data, display, processes, run
 from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.data.files import local
 from droplora_jax.errors import InputError
 from droplora_jax.train import total_steps
 from droplora_jax.validation import Measured, best_key, tasks_of
@@ -48,7 +49,7 @@ def read(config: run.RunConfig, tokenizer: Any, vocab_size: int, console: Consol
     record = {
         "config": run.as_tree(config),
         "template": report.sources[0].template,
-        "data": _record(reports),
+        "data": _record(reports, list(config.train.eval_tasks.values())),
     }
     return Read(train, measured, record)
 
@@ -104,11 +105,12 @@ def _outlook(config: run.RunConfig, batches: data.Batches, tokens: int) -> str:
     )
 
 
-def _record(reports: Sequence[data.Report]) -> dict[str, Any]:
-    """What a checkpoint says of the data, so that the run goes on with the same."""
-    sources = [source for report in reports for source in report.sources]
+def _record(reports: Sequence[data.Report], asked: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of the data and of tasks' files: the run goes on with the same."""
+    found = [(source.path, source.sha256) for report in reports for source in report.sources]
+    found += [(path, local(path).sha256()) for path in asked]
     return {
-        "files": [{"path": source.path, "sha256": source.sha256} for source in sources],
+        "files": [{"path": path, "sha256": sha256} for path, sha256 in found],
         "rows": sum(report.kept for report in reports),
         "tokens": sum(report.tokens for report in reports),
     }

@@ -163,8 +163,13 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> ja
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
-def put(tree: Any, axes: Sequence[str | None], mesh: Mesh) -> Any:
-    """A tree of host arrays, the same on every process, to global ones with these leading axes."""
+def put(tree: Any, axes: Sequence[str | None], mesh: Mesh | None) -> Any:
+    """A tree of host arrays, the same on every process, to global ones with these leading axes.
+
+    No mesh, nothing to do: JAX takes the arrays as they are.
+    """
+    if mesh is None:
+        return tree
 
     def place(x: np.ndarray) -> jax.Array:
         sharding = named_sharding(mesh, [*axes, *[None] * (x.ndim - len(axes))])

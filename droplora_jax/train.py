@@ -142,9 +142,6 @@ class Run:
         split = numbers.map(lambda lines: lines.reshape(-1, self.config.rows_per_pass))
         return fed(self.train, split, self.mesh, start=start)
 
-    def due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.steps
-
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
     """The optimizer steps of a whole run."""
@@ -213,8 +210,8 @@ def _look_and_save(
     """
     config, checkpoints = run.config, watch.checkpoints
     worth = None
-    save = run.due(step, config.save_every) or bool(stop)
-    if measure is not None and run.due(step, config.eval_every):
+    save = watch.due(step, config.save_every) or bool(stop)
+    if measure is not None and watch.due(step, config.eval_every):
         watch.settle()
         with watch.pause():
             found = measure(state.adapters)

@@ -14,10 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from droplora_jax import processes
 from droplora_jax.data import Batches, fed
 from droplora_jax.errors import InputError
 from droplora_jax.evaluate import TASKS, Example, Task, evaluate
 from droplora_jax.generate import Generator
+from droplora_jax.metrics import ACCURACY
 from droplora_jax.sharding import named_sharding
 from droplora_jax.step import eval_step
 
@@ -61,7 +63,8 @@ class Measured:
                 found[LOSS] = _mean_loss(run, self.valid, mesh)
             if self.tasks:
                 found |= self._accuracies(nnx.merge(graphdef, adapters, mask_keys, frozen))
-            return found
+            # A program that ran into its time limit on one host may not have on another.
+            return processes.of_first(found)
 
         return measure
 
@@ -84,7 +87,7 @@ class Measured:
 
 def key(task: str) -> str:
     """Of a task's accuracy in the log."""
-    return f"accuracy/{task}"
+    return f"{ACCURACY}{task}"
 
 
 def tasks_of(

@@ -58,7 +58,7 @@ class Watch:
     def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         self.settle()
         self._pending = (step, metrics)
-        if self._since is None or self._due(step):
+        if self._since is None or self.due(step, self.every):
             self.settle()
 
     def settle(self) -> None:
@@ -72,7 +72,7 @@ class Watch:
             numbers = {name: float(value) for name, value in metrics.items()}
             raise NonFinite(step, numbers, self.checkpoints.latest)
         self._tokens += int(metrics["tokens"])
-        row = self._row(step, metrics) if self._due(step) else None
+        row = self._row(step, metrics) if self.due(step, self.every) else None
         if self._since is None:
             self._since, self._tokens = time.perf_counter(), 0
         if row:
@@ -94,8 +94,9 @@ class Watch:
         if "loss" not in row:  # an evaluation
             self.log.plot()
 
-    def _due(self, step: int) -> bool:
-        return step % self.every == 0 or step == self.total
+    def due(self, step: int, every: int) -> bool:
+        """Whether it is time for what happens every so many steps, and after the last."""
+        return step % every == 0 or step == self.total
 
     def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         row = {

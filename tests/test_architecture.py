@@ -84,6 +84,7 @@ WITHIN = {
     ("generate", "decoding"),
     ("hardware", "errors"),
     ("lowrank", "ops"),
+    ("display", "metrics"),
     ("metrics", "files"),
     ("opening", "launch"),
     ("optim", "errors"),

@@ -11,7 +11,7 @@ from data_fixtures import make_tokenizer, write_json, write_jsonl
 
 from droplora_jax.data import FORMATS, DataConfig, Example, Part, Turn, load
 from droplora_jax.data.columns import recognised
-from droplora_jax.data.files import records
+from droplora_jax.data.files import local
 from droplora_jax.data.formats.wrapped import TASK
 from droplora_jax.errors import InputError
 
@@ -19,7 +19,7 @@ ROW = {"instruction": "add", "input": "1 2", "output": "3"}
 
 
 def read(path):
-    return list(records(path))
+    return list(local(path).records())
 
 
 def fails(path, config=None, *, match):

@@ -18,7 +18,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from droplora_jax.data.files import UNPACKERS, File, records
+from droplora_jax.data.files import UNPACKERS, File, local
 from droplora_jax.data.readers import READERS, json_list
 from droplora_jax.errors import InputError
 
@@ -98,7 +98,7 @@ def test_the_rows_of_a_file(tmp_path, monkeypatch, name, packed):
     KINDS[name](path)
     if packed:
         (tmp_path / (name + packed)).write_bytes(PACKERS[packed](path.read_bytes()))
-    found = list(records(tmp_path / (name + packed)))
+    found = list(local(tmp_path / (name + packed)).records())
     assert [row for _, row in found] == ROWS
     where = [place for place, _ in found]
     assert len(set(where)) == len(ROWS)
@@ -119,7 +119,7 @@ def test_a_packed_file_that_is_cut_short(tmp_path, name, packed):
     for raw in (whole[: len(whole) // 2], b"no packed file at all", b""):
         path.write_bytes(raw)
         with pytest.raises(InputError, match=r"(not a whole|the file is empty)") as error:
-            list(records(path))
+            list(local(path).records())
         assert str(error.value).startswith(f"{path}: ")
 
 
@@ -131,7 +131,7 @@ def test_a_table_that_is_cut_short(tmp_path, name):
     for raw in (whole[: len(whole) // 2], b"nothing of the kind", b""):
         path.write_bytes(raw)
         with pytest.raises(InputError, match=r"not a whole|the file is empty") as error:
-            list(records(path))
+            list(local(path).records())
         assert str(error.value).startswith(f"{path}: ")
 
 
@@ -153,7 +153,7 @@ def test_a_broken_table_of_text(tmp_path, raw, message):
     for mark in (b"", b"\xef\xbb\xbf"):
         path.write_bytes(mark + raw)
         with pytest.raises(InputError, match=message):
-            list(records(path))
+            list(local(path).records())
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_line_of_a_hundred_megabytes_is_refused(tmp_path, name, begin, end):
     path.write_bytes(begin + b"x" * 10**8 + end)
     line = 3 if name == "a.csv" else 2
     with pytest.raises(InputError, match=f"{name}:{line}: the .* longer than 64 MiB"):
-        list(records(path))
+        list(local(path).records())
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_broken_list(tmp_path, monkeypatch, raw, message, part):
     path = tmp_path / "a.json"
     path.write_bytes(raw)
     with pytest.raises(InputError, match=message):
-        list(records(path))
+        list(local(path).records())
 
 
 @pytest.mark.parametrize("part", [1, 2, 5])
@@ -202,7 +202,7 @@ def test_values_that_are_read_in_pieces(tmp_path, monkeypatch, part):
     path = tmp_path / "a.json"
     for ascii in (True, False):
         path.write_text(json.dumps(rows, ensure_ascii=ascii, indent=2) + " \n", "utf-8")
-        assert [row for _, row in records(path)] == rows
+        assert [row for _, row in local(path).records()] == rows
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "stream.arrow"])
@@ -232,7 +232,7 @@ def test_no_more_of_a_file_is_in_memory_than_is_looked_at(tmp_path, monkeypatch,
     assert path.stat().st_size > 6e6
     tracemalloc.start()
     try:
-        assert sum(1 for _ in records(path)) == 3000
+        assert sum(1 for _ in local(path).records()) == 3000
         assert tracemalloc.get_traced_memory()[1] < 5e6
     finally:
         tracemalloc.stop()

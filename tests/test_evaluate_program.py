@@ -15,7 +15,7 @@ from droplora_jax.errors import InputError
 from droplora_jax.evaluate import program
 from droplora_jax.evaluate.program import Limits, run_program
 
-LIMITS = Limits(seconds=1, wall=3, memory=512 << 20, file_size=1 << 20)
+LIMITS = Limits(seconds=1, wall=3, memory=256 << 20, file_size=1 << 20)
 
 PASS = {
     "prints": "print('hello')",
@@ -39,7 +39,7 @@ FAIL = {
     "import time; time.sleep(60)": "killed: more than 3 s",
     "try:\n    while True: pass\nexcept BaseException: pass": "killed: more than",
     "x = [0] * 10**9": "MemoryError",
-    "x = []\nwhile True: x.append(' ' * 10**6)": "MemoryError|processor time",
+    "x = []\nwhile True: x.append(' ' * 10**6)": "MemoryError",
     "def f(): f()\nf()": "RecursionError",
     "import ctypes; ctypes.string_at(0)": "killed by signal 11",
     "while True: print('x' * 1000)": "printed more than",

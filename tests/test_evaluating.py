@@ -120,7 +120,7 @@ def test_rows_that_are_all_there_need_no_model(monkeypatch, tmp_path, base, bool
         ({"max_new_tokens": 4}, "max_new_tokens"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"model": "other"}, "model"),
-        ({"weights": "changed"}, "model_files"),
+        ({"weights": "changed"}, r"\bfiles"),
         ({"rows": "changed"}, "task_files"),
         ({"tasks": "another"}, "task_files"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from droplora_jax.data.encode import encode_prompts
 from droplora_jax.generate import Generator, Sampling
 from droplora_jax.generating import prompt_document
 from droplora_jax.opening import open_model
+from droplora_jax.partial import Partial
 
 PROMPTS = [f"Is {n} odd?" for n in range(20)]
 SHORT = ("--max-new-tokens", 6)
@@ -100,6 +102,19 @@ def test_a_part_of_another_command(droplora, base, prompts, tmp_path):
     result = droplora(*command)
     assert (result.code, contents(tmp_path)) == (2, before)
     assert "max_new_tokens: 3 -> 256" in result.err
+
+
+def test_a_part_of_another_model_in_the_same_folder(droplora, prompts, tmp_path, monkeypatch):
+    base = make_base(tmp_path / "base").path
+    command = ("generate", base, "--prompts", prompts, *SHORT, "--output", tmp_path / "out.jsonl")
+    monkeypatch.setattr(Partial, "remove", lambda self: None)
+    monkeypatch.setattr("droplora_jax.generating.write_file", lambda *arguments: None)
+    droplora.good(*command)
+    weights = min(base.glob("*.safetensors"))
+    os.utime(weights, ns=(0, 0))
+    result = droplora(*command)
+    assert result.code == 2
+    assert "files: " in result.err
 
 
 def test_a_template_around_every_prompt(base, prompts, droplora, tmp_path, generator):

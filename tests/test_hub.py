@@ -21,7 +21,7 @@ import droplora_jax as dl
 from droplora_jax import cli, hub
 from droplora_jax.buckets import BucketFile
 from droplora_jax.models import FAMILIES, Family
-from droplora_jax.models.decoder import Source
+from droplora_jax.models.config import Source
 from droplora_jax.models.family import rope_config, windows
 from droplora_jax.models.llama import FAMILY
 from droplora_jax.sharding import MeshConfig, described, make_mesh

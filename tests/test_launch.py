@@ -371,7 +371,7 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(base, droplora, tmp_path, m
     assert float(found[2]) == pytest.approx(100 * report.tokens / (128 * lines), abs=0.05)
     assert f"\n20 steps of 8 lines: {160 / lines:.2f} epochs of {report.tokens:,} tokens\n" in out
     assert "[[the answer is " in out
-    assert out.endswith("a dry run: no weights were loaded, and nothing was written\n")
+    assert out.endswith("a dry run: no weights were loaded, and there is no run yet\n")
 
 
 def test_a_dry_run_refuses_what_a_run_refuses(base, droplora, tmp_path):

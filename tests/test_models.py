@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models import FAMILIES
-from droplora_jax.models.decoder import LOGICAL_AXES, Head
+from droplora_jax.models.config import LOGICAL_AXES
 from droplora_jax.models.family import NAMES
+from droplora_jax.models.layer import Head
 from droplora_jax.sharding import MeshConfig, make_mesh, named_sharding
 from droplora_jax.surgery import adapters_of
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from droplora_jax.errors import InputError
-from droplora_jax.models.decoder import LOGICAL_AXES
+from droplora_jax.models.config import LOGICAL_AXES
 from droplora_jax.sharding import (
     RULES,
     MeshConfig,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from data_fixtures import write_jsonl
 from run_fixtures import CommandLine, make_base, metrics, rows, write_run
 
 from droplora_jax import run
+from droplora_jax.decoding import decode, prefill
 from droplora_jax.errors import InputError
 from droplora_jax.validation import best_key, tasks_of
 
@@ -70,6 +72,26 @@ def test_a_task_is_scored_as_the_exported_adapter_is(base, droplora, tmp_path):
     ]
     assert files[0] == files[1]
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
+
+
+def test_a_task_is_scored_with_what_was_compiled_for_the_last_time(base, droplora, tmp_path):
+    train = {**TRAIN, "steps": 3, "eval_every": 3, "eval_tasks": {"boolq": questions(tmp_path)}}
+    droplora.good("train", write_run(base, tmp_path, train=train))
+    compiled = prefill._cache_size(), decode._cache_size()
+    again = {"train": {**train, "steps": 6}, "output": str(tmp_path / "longer")}
+    droplora.good("train", write_run(base, tmp_path, **again))
+    assert (prefill._cache_size(), decode._cache_size()) == compiled
+
+
+def test_a_task_whose_file_changes_under_a_run_is_named(base, droplora, tmp_path):
+    asked = questions(tmp_path)
+    train = {**TRAIN, "steps": 3, "eval_every": 3, "eval_tasks": {"boolq": asked}}
+    file = write_run(base, tmp_path, train=train)
+    droplora.good("train", file)
+    questions(tmp_path, count=23)
+    result = droplora("train", file, "train.steps=6")
+    assert result.code == 2
+    assert re.search(r"a run on other data: .*boolq.jsonl was \w{12} and is \w{12}", result.err)
 
 
 def test_a_task_alone_needs_no_validation_rows(base, droplora, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 
 import numpy as np
 
@@ -60,6 +60,8 @@ def _whole(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]
 
 
 def _ids(texts: list[str], tokenizer: Tokenizer, *, add_special: bool = False) -> list[list[int]]:
+    if not texts:
+        return []  # of which no tokenizer makes anything
     # Without `verbose=False` it warns of text longer than the model takes, which is seen to here.
     return tokenizer(texts, add_special_tokens=add_special, verbose=False)["input_ids"]
 
@@ -93,13 +95,18 @@ def encode_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> list[
     before them. A text that begins with those already does not get them twice.
     """
     begin = _begin(tokenizer) if any(document.add_special for document in documents) else []
-    return [_prompt_ids(document, tokenizer, begin) for document in documents]
+    texts = [_prompt_texts(document) for document in documents]
+    ids = iter(_ids([text for own in texts for text in own], tokenizer))
+    prompts = []
+    for document, own in zip(documents, texts, strict=True):
+        prompt = list(chain.from_iterable(islice(ids, len(own))))
+        begun = not document.add_special or prompt[: len(begin)] == begin
+        prompts.append(prompt if begun else begin + prompt)
+    return prompts
 
 
-def _prompt_ids(document: Document, tokenizer: Tokenizer, begin: list[int]) -> list[int]:
+def _prompt_texts(document: Document) -> list[str]:
+    """What is before the last response, as it is tokenised: in pieces, or as a whole."""
     trained = [i for i, piece in enumerate(document.pieces) if piece.trained]
     texts = [piece.text for piece in document.pieces[: trained[-1] if trained else None]]
-    if not document.add_special:
-        return _ids(["".join(texts)], tokenizer)[0]
-    ids = [token for part in _ids(texts, tokenizer) for token in part]
-    return ids if ids[: len(begin)] == begin else begin + ids
+    return texts if document.add_special else ["".join(texts)]

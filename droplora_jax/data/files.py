@@ -115,6 +115,6 @@ def data_suffix(name: str) -> str:
     return path.with_suffix("").suffix if path.suffix in UNPACKERS else path.suffix
 
 
-def records(path: str | Path) -> Iterator[Record]:
-    """The objects in a local file of any kind, each with where it stands."""
-    return File(str(path), Path(path).expanduser()).records()
+def local(path: str | Path) -> File:
+    """A file by its path."""
+    return File(str(path), Path(path).expanduser())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from droplora_jax.data.files import records
+from droplora_jax.data.files import local
 from droplora_jax.errors import InputError
 
 # A model that goes on to the next instruction has ended its response.
@@ -64,7 +64,7 @@ class Task:
         """
         examples: list[Example] = []
         seen: dict[str, str] = {}
-        for number, (where, record) in enumerate(records(path), 1):
+        for number, (where, record) in enumerate(local(path).records(), 1):
             try:
                 example = self.convert(record)
             except InputError as error:

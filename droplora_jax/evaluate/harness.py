@@ -165,16 +165,10 @@ class HarnessModel(TemplateLM):
             tokens_BT[i, :last], targets_BT[i, :last] = row[:-1], row[1:]
             segment_ids_BT[i, :last] = 1
             scored_BT[i, max(last - len(continuation), 0) : last] = True
-        arrays = self._placed(tokens_BT, segment_ids_BT, targets_BT, scored_BT)
+        arrays = put((tokens_BT, segment_ids_BT, targets_BT, scored_BT), ["batch"], self._mesh)
         found = continuation_scores(self._graphdef, self._state, *arrays)
         values_B, greedy_B = (to_host(array) for array in found)
         return [(float(values_B[i]), bool(greedy_B[i])) for i in range(len(batch))]
-
-    def _placed(self, *arrays: np.ndarray) -> list[Any]:
-        if self._mesh is None:
-            return list(arrays)
-        named = {str(i): array for i, array in enumerate(arrays)}
-        return list(put(named, ("batch",), self._mesh).values())
 
 
 @partial(jax.jit, static_argnames="graphdef")

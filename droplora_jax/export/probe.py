@@ -17,7 +17,7 @@ from droplora_jax.adapters.droplora import PerLayer
 from droplora_jax.adapters.whole import Whole
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder, TensorName
-from droplora_jax.models.decoder import Layer, run_layers
+from droplora_jax.models.layer import Layer, run_layers
 from droplora_jax.sharding import make_mesh
 from droplora_jax.surgery import view
 from droplora_jax.weights import Each, open_folder

@@ -1,8 +1,10 @@
 """Model families by Hugging Face `model_type`: a new one is one file and one line here."""
 
 from droplora_jax.models import llama, mistral, qwen2, qwen3
-from droplora_jax.models.decoder import Decoder, ModelConfig, Remat, Source
+from droplora_jax.models.config import ModelConfig, Source
+from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.family import Family, TensorName
+from droplora_jax.models.layer import Remat
 
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,

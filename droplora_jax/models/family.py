@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from droplora_jax.errors import InputError
-from droplora_jax.models.decoder import ModelConfig
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.rope import SCALINGS, RopeConfig
 
 

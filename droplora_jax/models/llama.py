@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from droplora_jax.models.decoder import ModelConfig
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.family import HARMLESS, NAMES, READ, REFUSED, Family, decoder_config
 
 

@@ -1,0 +1,150 @@
+"""One layer of a decoder, and a stack of them.
+
+Letters: `B` batch, `T` position, `D` width, `N` query heads, `K` key/value heads, `H` head width,
+`F` feed-forward width, `V` vocabulary, `L` layers.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from droplora_jax import ops, rope
+from droplora_jax.attention import attention
+from droplora_jax.models.cache import Cache
+from droplora_jax.models.config import ModelConfig
+from droplora_jax.sharding import constrain
+from droplora_jax.shared import apply_all
+
+# What the forward pass of a layer saves for its backward pass: all of it; what costs more to find
+# again than to keep (products that are read again, and masks); or only its input.
+Remat = Literal["everything", "dots", "nothing"]
+
+# The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
+REMAT_POLICIES = MappingProxyType(
+    {
+        "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
+        "nothing": jax.checkpoint_policies.nothing_saveable,
+    }
+)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, epsilon: float, *, dtype: Any) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*x D"]) -> Float[Array, "*x D"]:
+        return ops.rms_norm(x, self.scale[...], self.epsilon)
+
+
+class Head(nnx.Module):
+    """The output projection; no `nnx.Linear`, so `all-linear` leaves it alone as PEFT does."""
+
+    def __init__(self, width: int, vocab_size: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(width**-0.5)
+        self.kernel = nnx.Param(init(rngs.params(), (width, vocab_size), dtype))
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
+
+
+def _as_input(arrays: tuple[Any, ...], **_: Any) -> Any:
+    """The computation is in the dtype of the activations, whatever that of a trained parameter."""
+    x, *rest = arrays
+    return (x, *(None if y is None else y.astype(x.dtype) for y in rest))
+
+
+class Layer(nnx.Module):
+    """Attention and SwiGLU, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
+        def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                features_in,
+                features_out,
+                use_bias=bias,
+                param_dtype=dtype,
+                promote_dtype=cast(Any, _as_input),
+                rngs=rngs,
+            )
+
+        c = config
+        self.config, self.mesh = config, mesh
+        self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
+        self.q_proj = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
+        self.k_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_epsilon, dtype=dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_epsilon, dtype=dtype)
+        self.o_proj = linear(c.heads * c.head_dim, c.width, c.o_bias)
+        self.mlp_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
+        self.gate_proj = linear(c.width, c.ffn, c.mlp_bias)
+        self.up_proj = linear(c.width, c.ffn, c.mlp_bias)
+        self.down_proj = linear(c.ffn, c.width, c.mlp_bias)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+        segment_ids_BT: Int[Array, "B T"] | None,
+        window: Int[Array, ""] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        normed_BTD = self.attention_norm(x_BTD)
+        y_BTD, cache = self.attend(normed_BTD, rotation, segment_ids_BT, window, cache)
+        x_BTD = checkpoint_name(x_BTD + y_BTD, "dots")
+        x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
+        return constrain(x_BTD, ("batch", "position", None), self.mesh), cache
+
+    def attend(self, x_BTD, rotation, segment_ids_BT, window, cache):
+        heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
+        qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in qkv)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
+        if cache is None:
+            y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
+        else:
+            y_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+
+    def feed_forward(self, x_BTD):
+        gate_BTF, up_BTF = checkpoint_name(apply_all((self.gate_proj, self.up_proj), x_BTD), "dots")
+        return self.down_proj(ops.swiglu(gate_BTF, up_BTF))
+
+
+def run_layers(
+    layers: Layer,
+    x_BTD: Float[Array, "B T D"],
+    rotation: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    windows_L: Int[Array, "L"] | None,
+    cache: Cache | None = None,
+    *,
+    remat: Remat = "everything",
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Run a stack of layers, one after the other, in a scan."""
+    graphdef, state = nnx.split(layers)
+
+    def run(carried, of_layer):
+        layer_state, window = of_layer
+        layer = nnx.merge(graphdef, layer_state)
+        x_BTD, cache = carried
+        return layer(x_BTD, rotation, segment_ids_BT, window, cache), None
+
+    if remat != "everything":
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    alone = jax.tree.leaves(state)[0].shape[0] == 1
+    # A loop would be simplified away too late for a cache to be written where it is.
+    return jax.lax.scan(run, (x_BTD, cache), (state, windows_L), unroll=0 if alone else 1)[0]
