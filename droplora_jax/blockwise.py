@@ -109,13 +109,13 @@ def _backward(layout: Layout, saved: Saved, dy_BTNH: Array):
             )
             return jax.tree.map(jnp.add, sums, (dk, dv)), dq
 
-        zeros = jnp.zeros_like(k[:, :, :keys], jnp.float32)
+        zeros = jnp.zeros_like(k[:, :, :keys].swapaxes(2, 3), jnp.float32)
         return jax.lax.scan(attend_portion, (zeros, zeros), (of_queries, place))
 
     done = [of_block(keys, of_queries, place) for keys, of_queries, place in blocks.of(queries)]
     sums, dq = zip(*done, strict=True)
     dk, dv = (_sum_over_blocks(parts) for parts in zip(*sums, strict=True))
-    dk_BSKH, dv_BSKH = (x.swapaxes(1, 2).astype(k.dtype) for x in (dk, dv))
+    dk_BSKH, dv_BSKH = (jnp.moveaxis(x, 3, 1).astype(k.dtype) for x in (dk, dv))
     return blocks.join(jnp.stack(dq)), dk_BSKH, dv_BSKH, None, None, None, None
 
 
@@ -211,14 +211,14 @@ def _attend_backward(
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],
     visible: Bool[Array, "... T S"],
-) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K H S"], Float[Array, "B K H S"]]:
     weights = jnp.exp(_scores(q_BKGTH, k_BKSH, visible) - log_total)
     dweights = _product("bkqh,bksh->bkqs", dy_BKGTH, v_BKSH)
     dscores = (weights * (dweights - mean) * _scale(q_BKGTH)).astype(q_BKGTH.dtype)
     dq_BKGTH = _product("bkqs,bksh->bkqh", dscores, k_BKSH).astype(q_BKGTH.dtype)
-    dk_BKSH = _gradient(dscores, q_BKGTH)
-    dv_BKSH = _gradient(weights.astype(dy_BKGTH.dtype), dy_BKGTH)
-    return dq_BKGTH, dk_BKSH, dv_BKSH
+    dk_BKHS = _gradient(q_BKGTH, dscores)
+    dv_BKHS = _gradient(dy_BKGTH, weights.astype(dy_BKGTH.dtype))
+    return dq_BKGTH, dk_BKHS, dv_BKHS
 
 
 def _scores(q_BKGTH: Array, k_BKSH: Array, visible: Array) -> Float[Array, "B K G T S"]:
@@ -233,10 +233,11 @@ def _product(spec: str, x_BKGTX: Array, y: Array) -> Array:
     return result.reshape(batch, kv_heads, groups, queries, -1)
 
 
-def _gradient(weights: Array, x_BKGTH: Array) -> Float[Array, "B K S H"]:
+def _gradient(x_BKGTH: Array, weights: Array) -> Float[Array, "B K H S"]:
+    """The narrow operand first, since compilers transpose that one."""
     batch, kv_heads, *_ = weights.shape
-    weights, x = (a.reshape(batch, kv_heads, -1, a.shape[-1]) for a in (weights, x_BKGTH))
-    return einsum_f32("bkqs,bkqh->bksh", weights, x)
+    x, weights = (a.reshape(batch, kv_heads, -1, a.shape[-1]) for a in (x_BKGTH, weights))
+    return einsum_f32("bkqh,bkqs->bkhs", x, weights)
 
 
 def _tied(portion: Any) -> Any:
@@ -244,10 +245,10 @@ def _tied(portion: Any) -> Any:
     return jax.lax.optimization_barrier(portion)
 
 
-def _sum_over_blocks(parts: Sequence[Array]) -> Float[Array, "B K S H"]:
+def _sum_over_blocks(parts: Sequence[Array]) -> Float[Array, "B K H S"]:
     """Blocks of queries see more and more keys: the gradients of the first keys are in all."""
-    length = parts[-1].shape[2]
-    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0))) for x in parts)
+    length = parts[-1].shape[3]
+    padded = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3]))) for x in parts)
     return functools.reduce(jnp.add, padded)
 
 

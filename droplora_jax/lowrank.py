@@ -87,16 +87,54 @@ def _random_halves(key: Array, shape: tuple[int, ...]) -> Array:
 def _keep_exactly(
     key: Array, shape: tuple[int, ...], drop_rate: float, rank: Array | None
 ) -> Bool[Array, "... R"]:
+    # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
+    order = jnp.argsort(_shuffled(key, shape, rank), axis=-1)
+    return order < _count(shape[-1], drop_rate, rank)
+
+
+def _shuffled(key: Array, shape: tuple[int, ...], rank: Array | None) -> Int[Array, "... R"]:
+    """The ranks in a random order, those that are not there last."""
     bits = jax.random.bits(key, shape, jnp.uint32)
-    kept: int | Array = kept_ranks(shape[-1], drop_rate)
     if rank is not None:
-        counts = [kept_ranks(there, drop_rate) for there in range(shape[-1] + 1)]
-        kept = jnp.asarray(counts, jnp.int32)[rank]
         padding = jnp.arange(shape[-1]) >= rank
         bits = jnp.where(padding, jnp.uint32(2**32 - 1), bits)  # and the sort is stable
-    # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
-    order = jnp.argsort(jnp.argsort(bits, axis=-1), axis=-1)
-    return order < kept
+    return jnp.argsort(bits, axis=-1)
+
+
+def _count(size: int, drop_rate: float, rank: Array | None) -> int | Int[Array, ""]:
+    """How many ranks are kept: of `size`, or of the `rank` that are there."""
+    if rank is None:
+        return kept_ranks(size, drop_rate)
+    counts = [kept_ranks(there, drop_rate) for there in range(size + 1)]
+    return jnp.asarray(counts, jnp.int32)[rank]
+
+
+def subspace(
+    mask_key: Key[Array, "1"],
+    size: int,
+    *,
+    drop_rate: float,
+    rescale: bool,
+    dtype: Any,
+    rank: Int[Array, ""] | None = None,
+) -> tuple[Int[Array, "K"], Float[Array, "K"]]:
+    """The ranks that an `exact` mask of a whole step keeps, and the values of the mask there.
+
+    A branch of these ranks alone is the masked one without the products that come to nothing.
+
+    Args:
+      size: R. The others are those of `rank_mask`.
+    """
+    kept = kept_ranks(size, drop_rate)
+    index_K = _shuffled(mask_key[0], (size,), rank)[:kept]
+    there_K = jnp.arange(kept) < _count(size, drop_rate, rank)
+    kept_value = 1.0 / (1.0 - drop_rate) if rescale else 1.0
+    return index_K, jnp.where(there_K, jnp.asarray(kept_value, dtype), jnp.asarray(0, dtype))
+
+
+def take_ranks(factor: Float[Array, "..."], index_K: Int[Array, "K"], axis: int) -> Array:
+    """Of a factor, the ranks `index_K`, which lie along `axis`."""
+    return jnp.take(factor, index_K, axis, unique_indices=True, mode="clip")
 
 
 def compress(

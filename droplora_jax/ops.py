@@ -71,7 +71,8 @@ def _product_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple
     (narrow, first), (wide, second) = sorted(sides, key=lambda side: side[1].size)
     order = "".join(dict.fromkeys(c for c in narrow + wide if c in kernel))
     gradient = einsum_f32(f"{narrow},{wide}->{order}", first, second).astype(factor.dtype)
-    return dx, jnp.einsum(f"{order}->{kernel}", gradient)
+    # Apart, or the compiler makes the transposition a part of the product again.
+    return dx, jnp.einsum(f"{order}->{kernel}", jax.lax.optimization_barrier(gradient))
 
 
 product.defvjp(_product_forward, _product_backward)

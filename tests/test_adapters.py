@@ -20,8 +20,9 @@ from droplora_jax.adapters.base import is_linear
 from droplora_jax.adapters.placing import factor_shapes, factor_shardings
 from droplora_jax.adapters.targets import dotted, layer_names, select
 from droplora_jax.adapters.whole import wholes_of
+from droplora_jax.lowrank import rank_mask
 from droplora_jax.sharding import MeshConfig, make_mesh
-from droplora_jax.surgery import inject, merge, split
+from droplora_jax.surgery import draw, inject, merge, split
 
 KEY = prng.root_key(0)
 
@@ -131,6 +132,67 @@ def test_a_starts_as_a_linear_layer_of_pytorch_does_and_b_at_zero():
     assert a.std() == pytest.approx(theirs.std(), rel=2e-2)
     assert abs(a.mean()) < 5 * a.std() / np.sqrt(a.size)
     assert not np.asarray(adapter_of().lora_b[...]).any()
+
+
+@pytest.mark.parametrize("rank_pattern", [{}, {"layers.1": 4}])
+def test_an_exact_mask_of_a_step_is_a_branch_of_fewer_ranks(rank_pattern):
+    """Forward and gradients are the masked branch's, and no product is of the whole rank."""
+    config = DropLoRA(rank=10, rank_pattern=rank_pattern, granularity="step", sampler="exact")
+    key = jax.random.key(1)
+    x, a, b = (
+        jax.random.normal(jax.random.fold_in(key, i), shape)
+        for i, shape in enumerate([(3, 7, 12), (2, 12, 10), (2, 10, 6)])
+    )
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stacked(rngs):
+        return nnx.Linear(12, 6, use_bias=False, rngs=rngs)
+
+    layer = stacked(nnx.Rngs(0))
+    adapter = config.adapt(layer, linear_spec(layer), ("layers", "q_proj"), KEY)
+    there = jnp.arange(10) < jnp.asarray([branch.rank for branch in adapter.branches])[:, None]
+    a, b = a * there[:, None], b * there[..., None]
+    graphdef, factors, keys, rest = split(adapter)
+    factors["lora_a"].set_value(a)
+    factors["lora_b"].set_value(b)
+    keys = draw(keys, prng.root_key(3))
+    layers = [jax.tree.map(lambda v, i=i: v[i], (keys, rest)) for i in range(2)]
+
+    def pruned(factors):
+        ys = []
+        for i, (keys, rest) in enumerate(layers):
+            own = jax.tree.map(lambda v, i=i: v[i], factors)
+            ys.append(nnx.merge(graphdef, own, keys, rest)(x))
+        return jnp.stack(ys)
+
+    def masked(a, b):
+        ys = []
+        for i, (keys, rest) in enumerate(layers):
+            mask = rank_mask(
+                keys["mask_key"].get_value(),
+                (3, 7, 10),
+                drop_rate=0.5,
+                granularity="step",
+                sampler="exact",
+                rescale=True,
+                dtype=jnp.float32,
+                rank=jnp.int32(adapter.branches[i].rank),
+            )
+            w = rest["base"]["kernel"].get_value()
+            ys.append(x @ w + adapter.branches[i].scale * ((x @ a[i]) * mask) @ b[i])
+        return jnp.stack(ys)
+
+    y, pullback = jax.vjp(pruned, factors)
+    expected, expected_pullback = jax.vjp(masked, a, b)
+    assert relative(y, expected) < 1e-5
+    assert not np.allclose(expected, x @ layer.kernel[...][:, None])
+    (gradients,), (da, db) = pullback(y), expected_pullback(expected)
+    assert relative(gradients["lora_a"].get_value(), da) < 1e-5
+    assert relative(gradients["lora_b"].get_value(), db) < 1e-5
+    program = str(jax.make_jaxpr(pruned)(factors))
+    assert "f32[3,7,5]" in program
+    assert "f32[3,7,10]" not in program
 
 
 def test_the_initial_a_depends_on_seed_and_path_only():

@@ -12,7 +12,14 @@ import torch
 from oracles import relative, torch_lowrank
 
 from droplora_jax import prng
-from droplora_jax.lowrank import compress, kept_ranks, lowrank_delta, merged_kernel, rank_mask
+from droplora_jax.lowrank import (
+    compress,
+    kept_ranks,
+    lowrank_delta,
+    merged_kernel,
+    rank_mask,
+    subspace,
+)
 
 
 def draw(keys, shape, drop_rate=0.5, granularity="token", sampler="bernoulli", rescale=True):
@@ -84,6 +91,26 @@ def test_exact_counts_the_ranks_that_are_there(granularity):
         assert not mask[..., rank:].any()
     whole = rank_mask(keys, (3, 200, 8), granularity=granularity, **options)
     np.testing.assert_array_equal(draw(jnp.int32(8)), whole)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("drop_rate", [0.3, 0.5, 0.75])
+def test_a_subspace_is_what_the_exact_mask_of_a_step_keeps(drop_rate, rescale):
+    """Also where some of R = 8 are padding, which is traced."""
+    keys, shape = row_keys(1), (3, 5, 8)
+    options = {"drop_rate": drop_rate, "rescale": rescale, "dtype": jnp.float32}
+
+    @jax.jit
+    def both(rank):
+        mask = rank_mask(keys, shape, granularity="step", sampler="exact", rank=rank, **options)
+        return mask, subspace(keys, 8, rank=rank, **options)
+
+    for rank in [None, *map(jnp.int32, range(9))]:
+        mask, (index, values) = both(rank)
+        assert len(set(index.tolist())) == kept_ranks(8, drop_rate)
+        there = np.zeros(8, np.float32)
+        there[index] = values
+        np.testing.assert_array_equal(mask.reshape(-1, 8)[0], there)
 
 
 @pytest.mark.parametrize("sampler", ["bernoulli", "exact"])

@@ -209,17 +209,38 @@ class DropLoRALinear(base.Adapter):
 
     def delta(self, x: Array, y: Array, h: Array | None) -> Array:
         """The branch beside `y = base(x)`, in its dtype."""
+        a, b, mask = self._subspace(y.dtype)
         if h is None:
             x = self.spec.arrange(x).astype(y.dtype)
-            (h,) = lowrank.compress(x, self.lora_a[...], down=self.spec.down)
-        return lowrank.lowrank_delta(
-            h, self.lora_b[...], scale=self._scale(), mask=self._mask(h), up=self.spec.up
-        )
+            (h,) = lowrank.compress(x, a, down=self.spec.down)
+        if mask is None:
+            mask = self._mask(h)
+        return lowrank.lowrank_delta(h, b, scale=self._scale(), mask=mask, up=self.spec.up)
 
     @property
     def shared_factor(self) -> Array | None:
-        """A [I, R] of a plain layer, whose product with the input can be made with others'."""
-        return self.lora_a[...] if self.spec.down == "...i,ir->...r" else None
+        """A [I, R] of a plain layer, whose product with the input can be made with others'.
+
+        Or only the ranks that this step keeps, where they are the same for all positions.
+        """
+        return self._subspace(None)[0] if self.spec.down == "...i,ir->...r" else None
+
+    def _subspace(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+        """The factors that the products need, and the mask of their ranks if that is known."""
+        config, keys = self.config, self.mask_key[...]
+        a, b = self.lora_a[...], self.lora_b[...]
+        if keys.size == 0 or (config.granularity, config.sampler) != ("step", "exact"):
+            return a, b, None
+        index, mask = lowrank.subspace(
+            keys,
+            self.rank,
+            drop_rate=config.drop_rate,
+            rescale=config.rescale,
+            dtype=dtype,
+            rank=None if self.ranks is None else self.ranks[...],
+        )
+        a = lowrank.take_ranks(a, index, axis=-1)
+        return a, lowrank.take_ranks(b, index, axis=len(self.spec.batched)), mask
 
     def _mask(self, h: Array) -> Array | None:
         keys = self.mask_key[...]
