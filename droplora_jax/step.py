@@ -88,7 +88,7 @@ def loss_sum(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Int[Array,
     with jax.numpy_dtype_promotion("strict"):
         x_BTD = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
         project = model.projection(*batch["targets"].shape)
-        return projected_cross_entropy(project, x_BTD, batch["targets"])
+        return projected_cross_entropy(project, x_BTD, batch["targets"], mesh=model.mesh)
 
 
 def loss_and_gradients(

@@ -85,6 +85,7 @@ WITHIN = {
     ("hardware", "errors"),
     ("lowrank", "ops"),
     ("display", "metrics"),
+    ("loss", "sharding"),
     ("metrics", "files"),
     ("opening", "launch"),
     ("optim", "errors"),

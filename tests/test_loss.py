@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from oracles import relative
 
 from droplora_jax.loss import BLOCKS, IGNORE, cross_entropy, projected_cross_entropy
+from droplora_jax.sharding import MeshConfig, make_mesh, named_sharding
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -104,7 +107,60 @@ def test_no_logits_of_the_whole_batch_exist_and_a_frozen_head_has_no_gradient():
     x, kernel, targets = projected(64)
     step = jax.jit(jax.grad(lambda x, kernel: in_blocks(x, kernel, targets)[0]))
     text = step.lower(x, kernel).as_text()
-    assert f"tensor<3x{64 // BLOCKS}x11xf32>" in text
-    assert "tensor<3x64x11xf32>" not in text
+    assert f"tensor<1x{3 * 64 // BLOCKS}x11xf32>" in text
+    assert not any(f"tensor<{shape}x11xf32>" in text for shape in ("3x64", "1x192", "192"))
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) == 2, products  # the logits of a block, and the gradient of its x
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 24, 25, 64])
+def test_only_blocks_with_a_target_are_projected(labelled):
+    x, kernel, targets = projected(64)
+    places = np.random.default_rng(3).permutation(targets.size)[:labelled]
+    few = np.full(targets.size, IGNORE, np.int32)
+    few[places] = 5
+    few = jnp.asarray(few.reshape(targets.shape))
+    calls = []
+
+    def project(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return x @ kernel
+
+    def loss(x):
+        return projected_cross_entropy(project, x, few)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(x)
+    jax.effects_barrier()
+    assert len(calls) == -(-labelled // (targets.size // BLOCKS))
+    expected = jax.value_and_grad(lambda x: whole(x, kernel, few)[0])(x)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}, {"fsdp": 8}]
+)
+def test_on_a_mesh_it_is_the_same(shape):
+    """Whatever of the rows and the positions is split."""
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **shape}))
+    rows = np.tile(np.arange(3), 8)[:8]
+    x, kernel, targets = projected(64)
+    x, targets = x[rows], targets[rows]
+
+    def loss(x, kernel, targets, mesh=None):
+        return projected_cross_entropy(lambda x: x @ kernel, x, targets, mesh=mesh)[0]
+
+    split = named_sharding(mesh, ("batch", "position"))
+    placed = [jax.device_put(array, split) for array in (x, targets)]
+    step = jax.jit(jax.value_and_grad(partial(loss, mesh=mesh), argnums=(0, 1)))
+    value, gradients = step(placed[0], kernel, placed[1])
+    expected, of_plain = jax.value_and_grad(loss, argnums=(0, 1))(x, kernel, targets)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, plain in zip(gradients, of_plain, strict=True):
+        assert relative(ours, plain) < 1e-6
+    moved = [
+        name
+        for name in ("all-gather", "all-to-all")
+        if f" {name}(" in step.lower(placed[0], kernel, placed[1]).compile().as_text()
+    ]
+    assert not moved or shape.get("context")
