@@ -1,7 +1,4 @@
-"""Causal attention on a mesh.
-
-Where positions are split (`context`), keys and values are gathered, and the queries are dealt out:
-of every device's run of positions each device gets a part, so that all have the same to do.
+"""Causal attention: one function, by the kernel that is best where it runs.
 
 Letters: `B` batch, `T` position, `S` slot of a cache, `N` query heads, `K` key/value heads,
 `H` head width.
@@ -9,15 +6,90 @@ Letters: `B` batch, `T` position, `S` slot of a cache, `N` query heads, `K` key/
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from droplora_jax.blockwise import Layout, attend, blockwise_attention
-from droplora_jax.sharding import axis_size
+from droplora_jax import cudnn, splash
+from droplora_jax.blockwise import attend
+from droplora_jax.dealing import dealt_attention
+from droplora_jax.errors import InputError
+from droplora_jax.sharding import divides, partition_spec
+
+Kernel = Literal["auto", "blockwise", "splash", "cudnn"]
+
+
+@dataclass(frozen=True)
+class OfPlatform:
+    """A kernel that is made for one platform; `blockwise` is for every one.
+
+    Attributes:
+      refusal: why it can't be taken on a device of it, with a dtype and heads of a width.
+      run: `attention` of what one device has, with a window that is an int.
+    """
+
+    platform: str
+    refusal: Callable[[Any, Any, int], str | None]
+    run: Callable[..., Array]
+
+
+KERNELS: Mapping[Kernel, OfPlatform] = MappingProxyType(
+    {
+        "splash": OfPlatform("tpu", splash.refusal, splash.splash_attention),
+        "cudnn": OfPlatform("cuda", cudnn.refusal, cudnn.cudnn_attention),
+    }
+)
+
+# What `jax.checkpoint` finds named `attention` in the other kernels.
+saved_of_kernels = cudnn.is_forward
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that is taken, and why."""
+
+    kernel: Kernel
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.why})"
+
+
+def choose(asked: Kernel, *, mesh: Mesh | None, dtype: Any, head_dim: int) -> Choice:
+    """The kernel for activations of a dtype and heads of a width on the devices of a mesh.
+
+    Raises:
+      InputError: the kernel that is asked for can't be had there.
+    """
+    if asked not in (known := get_args(Kernel)):
+        raise InputError(f"model.attention={asked!r}: must be one of {', '.join(known)}")
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform, split = _platform(device), 1 if mesh is None else mesh.shape["context"]
+    if asked == "blockwise":
+        return Choice(asked, "asked for")
+    made = (name for name, own in KERNELS.items() if own.platform == platform)
+    name: Kernel | None = asked if asked != "auto" else next(made, None)
+    if name is None:
+        return Choice("blockwise", f"auto: no other is made for {platform}")
+    own = KERNELS[name]
+    if own.platform != platform:
+        reason: str | None = f"it is made for {own.platform}, and the devices are {platform}"
+    elif split > 1:
+        reason = f"it takes whole rows, and positions are split over mesh.context={split}"
+    else:
+        reason = own.refusal(device, dtype, head_dim)
+    if reason is None:
+        return Choice(name, f"auto: made for {platform}" if asked == "auto" else "asked for")
+    if asked == "auto":
+        return Choice("blockwise", f"auto: not {name}, as {reason}")
+    raise InputError(f"model.attention={asked!r}: {reason}; use auto, or blockwise")
 
 
 def attention(
@@ -27,30 +99,75 @@ def attention(
     segment_ids_BT: Int[Array, "B T"] | None = None,
     window: Int[Array, ""] | None = None,
     *,
+    windows: Sequence[int] = (),
     mesh: Mesh | None = None,
+    kernel: Kernel = "auto",
 ) -> Float[Array, "B T N H"]:
     """Causal softmax attention with grouped keys and values, scaled by H ** -0.5.
 
     A position sees earlier ones of its own segment only, and with a `window` itself and the
     `window - 1` before it. The softmax is in float32, the result in the dtype of `q`. Under remat,
-    a policy that saves the name `attention` runs it once.
+    a policy that saves the name `attention`, and `saved_of_kernels`, runs it once.
+
+    Args:
+      windows: all that `window` may be: kernels other than `blockwise` are made for each.
+      kernel: see `choose`.
     """
-    length = q_BTNH.shape[1]
-    devices = 1 if mesh is None else axis_size(mesh, ("replica", "data", "fsdp", "tensor"))
-    if mesh is None or not deals(mesh, length):
-        positions_T = jnp.arange(length, dtype=jnp.int32)
-        segments = (segment_ids_BT, segment_ids_BT)
-        arguments = (q_BTNH, k_BTKH, v_BTKH, positions_T, *segments, window)
-        return blockwise_attention(Layout(devices), *arguments)
-    split = PartitionSpec(None, "context")
-    dealt = jax.shard_map(
-        partial(_dealt, Layout(devices, runs=mesh.shape["context"])),
+    chosen = choose(kernel, mesh=mesh, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3]).kernel
+    arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    if chosen == "blockwise":
+        return dealt_attention(*arguments, mesh=mesh)
+    run = partial(by_window, KERNELS[chosen].run, windows)
+    return on_each_device(run, mesh, *arguments)
+
+
+def on_each_device(
+    run: Callable[..., Array],
+    mesh: Mesh | None,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    window: Int[Array, ""] | None,
+) -> Float[Array, "B T N H"]:
+    """Every device with its rows and heads, or with all of those that can't be split evenly."""
+    if mesh is None or mesh.size == 1:
+        return run(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    rows, _, heads, _ = q_BTNH.shape
+    if divides(mesh, "heads", heads) and not divides(mesh, "heads", k_BTKH.shape[2]):
+        # Every device needs the keys of its queries.
+        k_BTKH, v_BTKH = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+    of_heads = partition_spec(("batch", None, "heads", None), mesh, q_BTNH.shape)
+    of_rows = partition_spec(("batch", None), mesh, (rows, 1))
+    split = jax.shard_map(
+        run,
         mesh=mesh,
-        in_specs=(split, split, split, split, PartitionSpec()),
-        out_specs=split,
-        axis_names={"context"},
+        in_specs=(of_heads, of_heads, of_heads, of_rows, PartitionSpec()),
+        out_specs=of_heads,
+        check_vma=False,  # a kernel does not say over which axes its result varies
     )
-    return dealt(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    return split(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+
+
+def by_window(
+    by: Callable[..., Array],
+    windows: Sequence[int],
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids_BT: Int[Array, "B T"] | None,
+    window: Int[Array, ""] | None,
+) -> Float[Array, "B T N H"]:
+    """A kernel that is made for one window, as many times as there are windows."""
+    arguments, length = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), q_BTNH.shape[1]
+    if window is None:
+        return by(*arguments, None)
+    if not windows:
+        raise ValueError("attention: a kernel is made for one window: say which there may be")
+    known = sorted({min(w, length) for w in windows})
+    kernels = [partial(by, window=w if w < length else None) for w in known]
+    which = jnp.searchsorted(jnp.asarray(known, jnp.int32), jnp.minimum(window, length))
+    return jax.lax.switch(which, kernels, *arguments)
 
 
 def cached_attention(
@@ -72,44 +189,8 @@ def cached_attention(
     return y_BKG1H.reshape(rows, 1, heads, width)
 
 
-def deals(mesh: Mesh | None, length: int) -> bool:
-    """Whether rows of this length are split over `context`, and their queries dealt out."""
-    parts = 1 if mesh is None else mesh.shape["context"]
-    return parts > 1 and length % parts**2 == 0
-
-
-def _dealt(
-    layout: Layout,
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segment_ids_BT: Array | None,
-    window: Array | None,
-) -> Array:
-    """On one device of `context`, with its run of T positions."""
-    runs, length = layout.runs, q_BTNH.shape[1]
-    part = length // runs
-
-    def deal(x: Array) -> Array:
-        """[B, T, ...]: the c-th part of every device's run goes to device c; the same, back."""
-        parts = x.reshape(x.shape[0], runs, part, *x.shape[2:])
-        return jax.lax.all_to_all(parts, "context", 1, 1, tiled=True).reshape(x.shape)
-
-    def gather(x: Array) -> Array:
-        return jax.lax.all_gather(x, "context", axis=1, tiled=True)
-
-    first = jax.lax.axis_index("context") * part
-    positions = first + jnp.arange(runs)[:, None] * length + jnp.arange(part)
-    segments: tuple[Array | None, Array | None] = (None, None)
-    if segment_ids_BT is not None:
-        segments = (deal(segment_ids_BT), gather(segment_ids_BT))
-    y_BTNH = blockwise_attention(
-        layout,
-        deal(q_BTNH),
-        gather(k_BTKH),
-        gather(v_BTKH),
-        positions.reshape(-1).astype(jnp.int32),
-        *segments,
-        window,
-    )
-    return deal(y_BTNH)
+def _platform(device: Any) -> str:
+    """As JAX lowers for it: `tpu`, `cpu`, `cuda`, `rocm`."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version else "cuda"

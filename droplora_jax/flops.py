@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from droplora_jax import cudnn, splash
+
 
 def matrix_flops(jaxpr: Any) -> int:
     """Operations of all products (2 for a multiplication and an addition) in one run.
@@ -21,9 +23,19 @@ def matrix_flops(jaxpr: Any) -> int:
             total += matrix_flops(equation.params["body_jaxpr"])
         elif equation.primitive.name == "cond":
             total += max(map(matrix_flops, equation.params["branches"]))
+        elif equation.primitive.name in (cudnn.FORWARD, cudnn.BACKWARD):
+            total += cudnn.matrix_flops(equation)
+        elif equation.primitive.name == "pallas_call":
+            total += round(_visits(equation) * matrix_flops(equation.params["jaxpr"]))
         else:
             total += _times(equation) * sum(map(matrix_flops, _inside(equation)))
     return total
+
+
+def _visits(equation: Any) -> float:
+    """How often the inside of a kernel is run; of a splash kernel, but where it skips."""
+    name, grid = equation.params["name"] or "", equation.params["grid_mapping"].grid
+    return math.prod(grid) * (splash.visited(name, grid) if name.startswith("splash") else 1.0)
 
 
 def _times(equation: Any) -> int:

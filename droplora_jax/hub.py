@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from droplora_jax import buckets
 from droplora_jax.adapters.targets import dotted
+from droplora_jax.attention import Kernel
 from droplora_jax.errors import InputError
 from droplora_jax.files import check_links, read_json
 from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
@@ -36,6 +37,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     remat: Remat = "nothing",
+    attention: Kernel = "auto",
     revision: str | None = None,
     ignore_config_keys: Sequence[str] = (),
 ) -> Decoder:
@@ -47,6 +49,7 @@ def load(
       mesh: where the weights go; default: all local devices along `fsdp`.
       dtype: of the weights and the activations.
       remat: what a layer's forward pass saves for its backward pass.
+      attention: the kernel that attends: `auto`, `blockwise`, `splash` or `cudnn`.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` known to change nothing.
 
@@ -57,7 +60,12 @@ def load(
     family, config = read_config(folder, ignore_config_keys)
     mesh = mesh or make_mesh(devices=jax.local_devices())
     model = abstract_model(
-        config, mesh=mesh, dtype=dtype, remat=remat, source=source(path, revision)
+        config,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+        source=source(path, revision),
     )
     weights = open_folder(folder)
     names = family.tensor_names(config)
@@ -150,12 +158,19 @@ def abstract_model(
     mesh: Mesh,
     dtype: DTypeLike,
     remat: Remat = "nothing",
+    attention: Kernel = "auto",
     source: Source | None = None,
 ) -> Decoder:
     """The model with shapes, dtypes and shardings in place of arrays."""
     model = nnx.eval_shape(
         lambda: Decoder(
-            config, rngs=nnx.Rngs(0), dtype=dtype, mesh=mesh, remat=remat, source=source
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            mesh=mesh,
+            remat=remat,
+            attention=attention,
+            source=source,
         )
     )
 

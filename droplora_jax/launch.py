@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "output",
     "mesh",
     "distributed",
+    "model.attention",
     "data.cache",
     "train.steps",
     "train.epochs",
@@ -225,6 +226,7 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         mesh=mesh,
         dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
         remat=config.train.remat,
+        attention=config.model.attention,
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,
     )
@@ -252,7 +254,8 @@ def _describe(prepared: Run) -> str:
     joined = f" in {jax.process_count()} processes" if processes.several() else ""
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
-        f"{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; {prepared.steps} steps"
+        f"{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; "
+        f"attention {prepared.model.attention}; {prepared.steps} steps"
     )
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from droplora_jax import hub, optim, prng, run
+from droplora_jax.attention import Choice, choose
 from droplora_jax.collectives import Collective, collectives
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
@@ -39,7 +40,7 @@ class Plan:
     """What one device of a mesh would have to hold, compute and send in one step.
 
     Attributes:
-      settings: `mesh`, `micro_batch` and `remat`.
+      settings: `mesh`, `micro_batch`, `remat`, and the kernel of `attention`.
       fits: the program is compiled and its memory is within the device's; None without a limit.
       hbm_bytes_per_chip: the most that one device holds at a time, and the program itself.
       weights, adapters, optimizer: bytes of the arguments; `temporaries`: of the rest.
@@ -111,7 +112,13 @@ def traced_step(config: run.RunConfig, mesh: Mesh, platform: str) -> tuple[Any, 
     folder = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(folder, config.model.ignore_config_keys)
     dtype = config.model.jax_dtype(platform)
-    base = hub.abstract_model(shape, mesh=mesh, dtype=dtype, remat=config.train.remat)
+    base = hub.abstract_model(
+        shape,
+        mesh=mesh,
+        dtype=dtype,
+        remat=config.train.remat,
+        attention=config.model.attention,
+    )
     graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
     steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
     tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, steps))
@@ -206,6 +213,7 @@ def _described(
             "mesh": dict(mesh.shape),
             "micro_batch": config.train.rows_per_pass,
             "remat": config.train.remat,
+            "attention": str(_attention(config, mesh, where.platform)),
         },
         devices=mesh.size,
         fits=None if kind is None else compiled and needed <= kind.memory,
@@ -225,6 +233,13 @@ def _described(
         ),
         compile_seconds=compile_seconds,
     )
+
+
+def _attention(config: run.RunConfig, mesh: Mesh, platform: str) -> Choice:
+    folder = hub.resolve(config.model.path, config.model.revision)
+    _, shape = hub.read_config(folder, config.model.ignore_config_keys)
+    dtype = config.model.jax_dtype(platform)
+    return choose(config.model.attention, mesh=mesh, dtype=dtype, head_dim=shape.head_dim)
 
 
 def _sending(sent: tuple[Collective, ...], where: Topology) -> dict[str, float]:

@@ -50,7 +50,8 @@ def lines(found: Plan) -> list[str]:
     )
     made = [
         f"{found.topology}: {found.devices} device{mesh}, micro-batch "
-        f"{found.settings['micro_batch']}, remat {found.settings['remat']}",
+        f"{found.settings['micro_batch']}, remat {found.settings['remat']}, "
+        f"attention {found.settings['attention']}",
         f"{fits}: {_size(found.hbm_bytes_per_chip)}{limit} a device ({parts})",
         f"{found.flops_per_step / 1e12:,.1f} TFLOP a step of {found.tokens_per_step:,} tokens; "
         f"{found.arithmetic_intensity:,.0f} FLOP a byte of weights read",

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from droplora_jax.adapters import ADAPTERS, DoRA, DropLoRA
+from droplora_jax.attention import Kernel
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig
@@ -38,6 +39,8 @@ class LoadConfig:
       ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
       adapter: an adapter in PEFT's format to start from; what it adapts, its ranks and its scales
         are its own, and the run's `adapter` says how its ranks are dropped.
+      attention: the kernel that attends: `splash` (TPU), `cudnn` (NVIDIA GPU), `blockwise` (any),
+        or `auto`: the platform's own where it can be taken, else `blockwise`.
     """
 
     path: str
@@ -45,6 +48,7 @@ class LoadConfig:
     revision: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
     adapter: str | None = None
+    attention: Kernel = "auto"
 
     def jax_dtype(self, platform: str) -> Any:
         automatic = "float32" if platform == "cpu" else "bfloat16"

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import re
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
 from oracles import relative
 
 from droplora_jax import blockwise
-from droplora_jax.attention import attention, deals
+from droplora_jax.attention import attention, choose
+from droplora_jax.dealing import deals
+from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -136,3 +142,57 @@ def test_a_policy_that_saves_the_name_runs_the_forward_pass_once(policy, product
     _, pullback = jax.vjp(jax.checkpoint(attention, policy=save), q, k, v)
     jaxpr = str(jax.make_jaxpr(pullback)(dy))
     assert jaxpr.count("dot_general[") == 4 * products
+
+
+# Which kernel.
+
+
+def fake_mesh(platform: str, context: int = 1) -> Mesh:
+    """Of devices that are not here, as far as a choice looks at them."""
+    device = Mock(
+        platform="gpu" if platform in ("cuda", "rocm") else platform,
+        compute_capability="9.0",
+        client=Mock(platform_version=f"PJRT C API\n{platform} 13000"),
+    )
+    return Mock(spec=Mesh, devices=np.asarray([device]), shape={"context": context})
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "context", "kernel", "why"),
+    [
+        ("auto", "tpu", "bfloat16", 1, "splash", "auto: made for tpu"),
+        ("auto", "cuda", "bfloat16", 1, "cudnn", "auto: made for cuda"),
+        ("auto", "cuda", "float32", 1, "blockwise", "auto: not cudnn, as it takes bfloat16"),
+        ("auto", "rocm", "bfloat16", 1, "blockwise", "auto: no other is made for rocm"),
+        ("auto", "cpu", "float32", 1, "blockwise", "auto: no other is made for cpu"),
+        ("auto", "tpu", "bfloat16", 4, "blockwise", "auto: not splash.*over mesh.context=4"),
+        ("blockwise", "tpu", "bfloat16", 1, "blockwise", "asked for"),
+        ("splash", "tpu", "float32", 1, "splash", "asked for"),
+    ],
+)
+def test_the_choice_and_why(asked, platform, dtype, context, kernel, why):
+    found = choose(asked, mesh=fake_mesh(platform, context), dtype=dtype, head_dim=128)
+    assert found.kernel == kernel
+    assert re.fullmatch(rf"{kernel} \({why}.*\)", str(found))
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "dtype", "context", "reason"),
+    [
+        ("splash", "cpu", "float32", 1, "it is made for tpu, and the devices are cpu"),
+        ("splash", "cuda", "bfloat16", 1, "it is made for tpu, and the devices are cuda"),
+        ("cudnn", "rocm", "bfloat16", 1, "it is made for cuda, and the devices are rocm"),
+        ("cudnn", "cuda", "float32", 1, "it takes bfloat16 and float16, not float32"),
+        ("splash", "tpu", "bfloat16", 2, "positions are split over mesh.context=2"),
+    ],
+)
+def test_what_is_asked_for_is_had_or_an_error(asked, platform, dtype, context, reason):
+    words = rf"model.attention='{asked}': .*{reason}; use auto, or blockwise"
+    with pytest.raises(InputError, match=words):
+        choose(asked, mesh=fake_mesh(platform, context), dtype=dtype, head_dim=128)
+
+
+def test_without_a_mesh_the_devices_are_those_here():
+    assert choose("auto", mesh=None, dtype="float32", head_dim=8).kernel == "blockwise"
+    with pytest.raises(InputError, match="the devices are cpu"):
+        attention(*map(jnp.asarray, inputs(2)[:3]), kernel="splash")

@@ -243,6 +243,7 @@ def test_how_long_how_often_and_where_may_change():
             "micro_batch": 64,
             "remat": "dots",
         },
+        "model": {"path": "a", "attention": "blockwise"},
         "mesh": {"data": 4},
     }
     assert changed({}, new) == []

@@ -186,7 +186,12 @@ def test_fewer_operations_where_more_is_kept(file):
 
 def test_the_command(file, droplora):
     out = droplora.good("plan", file, "--topology", "cpu:8")
-    for text in ("8 devices as data=2 x fsdp=2 x tensor=2", "MiB a device (weights", "all-gather"):
+    for text in (
+        "8 devices as data=2 x fsdp=2 x tensor=2",
+        "attention blockwise (auto: no other is made for cpu)",
+        "MiB a device (weights",
+        "all-gather",
+    ):
         assert text in out
     found = json.loads(droplora.good("plan", file, "--topology", "cpu:8", "--json"))
     for key in ("fits", "hbm_bytes_per_chip", "hbm_limit_bytes", "collectives", "flops_per_step"):
@@ -196,6 +201,9 @@ def test_the_command(file, droplora):
     for arguments, words in {
         ("--topology", "v5e"): "must be a kind and its shape",
         ("--topology", "cpu:8", "mesh.tensor=3"): "does not match the 8 device(s)",
+        ("--topology", "cpu:8", "model.attention=splash"): (
+            "model.attention='splash': it is made for tpu, and the devices are cpu; use auto, or"
+        ),
         ("--topology", "cpu:8", "train.micro_batch=2"): "is not divisible by the 4 parts",
     }.items():
         result = droplora("plan", file, *arguments)
@@ -251,6 +259,24 @@ def test_what_no_slice_may_gather(file, base, mesh):
         assert shape != f"{vocab},{width}"
         assert not (sizes[0] == layers > 1 and math.prod(sizes) >= layers * width * width), shape
         assert not (sizes[0] == 8 and sizes[-1] == width and 48 in sizes), shape
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("settings", "words", "kernels"),
+    [
+        (["mesh.fsdp=2", "mesh.tensor=2"], "splash (auto: made for tpu)", {"fwd", "dkv"}),
+        (["mesh.fsdp=2", "mesh.tensor=2", "model.attention=blockwise"], "blockwise (asked", set()),
+        (["mesh.fsdp=2", "mesh.context=2"], "blockwise (auto: not splash, as it takes", set()),
+    ],
+)
+def test_attention_on_a_slice(file, settings, words, kernels):
+    config = run.read(file, ["mesh.data=1", "mesh.tensor=1", "data.max_length=48", *settings])
+    where = topology("v5e:2x2")
+    assert plan(config, where).settings["attention"].startswith(words)
+    mesh = make_mesh(config.mesh, where.devices)
+    text = traced_step(config, mesh, where.platform)[0].lower().as_text()
+    assert set(re.findall(r'kernel_name = "splash_mha_(fwd|dkv|dq)', text)) == kernels
 
 
 @needs_libtpu

@@ -126,6 +126,7 @@ def test_what_a_person_sees(finished, base, tmp_path, droplora):
         "tokens are trained",
         "[[the answer is",
         "parameters trained",
+        "attention blockwise (auto: no other is made for cpu)",
         "8 x cpu",
         "step 4/4  loss",
         "evaluation loss",

@@ -6,6 +6,7 @@ Letters: `L` layers, `B` batch, `T` query position, `S` slot, `N` query heads, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from droplora_jax.attention import attention, cached_attention
+from droplora_jax.attention import cached_attention
 from droplora_jax.sharding import constrain
 
 AXES = ("batch", "heads", None, None)  # logical, for `sharding.RULES`
@@ -76,17 +77,18 @@ class Cache:
         v_BTKH: Float[Array, "B T K H"],
         segment_ids_BT: Int[Array, "B T"],
         window: Int[Array, ""] | None,
+        attention: Callable[..., Array],
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Attention of one layer's positions to those before and among them; they are kept.
 
-        More than one position at a time are the first ones: there is nothing before them.
+        More than one position at a time are the first ones: there is nothing before them, and
+        `attention` is of themselves alone.
         """
         k_LBKHS = self._with(self.k_LBKHS, jnp.moveaxis(k_BTKH, 1, 3), axis=3)
         v_LBKSH = self._with(self.v_LBKSH, jnp.moveaxis(v_BTKH, 1, 2), axis=2)
         kept = replace(self, k_LBKHS=k_LBKHS, v_LBKSH=v_LBKSH, layer=self.layer + 1)
         if q_BTNH.shape[1] > 1:
-            y = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
-            return y, kept
+            return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window), kept
         k_BKHS, v_BKSH = (x if x.ndim == 4 else x[self.layer] for x in (k_LBKHS, v_LBKSH))
         y = cached_attention(q_BTNH, k_BKHS, v_BKSH, self.segment_ids_BS, self.filled, window)
         return y, kept

@@ -77,6 +77,11 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
 
     @property
+    def distinct_windows(self) -> tuple[int, ...]:
+        """Those in `windows_L`."""
+        return tuple(sorted({window or SEES_ALL for window in self.windows}))
+
+    @property
     def windows_L(self) -> Int[Array, "L"] | None:
         """The windows as an array; None where every layer sees everything."""
         if not any(self.windows):

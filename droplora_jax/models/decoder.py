@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
+from droplora_jax.attention import Kernel, choose
 from droplora_jax.embedding import embed
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig, Source
@@ -29,6 +30,7 @@ class Decoder(nnx.Module):
     Attributes:
       layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
+      attention: the kernel that attends, and why it does.
       source: where the weights came from, for the exporters.
     """
 
@@ -40,15 +42,18 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
         remat: Remat = "nothing",
+        attention: Kernel = "auto",
         source: Source | None = None,
     ) -> None:
+        chosen = choose(attention, mesh=mesh, dtype=dtype, head_dim=config.head_dim)
+
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs)
+            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, attention=chosen.kernel)
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.attention = jnp.dtype(dtype), chosen
         self.embed = nnx.Embed(
             config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
         )

@@ -6,6 +6,7 @@ Letters: `B` batch, `T` position, `D` width, `N` query heads, `K` key/value head
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
-from droplora_jax.attention import attention
+from droplora_jax.attention import Kernel, attention, saved_of_kernels
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.sharding import constrain
@@ -30,7 +31,9 @@ Remat = Literal["everything", "dots", "nothing"]
 # The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
 REMAT_POLICIES = MappingProxyType(
     {
-        "dots": jax.checkpoint_policies.save_only_these_names("dots", "attention"),
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names("dots", "attention"), saved_of_kernels
+        ),
         "nothing": jax.checkpoint_policies.nothing_saveable,
     }
 )
@@ -65,7 +68,15 @@ def _as_input(arrays: tuple[Any, ...], **_: Any) -> Any:
 class Layer(nnx.Module):
     """Attention and SwiGLU, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: Any, mesh: Mesh | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: Any,
+        mesh: Mesh | None,
+        rngs: nnx.Rngs,
+        attention: Kernel,
+    ) -> None:
         def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
             return nnx.Linear(
                 features_in,
@@ -77,7 +88,7 @@ class Layer(nnx.Module):
             )
 
         c = config
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.attention = config, mesh, attention
         self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
         self.q_proj = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -113,10 +124,17 @@ class Layer(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
+        run = partial(
+            attention,
+            windows=self.config.distinct_windows,
+            mesh=self.mesh,
+            kernel=self.attention,
+        )
+        arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
         if cache is None:
-            y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window, mesh=self.mesh)
+            y_BTNH = run(*arguments)
         else:
-            y_BTNH, cache = cache.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+            y_BTNH, cache = cache.attend(*arguments, run)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
     def feed_forward(self, x_BTD):
