@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from droplora_jax import signals
+from droplora_jax.compile_cache import compile_cache
 from droplora_jax.errors import InputError
 
 DONE, BAD_INPUT, NON_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
@@ -51,7 +52,7 @@ def command() -> NoReturn:
         processes.leave()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (INTERRUPTED, TERMINATED):
+    if code != DONE:
         # JAX's threads may be at work still, on memory that an orderly exit takes from them.
         os._exit(code)
     sys.exit(code)
@@ -169,12 +170,14 @@ def _evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
 # Each command imports what it needs, so that `--help` and a mistyped option answer at once.
 
 
+@compile_cache()
 def _quickstart(options: argparse.Namespace) -> int:
     from droplora_jax.quickstart import quickstart
 
     return _training(lambda console: quickstart(Path(options.output), console))
 
 
+@compile_cache()
 def _train(options: argparse.Namespace) -> int:
     from droplora_jax import processes, run
     from droplora_jax.launch import dry_run, train_run
@@ -200,6 +203,7 @@ def _training(work) -> int:
     return DONE
 
 
+@compile_cache()
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -218,6 +222,7 @@ def _export(options: argparse.Namespace) -> int:
     return DONE
 
 
+@compile_cache()
 def _generate(options: argparse.Namespace) -> int:
     if (options.prompts is None) != (options.output is None):
         raise InputError("--prompts and --output go together; without both, it is a chat")
@@ -250,6 +255,7 @@ def _generate(options: argparse.Namespace) -> int:
     return DONE
 
 
+@compile_cache()
 def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 

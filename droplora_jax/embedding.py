@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from droplora_jax.sharding import divides, partition_spec
 
 
+@jax.named_scope("embedding")
 def embed(
     table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], mesh: Mesh | None
 ) -> Float[Array, "B T D"]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from droplora_jax import display, export, files, hub, optim, prng, processes, reading, run
+from droplora_jax import display, export, files, hub, memory, optim, prng, processes, reading, run
 from droplora_jax.adapters import DropLoRA
 from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.compiling import program
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder
+from droplora_jax.program import in_background
 from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
@@ -42,6 +46,7 @@ MAY_CHANGE = (
     "train.stop_seconds",
     "train.micro_batch",
     "train.remat",
+    "train.profile_steps",
 )
 
 
@@ -51,6 +56,7 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     Everything that can be wrong with the input is looked at before the weights are loaded, and
     nothing is written before everything is loaded. Returns the folder of the adapter.
     """
+    began = time.perf_counter()
     folder = Path(config.output)
     adapter = folder / ADAPTER
     config, mesh, (batches, measured, record) = _checked(config, folder, console)
@@ -58,8 +64,12 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
     if adapter.exists() and _last_step(folder) >= steps:
         display.say(console, f"finished already: {_after(folder)}")
         return adapter
+    # From shapes, in a thread that touches no device, while the weights come.
+    compiled = in_background(partial(program, config, mesh, steps, memory.limit(mesh)))
+    loading = time.perf_counter()
     prepared = Run(
         model=_load(config, mesh),
+        program=compiled,
         mesh=mesh,
         train=batches,
         measured=measured,
@@ -69,6 +79,8 @@ def train_run(config: run.RunConfig, console: Console) -> Path:
         folder=folder,
         record=record,
         console=console,
+        began=began,
+        weights_seconds=time.perf_counter() - loading,
     )
     display.say(console, _describe(prepared))
     _begin(folder, config)
@@ -225,7 +237,7 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         config.model.path,
         mesh=mesh,
         dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
-        remat=config.train.remat,
+        remat="nothing" if config.train.remat == "auto" else config.train.remat,
         attention=config.model.attention,
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,

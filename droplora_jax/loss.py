@@ -38,6 +38,7 @@ def cross_entropy(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T
     return jnp.sum(losses, where=labelled), jnp.sum(labelled, dtype=jnp.int32)
 
 
+@jax.named_scope("loss")
 def projected_cross_entropy(
     project: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
     x_BTD: Float[Array, "B T D"],

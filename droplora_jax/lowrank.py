@@ -30,6 +30,7 @@ def kept_ranks(rank: int, drop_rate: float) -> int:
     return round((1.0 - drop_rate) * rank)
 
 
+@jax.named_scope("mask")
 def rank_mask(
     mask_key: Key[Array, "*keys"],
     shape: tuple[int, ...],
@@ -109,6 +110,7 @@ def _count(size: int, drop_rate: float, rank: Array | None) -> int | Int[Array, 
     return jnp.asarray(counts, jnp.int32)[rank]
 
 
+@jax.named_scope("mask")
 def subspace(
     mask_key: Key[Array, "1"],
     size: int,
@@ -137,6 +139,7 @@ def take_ranks(factor: Float[Array, "..."], index_K: Int[Array, "K"], axis: int)
     return jnp.take(factor, index_K, axis, unique_indices=True, mode="clip")
 
 
+@jax.named_scope("low_rank")
 def compress(
     x: Float[Array, "..."], *factors: Float[Array, "..."], down: str = "...i,ir->...r"
 ) -> list[Float[Array, "..."]]:
@@ -150,6 +153,7 @@ def compress(
     return jnp.split(h, ends[:-1], axis=-1)
 
 
+@jax.named_scope("low_rank")
 def lowrank_delta(
     h: Float[Array, "..."],
     b: Float[Array, "..."],

@@ -7,32 +7,23 @@ program takes and what it sends between devices.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from droplora_jax import hub, optim, prng, run
+from droplora_jax import hub, run
 from droplora_jax.attention import Choice, choose
 from droplora_jax.collectives import Collective, collectives
+from droplora_jax.compiling import AUTO, Arguments, traced_step
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
 from droplora_jax.hardware import Topology
-from droplora_jax.sharding import make_mesh, named_sharding
-from droplora_jax.step import TrainState, compile_train_step, state_shardings
-from droplora_jax.surgery import inject, split
-
-# The compiler's own words when a program does not fit.
-_USED = re.compile(
-    r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"
-    r"|required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds"
-)
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from droplora_jax.memory import compiled
+from droplora_jax.sharding import make_mesh
 
 
 @dataclass(frozen=True)
@@ -84,71 +75,38 @@ def plan(config: run.RunConfig, where: Topology) -> Plan:
     Raises:
       InputError: a mesh that these devices can't form, or a batch that it can't split.
     """
+    if config.train.remat == "auto":
+        return _fastest(config, where)
     mesh = make_mesh(config.mesh, where.devices)
     config.train.check_mesh(mesh, config.data.max_length)
-    traced, sizes = traced_step(config, mesh, where.platform)
+    steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
+    traced, arguments = traced_step(config, mesh, where.platform, steps)
     lowered = traced.lower()
     begin = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = _used(str(error))
-        if used is None:
-            raise
-        compiled, needed = None, used
+    executable, needed = compiled(lowered, where.platform)
     seconds = time.perf_counter() - begin
-    sent: tuple[Collective, ...] = ()
-    if compiled is not None:
-        needed = _needed(compiled.memory_analysis(), where.platform)
-        sent = tuple(collectives(compiled.as_text(), mesh))
+    there = executable is not None
+    sent = tuple(collectives(executable.as_text(), mesh)) if there else ()
     flops = matrix_flops(traced.jaxpr)
-    return _described(
-        config, where, mesh, sizes, needed, compiled is not None, sent, flops, seconds
-    )
+    return _described(config, where, mesh, _sizes(arguments), needed, there, sent, flops, seconds)
 
 
-def traced_step(config: run.RunConfig, mesh: Mesh, platform: str) -> tuple[Any, dict[str, int]]:
-    """The run's own step on shapes, and what its arguments take of one device."""
-    folder = hub.resolve(config.model.path, config.model.revision)
-    _, shape = hub.read_config(folder, config.model.ignore_config_keys)
-    dtype = config.model.jax_dtype(platform)
-    base = hub.abstract_model(
-        shape,
-        mesh=mesh,
-        dtype=dtype,
-        remat=config.train.remat,
-        attention=config.model.attention,
-    )
-    graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
-    steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
-    tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, steps))
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda a: TrainState(jnp.zeros((), jnp.int32), a, tx.init(a)), adapters),
-        state_shardings(adapters, tx),
-    )
-    replicated = named_sharding(mesh)
-    rows = config.train.rows_per_pass
-    of_batch = named_sharding(mesh, (None, "batch", "position"))
-    tokens = jax.ShapeDtypeStruct(
-        (config.train.global_batch // rows, rows, config.data.max_length),
-        jnp.int32,
-        sharding=of_batch,
-    )
-    batch = {name: tokens for name in ("tokens", "targets", "segment_ids")}
-    mask_root = prng.root_key(0)
+def _fastest(config: run.RunConfig, where: Topology) -> Plan:
+    """The plan with the fastest `remat` that fits; that of the smallest if none does."""
+    for remat in AUTO:
+        found = plan(replace(config, train=replace(config.train, remat=remat)), where)
+        if found.fits is not False:
+            break
+    return found
 
-    def elsewhere(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-    step = compile_train_step(graphdef, tx, adapters)
-    arguments = (state, jax.tree.map(elsewhere, mask_keys), frozen, batch, elsewhere(mask_root))
-    sizes = {
-        "weights": _bytes(frozen),
-        "adapters": _bytes(state.adapters),
-        "optimizer": _bytes(state.opt_state),
+def _sizes(arguments: Arguments) -> dict[str, int]:
+    """Bytes that the arguments take of one device."""
+    return {
+        "weights": _bytes(arguments.frozen),
+        "adapters": _bytes(arguments.state.adapters),
+        "optimizer": _bytes(arguments.state.opt_state),
     }
-    return cast(Any, step).trace(*arguments), sizes
 
 
 def _bytes(tree: Any) -> int:
@@ -156,32 +114,6 @@ def _bytes(tree: Any) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _used(message: str) -> int | None:
-    """Bytes that a program would take, in the compiler's words for one that takes too many."""
-    found = _USED.search(message)
-    if not found:
-        return None
-    number, unit = (part for part in found.groups() if part is not None)
-    return int(float(number) * _UNITS[unit])
-
-
-def _needed(analysis: Any, platform: str) -> int:
-    """Bytes of one device.
-
-    A TPU's compiler counts temporaries that are never there together as if they were: a program
-    of 20 GiB by `temp_size_in_bytes` is compiled for a chip of 16. Its peak is within 2% of what
-    it lays out. That of a CPU leaves loops out.
-    """
-    if platform == "tpu":
-        return analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
     )
 
 
@@ -257,7 +189,7 @@ def _sending(sent: tuple[Collective, ...], where: Topology) -> dict[str, float]:
 def _least_traffic(config: run.RunConfig, mesh: Mesh, sizes: dict[str, int]) -> int:
     """Bytes that a device at least reads: the gathered weights, once a pass over the layers."""
     gathered = sizes["weights"] * mesh.shape["fsdp"] * mesh.shape["context"]
-    passes = 3 if config.train.remat == "nothing" else 2
+    passes = 3 if config.train.remat in ("attention", "nothing") else 2
     return gathered * passes * (config.train.global_batch // config.train.rows_per_pass)
 
 
@@ -289,7 +221,7 @@ def changes(config: run.RunConfig, where: Topology) -> Iterator[tuple[list[str],
     count = len(where.devices)
     remats: list[Any] = [
         config.train.remat,
-        *(["nothing"] if config.train.remat != "nothing" else []),
+        *(["nothing"] if config.train.remat not in ("auto", "nothing") else []),
     ]
     for tensor in [config.mesh.tensor, *(t for t in (2, 4, 8) if count % t == 0)]:
         same = tensor == config.mesh.tensor

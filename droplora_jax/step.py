@@ -134,13 +134,14 @@ def train_step(
     loss, gradients = loss_and_gradients(
         graphdef, state.adapters, mask_keys, frozen, batch, step_key
     )
-    updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
+        adapters = optax.apply_updates(state.adapters, updates)
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(gradients),
         "tokens": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.int32),
     }
-    adapters = optax.apply_updates(state.adapters, updates)
     return TrainState(state.step + 1, adapters, opt_state), metrics
 
 

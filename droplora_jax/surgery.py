@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Key
@@ -80,6 +81,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.St
     return cast(Any, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
 
 
+@jax.named_scope("mask")
 def draw(
     mask_keys: nnx.State,
     step_key: Key[Array, ""],

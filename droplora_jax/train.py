@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -22,8 +24,10 @@ from droplora_jax.data import Batches, fed
 from droplora_jax.errors import InputError
 from droplora_jax.metrics import MetricsLog, NoLog
 from droplora_jax.models import Decoder, Remat
+from droplora_jax.profiling import Profile
+from droplora_jax.program import Program
 from droplora_jax.sharding import RULES, axis_size
-from droplora_jax.step import TrainState, compile_train_step, init_state
+from droplora_jax.step import TrainState, init_state
 from droplora_jax.surgery import split
 from droplora_jax.validation import Measure, Measured
 from droplora_jax.watch import NonFinite, Watch
@@ -49,7 +53,10 @@ class TrainConfig:
       log_every: steps between rows of metrics.jsonl.
       keep: how many of the newest checkpoints to keep, beside the best.
       stop_seconds: how long a run may take to save after SIGTERM (a preemption); then it ends.
-      remat: what a layer saves for its backward pass: `everything`, `dots` or `nothing`.
+      remat: what a layer saves for its backward pass: `everything`; `dots`, without what is cheap
+        to find again; `offload`, the same in the host's memory; `attention`, its output alone; or
+        `nothing`. `auto` takes the fastest of them that fits, `offload` apart.
+      profile_steps: the first and the last step to trace, into `profile/` of the run's folder.
     """
 
     steps: int | None = None
@@ -65,7 +72,8 @@ class TrainConfig:
     log_every: int = 10
     keep: int = 2
     stop_seconds: int = 60
-    remat: Remat = "nothing"
+    remat: Remat | Literal["auto"] = "nothing"
+    profile_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch", "eval_every", "save_every"):
@@ -79,6 +87,13 @@ class TrainConfig:
             raise InputError(f"train.epochs={self.epochs}: must be positive")
         if self.steps is not None and self.epochs is not None:
             raise InputError("train.steps and train.epochs are both given: give one of them")
+        if (steps := self.profile_steps) is not None and not (
+            len(steps) == 2 and 1 <= steps[0] <= steps[1]
+        ):
+            raise InputError(
+                f"train.profile_steps={list(steps)}: must be the first and the last step to trace, "
+                "counted from 1, such as [3, 5]"
+            )
         if self.global_batch % self.rows_per_pass:
             raise InputError(
                 f"train.global_batch={self.global_batch} is not divisible by "
@@ -90,7 +105,15 @@ class TrainConfig:
         return self.micro_batch or self.global_batch
 
     def check_mesh(self, mesh: jax.sharding.Mesh, length: int) -> None:
-        """Raise InputError unless every device gets the same rows and positions of `length`."""
+        """Raise InputError unless every device gets the same rows and positions of `length`.
+
+        And for `remat=offload` where there is nowhere to offload to.
+        """
+        if self.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
+            raise InputError(
+                "train.remat='offload': a CPU has no memory beside the host's; take 'dots', or an "
+                "accelerator"
+            )
         parts = axis_size(mesh, RULES["batch"] or ())
         if self.rows_per_pass % parts:
             name = "micro_batch" if self.micro_batch else "global_batch"
@@ -117,9 +140,16 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """Everything that one run consists of, loaded and checked."""
+    """Everything that one run consists of, loaded and checked.
+
+    Attributes:
+      program: its step, which may be in the making.
+      began, weights_seconds: when (`time.perf_counter`) the run did, and what of the time since
+        then its weights took.
+    """
 
     model: Decoder
+    program: Future[Program]
     mesh: jax.sharding.Mesh
     train: Batches
     measured: Measured
@@ -129,6 +159,8 @@ class Run:
     folder: Path
     record: Mapping[str, Any]
     console: Console
+    began: float
+    weights_seconds: float
 
     def __post_init__(self) -> None:
         self.config.check_mesh(self.mesh, self.train.max_length)
@@ -141,6 +173,13 @@ class Run:
         numbers = self.train.numbers[: self.steps]
         split = numbers.map(lambda lines: lines.reshape(-1, self.config.rows_per_pass))
         return fed(self.train, split, self.mesh, start=start)
+
+    def profile(self) -> Profile:
+        """Traces `train.profile_steps`; of several processes the first one does."""
+        first, last = self.config.profile_steps or (0, 0)  # there is no step 0
+        if not processes.first():
+            first = last = 0
+        return Profile(self.folder / "profile", first, last, partial(display.say, self.console))
 
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
@@ -159,7 +198,6 @@ def train(run: Run) -> Decoder:
     graphdef, adapters, mask_keys, frozen = split(run.model)
     tx = optim.optimizer(run.optim, run.schedule)
     state = init_state(adapters, tx)
-    step_fn = compile_train_step(graphdef, tx, adapters)
     measure = run.measured.by(graphdef, mask_keys, frozen, run.mesh)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
     state = checkpoints.restore_newest(state, partial(display.say, run.console))
@@ -167,15 +205,25 @@ def train(run: Run) -> Decoder:
     log = MetricsLog(run.folder, step=start) if processes.first() else NoLog()
     agreed = processes.Agreement(run.mesh)
     try:
+        program = run.program.result()
+        if program.why:
+            display.say(run.console, program.why)
         with (
             signals.collected(run.config.stop_seconds, partial(_late, run, checkpoints)) as stop,
             display.progress(run.console, start=start, total=run.steps) as show,
             closing(run.feed(start)) as batches,
+            closing(run.profile()) as profile,
         ):
             watch = Watch(run.config.log_every, run.steps, run.schedule, log, checkpoints, show)
             for n in range(start, run.steps):
-                state, metrics = step_fn(state, mask_keys, frozen, next(batches), run.mask_root)
+                arguments = (state, mask_keys, frozen, next(batches), run.mask_root)
+                state, metrics = profile(n + 1, program.step, *arguments)
                 watch.after(n + 1, metrics)
+                if n + 1 == profile.last:
+                    with watch.pause():
+                        profile.close()
+                if n == start:
+                    display.say(run.console, _start_up(run, program))
                 signal_number = agreed(stop[0] if stop else 0)
                 _look_and_save(run, watch, measure, state, n + 1, signal_number)
         checkpoints.wait()
@@ -192,6 +240,14 @@ def train(run: Run) -> Decoder:
         log.close()
         checkpoints.close()
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+
+
+def _start_up(run: Run, program: Program) -> str:
+    """Where the time went until the first step was made; two of its parts, side by side."""
+    return (
+        f"first step after {time.perf_counter() - run.began:.1f} s "
+        f"(weights {run.weights_seconds:.1f}, compiling {program.seconds:.1f})"
+    )
 
 
 def _late(run: Run, checkpoints: Checkpoints) -> str:

@@ -16,10 +16,12 @@ from run_fixtures import CommandLine, make_base, write_run
 
 from droplora_jax import run
 from droplora_jax.collectives import collectives
+from droplora_jax.compiling import traced_step
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
 from droplora_jax.hardware import topology
-from droplora_jax.plan import _used, changes, plan, traced_step
+from droplora_jax.memory import _used
+from droplora_jax.plan import changes, plan
 from droplora_jax.sharding import MeshConfig, described, make_mesh
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -154,7 +156,7 @@ def test_a_plan_of_a_run(file, base):
 def gathered(config, where) -> list[str]:
     """The shapes of what a step gathers, as `8,32`."""
     mesh = make_mesh(config.mesh, where.devices)
-    text = traced_step(config, mesh, where.platform)[0].lower().compile().as_text()
+    text = traced_step(config, mesh, where.platform, 10)[0].lower().compile().as_text()
     lines = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
     return [shape for line in lines for shape in re.findall(r"\[([\d,]*)\]", line)]
 

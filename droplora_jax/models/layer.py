@@ -24,17 +24,28 @@ from droplora_jax.models.config import ModelConfig
 from droplora_jax.sharding import constrain
 from droplora_jax.shared import apply_all
 
-# What the forward pass of a layer saves for its backward pass: all of it; what costs more to find
-# again than to keep (products that are read again, and masks); or only its input.
-Remat = Literal["everything", "dots", "nothing"]
+# What the forward pass of a layer saves for its backward pass, beside its input: all of it; what
+# costs more to find again than to keep (products that are read again, and masks); the same, in the
+# host's memory; what attention gives; or nothing.
+Remat = Literal["everything", "dots", "offload", "attention", "nothing"]
 
 # The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = MappingProxyType(
     {
-        "dots": jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.save_only_these_names("dots", "attention"), saved_of_kernels
+        "dots": _policies.save_from_both_policies(
+            _policies.save_only_these_names("dots", "attention"), saved_of_kernels
         ),
-        "nothing": jax.checkpoint_policies.nothing_saveable,
+        "offload": _policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["dots", "attention"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+        "attention": _policies.save_from_both_policies(
+            _policies.save_only_these_names("attention"), saved_of_kernels
+        ),
+        "nothing": _policies.nothing_saveable,
     }
 )
 
@@ -44,6 +55,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*x D"]) -> Float[Array, "*x D"]:
         return ops.rms_norm(x, self.scale[...], self.epsilon)
 
@@ -116,6 +128,7 @@ class Layer(nnx.Module):
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
         return constrain(x_BTD, ("batch", "position", None), self.mesh), cache
 
+    @jax.named_scope("attention")
     def attend(self, x_BTD, rotation, segment_ids_BT, window, cache):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
@@ -137,11 +150,13 @@ class Layer(nnx.Module):
             y_BTNH, cache = cache.attend(*arguments, run)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
+    @jax.named_scope("feed_forward")
     def feed_forward(self, x_BTD):
         gate_BTF, up_BTF = checkpoint_name(apply_all((self.gate_proj, self.up_proj), x_BTD), "dots")
         return self.down_proj(ops.swiglu(gate_BTF, up_BTF))
 
 
+@jax.named_scope("layers")
 def run_layers(
     layers: Layer,
     x_BTD: Float[Array, "B T D"],
