@@ -12,32 +12,28 @@ no network.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from workers import Worker, cpu_model, versions
+from work import SHAPES, write_config, write_weights
+from workers import Place, Worker, chosen_cores, cpu_model, versions
 
 PAUSE = 0.5  # seconds between turns, in which the last side's threads stop spinning
-PACKAGES = ("droplora-jax", "jax", "flax", "torch", "transformers")
-
-Generate = Callable[[], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's folder, prompts [B, T], how many tokens to make, and the cores."""
+    """A model's folder, prompts [B, T], and how many tokens to make."""
 
     base: Path
     prompts: np.ndarray
     new: int
-    cores: tuple[int, ...]
 
 
 class Numbers:
@@ -52,39 +48,55 @@ class Numbers:
         return "".join(f"{token} " for token in ids)
 
 
-def ours(work: Workload) -> Generate:
-    import jax.numpy as jnp
+class Ours:
+    packages = ("droplora-jax", "jax", "flax")
 
-    import droplora_jax as dl
-    from droplora_jax.generate import Generator, Sampling
+    def prepare(self, work: Workload) -> SimpleNamespace:
+        import jax.numpy as jnp
 
-    model = dl.load(work.base, dtype=jnp.float32)
-    generator = Generator(model, Numbers(), batch_size=len(work.prompts))
-    prompts, sampling = work.prompts.tolist(), Sampling(max_new_tokens=work.new)
-    return lambda: [[int(word) for word in t.split()] for t in generator(prompts, sampling)]
+        import droplora_jax as dl
+        from droplora_jax.generate import Generator, Sampling
+
+        model = dl.load(work.base, dtype=jnp.float32)
+        generator = Generator(model, Numbers(), batch_size=len(work.prompts))
+        prompts, sampling = work.prompts.tolist(), Sampling(max_new_tokens=work.new)
+
+        def run() -> list[list[int]]:
+            return [[int(word) for word in t.split()] for t in generator(prompts, sampling)]
+
+        return SimpleNamespace(run=run)
 
 
-def theirs(work: Workload) -> Generate:
-    import torch
-    from transformers import LlamaForCausalLM
+class Theirs:
+    packages = ("torch", "transformers")
 
-    torch.set_num_threads(len(work.cores))
-    model = LlamaForCausalLM.from_pretrained(work.base, dtype=torch.float32).eval()
-    prompts = torch.from_numpy(work.prompts)
-    mask = torch.ones_like(prompts)
+    def prepare(self, work: Workload) -> SimpleNamespace:
+        import os
 
-    def run() -> list[list[int]]:
-        with torch.inference_mode():
-            out = model.generate(
-                prompts,
-                attention_mask=mask,
-                max_new_tokens=work.new,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return out[:, prompts.shape[1] :].tolist()
+        import torch
+        from transformers import LlamaForCausalLM
 
-    return run
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        model = LlamaForCausalLM.from_pretrained(work.base, dtype=torch.float32).eval()
+        prompts = torch.from_numpy(work.prompts)
+        mask = torch.ones_like(prompts)
+
+        def run() -> list[list[int]]:
+            with torch.inference_mode():
+                out = model.generate(
+                    prompts,
+                    attention_mask=mask,
+                    max_new_tokens=work.new,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+            return out[:, prompts.shape[1] :].tolist()
+
+        return SimpleNamespace(run=run)
+
+
+SIDES = {"transformers": Theirs(), "droplora_jax": Ours()}
+PACKAGES = (*Ours.packages, *Theirs.packages)
 
 
 def main() -> None:
@@ -92,13 +104,11 @@ def main() -> None:
     print(f"{cpu_model()}, {len(args.cores)} threads; {versions(PACKAGES)}")
     with tempfile.TemporaryDirectory() as folder:
         work = make_workload(Path(folder), args)
-        parameters = sum(f.stat().st_size for f in work.base.glob("*.safetensors")) / 4e6
         print(
-            f"{parameters:.1f}M parameters, float32, {args.batch} prompts of {args.prompt} tokens, "
-            f"{args.new} new tokens each, greedy"
+            f"{SHAPES['dense'].parameters / 1e6:.1f}M parameters, float32, {args.batch} prompts of "
+            f"{args.prompt} tokens, {args.new} new tokens each, greedy"
         )
-        sides = {"transformers": theirs, "droplora_jax": ours}
-        workers = {name: Worker(side, work, work.cores) for name, side in sides.items()}
+        workers = {name: Worker(side, work, Place(args.cores)) for name, side in SIDES.items()}
         check_agreement(workers)
         seconds = time_rounds(workers, args)
         for worker in workers.values():
@@ -118,36 +128,22 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu needs --threads 1: a thread that waits for another may spin")
-    cores = sorted(os.sched_getaffinity(0))
-    args.cores = tuple(cores[: args.threads] if args.threads else cores)
+    args.cores = chosen_cores(args.threads)
     return args
 
 
 def make_workload(folder: Path, args: argparse.Namespace) -> Workload:
     """A model of random weights that never ends a row."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=max(args.prompt + args.new, 2048),
-        tie_word_embeddings=False,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (args.batch, args.prompt))
-    return Workload(folder, prompts, args.new, args.cores)
+    shape = SHAPES["dense"]
+    write_config(folder, shape)
+    write_weights(folder, shape)
+    prompts = np.random.default_rng(0).integers(0, shape.vocab_size, (args.batch, args.prompt))
+    return Workload(folder, prompts, args.new)
 
 
 def check_agreement(workers: dict[str, Worker]) -> None:
     """One turn of each, which compiles: stop if they do not make the same tokens."""
-    made = [workers[name].run()[0].value for name in ("transformers", "droplora_jax")]
+    made = [workers[name].call("run")[0].value for name in ("transformers", "droplora_jax")]
     if made[0] != made[1]:
         sys.exit("the sides do not make the same tokens; nothing was timed")
     print("the tokens of both sides are the same")
@@ -159,7 +155,7 @@ def time_rounds(workers: dict[str, Worker], args: argparse.Namespace) -> dict[st
     for _ in range(args.rounds):
         for name, worker in workers.items():
             time.sleep(PAUSE)
-            seconds[name].append(getattr(worker.run()[0], args.clock))
+            seconds[name].append(getattr(worker.call("run")[0], args.clock))
     return seconds
 
 
@@ -175,4 +171,6 @@ def report(seconds: dict[str, list[float]], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import generate  # its classes need a name that a worker's process can import
+
+    generate.main()

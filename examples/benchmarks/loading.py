@@ -17,24 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from work import Shape
+from workers import memory
+
 GIB = 2**30
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500_000.0,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
+SHAPE = Shape(128_256, 3072, 8192, 28, 24, 8, rope_theta=5e5, max_position_embeddings=131_072)
+SHARD = 63  # tensors: of seven layers
 
 
 def write_folder(folder: Path, layers: int) -> None:
@@ -44,48 +35,23 @@ def write_folder(folder: Path, layers: int) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    width, ffn, heads = CONFIG["hidden_size"], CONFIG["intermediate_size"], 128
-    kv, q = CONFIG["num_key_value_heads"] * heads, CONFIG["num_attention_heads"] * heads
-    shapes = {
-        "self_attn.q_proj": (q, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, q),
-        "mlp.gate_proj": (ffn, width),
-        "mlp.up_proj": (ffn, width),
-        "mlp.down_proj": (width, ffn),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    groups = [
-        {
-            f"model.layers.{layer}.{name}.weight": shape
-            for layer in range(first, min(first + 7, layers))
-            for name, shape in shapes.items()
-        }
-        for first in range(0, layers, 7)
-    ]
-    groups[0]["model.embed_tokens.weight"] = (CONFIG["vocab_size"], width)
-    groups[-1]["model.norm.weight"] = (width,)
+    shape = replace(SHAPE, num_hidden_layers=layers)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape.hf}
+    config |= {"tie_word_embeddings": True, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {name: size for name, size in shape.tensors().items() if name != "lm_head.weight"}
+    groups = [list(shapes)[i : i + SHARD] for i in range(0, len(shapes), SHARD)]
     rng = np.random.default_rng(0)
     weight_map: dict[str, str] = {}
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         tensors = {
-            name: (rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
-            for name, shape in group.items()
+            name: (rng.standard_normal(shapes[name], np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+            for name in group
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(group, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def memory() -> dict[str, int]:
-    """Resident bytes of this process, now and at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-    return {"now": int(kilobytes["VmRSS"]) * 1024, "peak": int(kilobytes["VmHWM"]) * 1024}
 
 
 def reading(folder: Path) -> dict[str, float]:
