@@ -95,7 +95,8 @@ def assert_same_run(run, other):
 def test_several_processes_train_as_one(base, alone, tmp_path, count):
     """Masks and data are the same, or the losses were not; one process speaks and writes."""
     out = good(processes(count, "train", written(base, tmp_path)))
-    assert f"as data=2 x fsdp=2 in {count} processes; 8 steps" in out
+    assert f"as data=2 x fsdp=2 in {count} processes; attention blockwise" in out
+    assert "; 8 steps\n" in out
     assert_same_run(tmp_path / "run", alone)
 
 
