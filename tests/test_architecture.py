@@ -20,6 +20,7 @@ FLOORS = {
     "compile_cache": 0,
     "cudnn": 0,
     "dealing": 0,
+    "digests": 1,
     "display": 0,
     "embedding": 0,
     "errors": 0,

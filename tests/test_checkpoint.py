@@ -16,7 +16,8 @@ import pytest
 
 import droplora_jax as dl
 from droplora_jax import checkpoint
-from droplora_jax.checkpoint import Checkpoints, _flatten, digests
+from droplora_jax.checkpoint import Checkpoints, _flatten
+from droplora_jax.digests import digests
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import TrainState, init_state
