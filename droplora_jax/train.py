@@ -55,7 +55,7 @@ class TrainConfig:
       stop_seconds: how long a run may take to save after SIGTERM (a preemption); then it ends.
       remat: what a layer saves for its backward pass: `everything`; `dots`, without what is cheap
         to find again; `offload`, the same in the host's memory; `attention`, its output alone; or
-        `nothing`. `auto` takes the fastest of them that fits, `offload` apart.
+        `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits.
       profile_steps: the first and the last step to trace, into `profile/` of the run's folder.
     """
 

@@ -29,22 +29,26 @@ from droplora_jax.shared import apply_all
 # host's memory; what attention gives; or nothing.
 Remat = Literal["everything", "dots", "offload", "attention", "nothing"]
 
-# The names are those given with `checkpoint_name`, here, in `lowrank` and in `attention`.
 _policies = jax.checkpoint_policies
+
+
+def _saving(*names: str) -> Any:
+    """Saves what has such a name by `checkpoint_name`, here, in `lowrank` and in `attention`."""
+    return _policies.save_from_both_policies(
+        _policies.save_only_these_names(*names), saved_of_kernels
+    )
+
+
 REMAT_POLICIES = MappingProxyType(
     {
-        "dots": _policies.save_from_both_policies(
-            _policies.save_only_these_names("dots", "attention"), saved_of_kernels
-        ),
+        "dots": _saving("dots", "attention"),
         "offload": _policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=["dots", "attention"],
             offload_src="device",
             offload_dst="pinned_host",
         ),
-        "attention": _policies.save_from_both_policies(
-            _policies.save_only_these_names("attention"), saved_of_kernels
-        ),
+        "attention": _saving("attention"),
         "nothing": _policies.nothing_saveable,
     }
 )
