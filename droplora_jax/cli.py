@@ -72,65 +72,86 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    quickstart = commands.add_parser(
-        "quickstart", help="train, export and check a small model, with no input and no network"
+    _quickstart_arguments(
+        commands.add_parser(
+            "quickstart", help="train, export and check a small model, with no input and no network"
+        )
     )
-    quickstart.add_argument("--output", default="droplora-quickstart", metavar="DIR")
-    quickstart.set_defaults(command=_quickstart)
-
-    train = commands.add_parser(
-        "train", help="train what a YAML describes; carries on if its output holds a checkpoint"
+    _train_arguments(
+        commands.add_parser(
+            "train", help="train what a YAML describes; carries on if its output holds a checkpoint"
+        )
     )
-    train.add_argument("file", metavar="RUN.yaml")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument(
-        "--dry-run", action="store_true", help="show the data and stop; nothing is written"
+    _export_arguments(
+        commands.add_parser(
+            "export", help="write what a run trained, or a PEFT adapter, for other tools"
+        )
     )
-    train.set_defaults(command=_train)
-
-    export = commands.add_parser(
-        "export", help="write what a run trained, or a PEFT adapter, for other tools"
-    )
-    export.add_argument("folder", metavar="RUN_DIR|ADAPTER_DIR", type=Path)
-    export.add_argument("--to", required=True, metavar="DIR", type=Path)
-    export.add_argument("--format", required=True, choices=("merged", "peft"))
-    export.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the base's")
-    export.add_argument("--step", default="last", metavar="last|best|N", help="of a run")
-    export.add_argument("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
-    export.add_argument("--base", metavar="DIR", help="of an adapter, if it has moved")
-    export.set_defaults(command=_export)
-
     _generate_arguments(
         commands.add_parser(
             "generate", help="complete the prompts of a file, or chat in the terminal without one"
         )
     )
-
     _evaluate_arguments(
         commands.add_parser(
             "evaluate", help="score a model on test sets; carries on where it was interrupted"
         )
     )
+    _plan_arguments(
+        commands.add_parser(
+            "plan",
+            help="say whether a run fits on devices that are not here, and how fast it could be",
+        )
+    )
+    _inspect_arguments(
+        commands.add_parser(
+            "inspect", help="say what a folder is, and what an adapter does to each layer"
+        )
+    )
+    return parser
 
-    plan = commands.add_parser(
-        "plan", help="say whether a run fits on devices that are not here, and how fast it could be"
-    )
-    plan.add_argument("file", metavar="RUN.yaml", type=Path)
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
-    plan.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, 2xv5e:16x16, cpu:8, ..."
-    )
-    plan.add_argument("--json", action="store_true", help="everything, for programs")
+
+def _quickstart_arguments(quickstart: argparse.ArgumentParser) -> None:
+    quickstart.add_argument("--output", default="droplora-quickstart", metavar="DIR")
+    quickstart.set_defaults(command=_quickstart)
+
+
+def _train_arguments(train: argparse.ArgumentParser) -> None:
+    add = train.add_argument
+    add("file", metavar="RUN.yaml")
+    add("overrides", nargs="*", metavar="section.key=value")
+    add("--dry-run", action="store_true", help="show the data and stop; no run begins")
+    train.set_defaults(command=_train)
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    add = export.add_argument
+    add("folder", metavar="RUN_DIR|ADAPTER_DIR", type=Path)
+    add("--to", required=True, metavar="DIR", type=Path)
+    add("--format", required=True, choices=("merged", "peft"))
+    add("--dtype", choices=("bfloat16", "float32"), help="default: the base's")
+    add("--step", default="last", metavar="last|best|N", help="of a run")
+    add("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
+    add("--base", metavar="DIR", help="of an adapter, if it has moved")
+    export.set_defaults(command=_export)
+
+
+def _plan_arguments(plan: argparse.ArgumentParser) -> None:
+    add = plan.add_argument
+    add("file", metavar="RUN.yaml", type=Path)
+    add("overrides", nargs="*", metavar="section.key=value")
+    where = "v5e:4x4, 2xv5e:16x16, cpu:8, ..."
+    add("--topology", required=True, metavar="KIND:SHAPE", help=where)
+    add("--json", action="store_true", help="everything, for programs")
     plan.set_defaults(command=_plan)
 
-    inspect = commands.add_parser(
-        "inspect", help="say what a folder is, and what an adapter does to each layer"
-    )
-    inspect.add_argument("folder", metavar="DIR", type=Path)
-    inspect.add_argument("--json", action="store_true", help="everything, for programs")
-    inspect.add_argument("--png", metavar="FILE", type=Path, help="draw a map of the layers")
+
+def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
+    add = inspect.add_argument
+    add("folder", metavar="DIR", type=Path)
+    add("--json", action="store_true", help="everything, for programs")
+    add("--png", metavar="FILE", type=Path, help="draw a map of the layers")
     inspect.set_defaults(command=_inspect)
-    return parser
 
 
 def _generate_arguments(generate: argparse.ArgumentParser) -> None:
