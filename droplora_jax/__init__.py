@@ -13,7 +13,7 @@ checkpoints (`checkpoint.py`), the loop (`train.py`), a run's configuration (`ru
 command line (`cli.py`).
 """
 
-from droplora_jax.adapters import DoRA, DropLoRA, LinearSpec, MaskKey, linear_spec
+from droplora_jax.adapters import DoRA, DropLoRA, Learned, LinearSpec, MaskKey, linear_spec
 from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
@@ -25,6 +25,7 @@ __all__ = [
     "DoRA",
     "DropLoRA",
     "InputError",
+    "Learned",
     "LinearSpec",
     "MaskKey",
     "MeshConfig",

@@ -68,7 +68,7 @@ def traced_step(
         _batch(config, mesh),
         everywhere(prng.root_key(0)),
     )
-    step: Any = compile_train_step(graphdef, tx, adapters)
+    step: Any = compile_train_step(graphdef, tx, adapters, config.adapter.share(steps))
     return step.trace(*arguments), arguments
 
 

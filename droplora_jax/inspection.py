@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -102,11 +103,12 @@ def _run(folder: Path) -> dict[str, Any]:
     path = folder / CHECKPOINTS
     checkpoints = Checkpoints(path, read_only=True) if path.is_dir() else None
     there = _adapter(folder / ADAPTER) if (folder / ADAPTER).exists() else {}
+    options = dataclasses.asdict(config.adapter)
     return {
         "kind": "run",
         "base": config.model.path,
         "adapter_kind": config.adapter.kind,
-        "drop_rate": config.adapter.drop_rate,
+        **{key: options[key] for key in ("drop_rate",) if key in options},
         "last_checkpoint": checkpoints.latest if checkpoints else None,
         "finished": bool(there),
         **{key: there[key] for key in ("rank", "alpha", "bytes", "branches") if key in there},

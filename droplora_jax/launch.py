@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from droplora_jax import display, export, files, hub, memory, optim, prng, processes, reading, run
-from droplora_jax.adapters import DropLoRA
+from droplora_jax.adapters import DropLoRA, LowRank
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.compiling import program
 from droplora_jax.errors import InputError
@@ -106,7 +106,9 @@ def _checked(
     config.train.check_mesh(mesh, config.data.max_length)
     read = _read_data(config, console)
     reading.check_same(folder / CHECKPOINTS, read.record["data"])
-    optim.learning_rate(config.optim, total_steps(config.train, read.train))
+    steps = total_steps(config.train, read.train)
+    optim.learning_rate(config.optim, steps)
+    config.adapter.share(steps)
     return config, mesh, read
 
 
@@ -150,18 +152,19 @@ def _model_before(file: Path) -> run.LoadConfig | None:
         return None
 
 
-def _started(own: DropLoRA, theirs: DropLoRA, where: str) -> DropLoRA:
+def _started(own: LowRank, theirs: LowRank, where: str) -> Any:
     """The adapter that is there, trained on as the run says."""
-    dropping = ("drop_rate", "granularity", "sampler", "rescale")
     for option in fields(own):
-        value, there = getattr(own, option.name), getattr(theirs, option.name)
-        default = getattr(DropLoRA(), option.name)
-        if option.name not in dropping and value not in (default, there):
+        name, value = option.name, getattr(own, option.name)
+        there = getattr(theirs, name, "no such option")
+        free = name in theirs.of_training
+        if not free and value not in (getattr(DropLoRA(), name), there):
             raise InputError(
-                f"adapter.{option.name}={value!r}: the adapter in model.adapter={where!r} has "
+                f"adapter.{name}={value!r}: the adapter in model.adapter={where!r} has "
                 f"{there!r}; leave the key out"
             )
-    return replace(theirs, **{name: getattr(own, name) for name in dropping})
+    given = {name: getattr(own, name) for name in theirs.of_training if hasattr(own, name)}
+    return replace(theirs, **given)
 
 
 def check_folder(config: run.RunConfig, folder: Path) -> None:

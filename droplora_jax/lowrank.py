@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from droplora_jax import ops
 
@@ -35,12 +35,13 @@ def rank_mask(
     mask_key: Key[Array, "*keys"],
     shape: tuple[int, ...],
     *,
-    drop_rate: float,
+    drop_rate: float | Float[Array, ""],
     granularity: Granularity,
     sampler: Sampler,
     rescale: bool,
     dtype: Any,
-    rank: Int[Array, ""] | None = None,
+    kept: int | Int[Array, ""] | None = None,
+    rank: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "*mask"]:
     """Draw the mask `m` that multiplies `x @ A`; 0 where a rank is dropped.
 
@@ -50,22 +51,24 @@ def rank_mask(
       shape: the shape of `x @ A`, [B, ..., R].
       drop_rate: the probability p in [0, 1) that a rank is dropped; `bernoulli` rounds it to
         a multiple of 2**-16.
-      sampler: `bernoulli` keeps each rank with probability 1 - p; `exact` keeps
-        round((1 - p) * R) of them, uniformly chosen.
+      sampler: `bernoulli` keeps each rank with probability 1 - p; `exact` keeps `kept` of them,
+        uniformly chosen.
       rescale: scale what is kept by 1 / (1 - p).
-      rank: the ranks that are there, where R is padded to that of other layers; `exact` counts
-        and keeps only these.
+      kept: default: `kept_ranks`; where the rate or the rank is traced it has to be given.
+      rank: the ranks that are there, where R is padded to that of other layers; `exact` keeps
+        only these.
 
     Returns:
       A mask that broadcasts against `shape`.
     """
     own_shape = shape[1:] if granularity == "token" else shape[-1:]
-    threshold = jnp.uint32(min(round(drop_rate * 2**16), 2**16 - 1))
+    if sampler == "exact" and kept is None:
+        kept = kept_ranks(int(shape[-1] if rank is None else rank), float(drop_rate))
 
     def sample(key: Array) -> Array:
         if sampler == "exact":
-            return _keep_exactly(key, own_shape, drop_rate, rank)
-        return _random_halves(key, own_shape) >= threshold
+            return _keep_exactly(_order(key, own_shape, rank), kept)
+        return _random_halves(key, own_shape) >= _threshold(drop_rate)
 
     for _ in range(mask_key.ndim):
         sample = jax.vmap(sample)
@@ -74,8 +77,17 @@ def rank_mask(
 
     missing = max(len(shape) - keep.ndim, 0)
     keep = keep.reshape(*mask_key.shape, *(1,) * missing, *own_shape)
-    kept_value = 1.0 / (1.0 - drop_rate) if rescale else 1.0
-    return jnp.where(keep, jnp.asarray(kept_value, dtype), jnp.asarray(0, dtype))
+    return jnp.where(keep, _kept_value(drop_rate, rescale, dtype), jnp.asarray(0, dtype))
+
+
+def _kept_value(drop_rate: float | Array, rescale: bool, dtype: Any) -> Array:
+    return jnp.asarray(1.0 / (1.0 - drop_rate) if rescale else 1.0, dtype)
+
+
+def _threshold(drop_rate: float | Array) -> Array:
+    """Below it, of the numbers of 16 bits, are those that drop."""
+    steps = jnp.round(jnp.asarray(drop_rate, jnp.float32) * 2**16)
+    return jnp.minimum(steps, 2**16 - 1).astype(jnp.uint32)
 
 
 def _random_halves(key: Array, shape: tuple[int, ...]) -> Array:
@@ -85,53 +97,69 @@ def _random_halves(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :rank]
 
 
-def _keep_exactly(
-    key: Array, shape: tuple[int, ...], drop_rate: float, rank: Array | None
-) -> Bool[Array, "... R"]:
-    # A position in the sorted order, not a threshold: equal bits must not keep one rank too many.
-    order = jnp.argsort(_shuffled(key, shape, rank), axis=-1)
-    return order < _count(shape[-1], drop_rate, rank)
+def _order(key: Array, shape: tuple[int, ...], rank: int | Array | None) -> UInt32[Array, "... R"]:
+    """Random numbers of which no two are the same, and those of ranks that are not there last."""
+    size = shape[-1]
+    own = max(size - 1, 1).bit_length()
+    index = jnp.arange(size, dtype=jnp.uint32)
+    bits = (jax.random.bits(key, shape, jnp.uint32) << own) | index
+    missing = jnp.uint32(0) if rank is None else (jnp.arange(size) >= rank).astype(jnp.uint32)
+    return (bits & 0x7FFFFFFF) | (missing << 31)
 
 
-def _shuffled(key: Array, shape: tuple[int, ...], rank: Array | None) -> Int[Array, "... R"]:
-    """The ranks in a random order, those that are not there last."""
-    bits = jax.random.bits(key, shape, jnp.uint32)
-    if rank is not None:
-        padding = jnp.arange(shape[-1]) >= rank
-        bits = jnp.where(padding, jnp.uint32(2**32 - 1), bits)  # and the sort is stable
-    return jnp.argsort(bits, axis=-1)
-
-
-def _count(size: int, drop_rate: float, rank: Array | None) -> int | Int[Array, ""]:
-    """How many ranks are kept: of `size`, or of the `rank` that are there."""
-    if rank is None:
-        return kept_ranks(size, drop_rate)
-    counts = [kept_ranks(there, drop_rate) for there in range(size + 1)]
-    return jnp.asarray(counts, jnp.int32)[rank]
+def _keep_exactly(order: Array, kept: int | Array | None) -> Bool[Array, "... R"]:
+    """The `kept` ranks that come first: by one sort of numbers, not two of their places."""
+    ascending = jnp.sort(order, axis=-1)
+    last = jnp.take(ascending, jnp.maximum(jnp.asarray(kept) - 1, 0), axis=-1)
+    return (order <= last[..., None]) & (jnp.asarray(kept) > 0)
 
 
 @jax.named_scope("mask")
 def subspace(
     mask_key: Key[Array, "1"],
     size: int,
+    most: int,
     *,
-    drop_rate: float,
+    kept: int | Int[Array, ""],
+    drop_rate: float | Float[Array, ""],
     rescale: bool,
     dtype: Any,
-    rank: Int[Array, ""] | None = None,
+    rank: int | Int[Array, ""] | None = None,
 ) -> tuple[Int[Array, "K"], Float[Array, "K"]]:
     """The ranks that an `exact` mask of a whole step keeps, and the values of the mask there.
 
     A branch of these ranks alone is the masked one without the products that come to nothing.
 
     Args:
-      size: R. The others are those of `rank_mask`.
+      size: R.
+      most: K; beyond `kept` of them the mask is zero. The others are those of `rank_mask`.
     """
-    kept = kept_ranks(size, drop_rate)
-    index_K = _shuffled(mask_key[0], (size,), rank)[:kept]
-    there_K = jnp.arange(kept) < _count(size, drop_rate, rank)
-    kept_value = 1.0 / (1.0 - drop_rate) if rescale else 1.0
-    return index_K, jnp.where(there_K, jnp.asarray(kept_value, dtype), jnp.asarray(0, dtype))
+    index_K = jnp.argsort(_order(mask_key[0], (size,), rank))[:most]
+    there_K = jnp.arange(most) < kept
+    return index_K, jnp.where(
+        there_K, _kept_value(drop_rate, rescale, dtype), jnp.asarray(0, dtype)
+    )
+
+
+def learned_mask(
+    logits: Float[Array, "*stack R"], rank: Int[Array, "*stack"] | None = None
+) -> Float[Array, "*stack R"]:
+    """The mask of ranks that are kept where sigmoid(logit) >= 1/2, over the share of them.
+
+    The share is a constant to the gradient, which takes the threshold for the sigmoid; where
+    nothing is kept there is no branch.
+
+    Args:
+      rank: the ranks that are there, where R is padded to that of other layers.
+    """
+    size = logits.shape[-1]
+    there = jnp.ones(size, bool) if rank is None else jnp.arange(size) < rank[..., None]
+    soft = jax.nn.sigmoid(logits)
+    hard = (soft >= 0.5) & there
+    kept, own = (jnp.sum(ranks, axis=-1, keepdims=True) for ranks in (hard, there))
+    share = (jnp.maximum(kept, 1) / jnp.maximum(own, 1)).astype(soft.dtype)
+    straight_through = hard.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+    return jnp.where(there, straight_through / share, 0)
 
 
 def take_ranks(factor: Float[Array, "..."], index_K: Int[Array, "K"], axis: int) -> Array:
@@ -159,12 +187,9 @@ def lowrank_delta(
     b: Float[Array, "..."],
     *,
     scale: float | Float[Array, ""],
-    mask: Float[Array, "..."] | None = None,
     up: str = "...r,ro->...o",
 ) -> Float[Array, "..."]:
-    """The branch that is added to `x @ W`, from `h = x @ A`: `scale * (h * m) @ B`."""
-    if mask is not None:
-        h = h * mask
+    """The branch that is added to `x @ W`, from the masked `h = (x @ A) * m`: `scale * h @ B`."""
     return ops.product(up, h * jnp.asarray(scale, h.dtype), b)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,11 @@ from droplora_jax.launch import (
     CONFIG_FILE,
     load_tokenizer,
     what_to_record,
-    with_fresh_adapters,
 )
 from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import init_state
-from droplora_jax.surgery import split
+from droplora_jax.surgery import initial_of, inject, split
 
 # Of a model's folder, an adapter's or a run's: what its completions depend on.
 MARKS = (
@@ -133,12 +132,14 @@ def restored(
     """The base of a run with the adapters of a checkpoint, and what to record of it."""
     if not (folder / CHECKPOINTS).is_dir():
         raise InputError(f"{folder}: no complete checkpoint in it; train it first")
-    model = with_fresh_adapters(config, model)
+    model = inject(model, config.adapter, key="later")
     graphdef, adapters, mask_keys, frozen = split(model)
     tx = optim.optimizer(config.optim, lambda count: 0.0)
     checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
     step = checkpoints.choose(which)
-    state = checkpoints.restore(step, init_state(adapters, tx))
+    like = replace(init_state(adapters, tx), initial=initial_of(frozen))
+    state = checkpoints.restore(step, like)
+    frozen = nnx.merge_state(frozen, state.initial)
     model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
     return model, what_to_record(checkpoints.record(step))
 

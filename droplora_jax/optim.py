@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from droplora_jax.errors import InputError
-
-Schedule = Literal["constant", "linear", "cosine"]
+from droplora_jax.schedules import Schedule, schedule
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class OptimConfig:
       schedule: what follows the warm-up: `constant`, or down to zero by `linear` or `cosine`.
       warmup_steps: steps in which the learning rate rises from zero.
       weight_decay: passed to optimizers that have it; must be 0 for others.
+      no_decay: patterns of what it leaves alone, searched in the paths of what is trained
+        (`layers.q_proj.lora_b`).
+      b_ratio: the learning rate of every B is so many times that of the rest (LoRA+, arXiv
+        2402.12354, which takes 16).
       clip_norm: gradients are scaled down to this global norm; null for no clipping.
       options: further arguments of the optimizer, such as `b2: 0.95`.
     """
@@ -37,6 +41,8 @@ class OptimConfig:
     schedule: Schedule = "linear"
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ()
+    b_ratio: float = 1.0
     clip_norm: float | None = 1.0
     options: dict[str, float | bool | str] = field(default_factory=dict)
 
@@ -47,6 +53,15 @@ class OptimConfig:
             raise InputError(f"optim.warmup_steps={self.warmup_steps}: must not be negative")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise InputError(f"optim.weight_decay={self.weight_decay}: must not be negative")
+        if not (self.b_ratio > 0 and math.isfinite(self.b_ratio)):
+            raise InputError(f"optim.b_ratio={self.b_ratio}: must be positive; 1 for no difference")
+        for pattern in self.no_decay:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"optim.no_decay={pattern!r}: not a regular expression ({error})"
+                ) from error
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"optim.clip_norm={self.clip_norm}: must be positive, or null")
         _try_out(self)  # what can't work should stop the run before a model is loaded
@@ -54,33 +69,55 @@ class OptimConfig:
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate of each step of a run of `steps` steps."""
-    if config.warmup_steps >= steps:
-        raise InputError(
-            f"optim.warmup_steps={config.warmup_steps}: must be below the run's {steps} steps, or "
-            "the learning rate never reaches its value; lower it, or train for longer"
-        )
-    decay = DECAYS[config.schedule](config.learning_rate, steps - config.warmup_steps)
-    if not config.warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    return schedule(
+        config.learning_rate,
+        config.schedule,
+        config.warmup_steps,
+        steps,
+        name="optim.warmup_steps",
+    )
 
 
-DECAYS: Mapping[str, Callable[[float, int], optax.Schedule]] = MappingProxyType(
-    {
-        "constant": lambda rate, steps: optax.constant_schedule(rate),
-        "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
-        "cosine": lambda rate, steps: optax.cosine_decay_schedule(rate, steps),
-    }
-)
+def optimizer(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping, then the named optimizer, and what its updates are multiplied by.
+
+    Raises:
+      InputError: from its `init`, for a pattern that matches nothing that is trained.
+    """
+    arguments = _arguments(config)
+    if config.no_decay:
+        arguments["mask"] = partial(_decayed, config.no_decay)
+    parts = [getattr(optax, config.name)(rate, **arguments)]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.b_ratio != 1:
+        parts.append(optax.masked(optax.scale(config.b_ratio), partial(_matching, r"lora_b$")))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]
 
 
-def optimizer(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping, then the named optimizer."""
-    update = getattr(optax, config.name)(schedule, **_arguments(config))
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+def _decayed(no_decay: Sequence[str], trained: Any) -> Any:
+    """Of everything that is trained, whether it is decayed."""
+    left_alone = [_matching(pattern, trained) for pattern in no_decay]
+    for pattern, found in zip(no_decay, left_alone, strict=True):
+        if not any(jax.tree.leaves(found)):
+            paths = sorted({_dotted(path) for path, _ in jax.tree.leaves_with_path(trained)})
+            raise InputError(
+                f"optim.no_decay={pattern!r} matches nothing that is trained; there are "
+                f"{', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}"
+            )
+    return jax.tree.map(lambda *found: not any(found), *left_alone)
+
+
+def _matching(pattern: str, trained: Any) -> Any:
+    """Of everything that is trained, whether a pattern is in its path."""
+    return jax.tree.map_with_path(
+        lambda path, _: re.search(pattern, _dotted(path)) is not None, trained
+    )
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    keys = (getattr(key, "key", getattr(key, "name", None)) for key in path)
+    return ".".join(str(key) for key in keys if key not in (None, "value"))
 
 
 def _try_out(config: OptimConfig) -> None:
@@ -115,6 +152,10 @@ def _arguments(config: OptimConfig) -> dict[str, Any]:
         raise InputError(
             f"optim.weight_decay={config.weight_decay}: optax.{config.name} has no weight decay; "
             "set optim.weight_decay: 0"
+        )
+    if config.no_decay and "mask" not in parameters:
+        raise InputError(
+            f"optim.no_decay: optax.{config.name} has no mask of what it decays; leave the key out"
         )
     if unknown := set(arguments) - set(parameters):
         raise InputError(

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from droplora_jax.adapters import ADAPTERS, DoRA, DropLoRA
+from droplora_jax.adapters import ADAPTERS, DoRA, DropLoRA, Learned
 from droplora_jax.attention import Kernel
 from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
@@ -71,7 +71,10 @@ class RunConfig:
     data: DataConfig
     seed: int = 0
     adapter: Annotated[
-        Annotated[DropLoRA, Tag("droplora")] | Annotated[DoRA, Tag("dora")], Discriminator(_kind)
+        Annotated[DropLoRA, Tag("droplora")]
+        | Annotated[DoRA, Tag("dora")]
+        | Annotated[Learned, Tag("learned")],
+        Discriminator(_kind),
     ] = field(default_factory=DropLoRA)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -37,7 +37,7 @@ class Batch(TypedDict):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "adapters", "opt_state"],
+    data_fields=["step", "adapters", "opt_state", "initial"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class TrainState:
     """All that changes from step to step, and all that a checkpoint has to hold.
 
     Its leaves are arrays: `step` int32 [], `adapters` an `nnx.State`, `opt_state` as optax made
-    it; or, in the same places, what is said of them, such as shardings.
+    it; or, in the same places, what is said of them, such as shardings. `initial` is for
+    checkpoints alone: what branches are measured from, which no step changes.
     """
 
     step: Any
     adapters: Any
     opt_state: Any
+    initial: Any = None
 
 
 Metrics = dict[str, Array]
@@ -98,11 +100,12 @@ def loss_and_gradients(
     frozen: nnx.State,
     batch: Batch,
     step_key: Key[Array, ""],
+    share: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over the targets of k microbatches [k, m, T], and its gradient for the adapters."""
 
     def microbatch_loss(adapters: nnx.State, rows: Array, part: Batch):
-        keys = draw(mask_keys, step_key, rows=rows, documents=part["segment_ids"])
+        keys = draw(mask_keys, step_key, rows=rows, documents=part["segment_ids"], share=share)
         return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part)
 
     def accumulate(sums, microbatch):
@@ -128,11 +131,19 @@ def train_step(
     frozen: nnx.State,
     batch: Batch,
     mask_root: Key[Array, ""],
+    *,
+    share: optax.Schedule | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step. `mask_root` is the run's mask key; the step is folded into it here."""
+    """One optimizer step.
+
+    Args:
+      mask_root: the run's mask key; the step is folded into it here.
+      share: of the drop rates, by step, for adapters whose rates change.
+    """
     step_key = jax.random.fold_in(mask_root, state.step)
+    now = None if share is None else jnp.asarray(share(state.step), jnp.float32)
     loss, gradients = loss_and_gradients(
-        graphdef, state.adapters, mask_keys, frozen, batch, step_key
+        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now
     )
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
@@ -157,12 +168,15 @@ def eval_step(
 
 
 def compile_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, adapters: nnx.State
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    adapters: nnx.State,
+    share: optax.Schedule | None = None,
 ) -> TrainStep:
     """`train_step` jitted, its state donated: `(state, mask_keys, frozen, batch, mask_root)`."""
     shardings = state_shardings(adapters, tx)
     return jax.jit(
-        partial(train_step, graphdef, tx),
+        partial(train_step, graphdef, tx, share=share),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
     )

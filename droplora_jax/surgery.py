@@ -16,17 +16,20 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax import prng
 from droplora_jax.adapters.base import (
     Adapter,
     AdapterConfig,
+    DropShare,
+    InitKey,
     MaskKey,
     is_linear,
     linear_spec,
     stack_of,
 )
+from droplora_jax.adapters.branch import Initial
 from droplora_jax.adapters.targets import Path, check_patterns, dotted, layer_names, select
 from droplora_jax.adapters.whole import plain, train_whole
 from droplora_jax.errors import InputError
@@ -39,14 +42,15 @@ def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
     return {dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, Adapter)}
 
 
-def inject(model: Model, config: AdapterConfig, *, key: Key[Array, ""] | None) -> Model:
+def inject(model: Model, config: AdapterConfig, *, key: InitKey) -> Model:
     """Wrap every targeted linear layer in an adapter.
 
     Args:
       model: any nnx module; layers may be in a list, or stacked with leading axes.
       config: which layers and which adapter, such as `DropLoRA`; and what is trained whole.
       key: the root of the initial values, which depend on it, the path and the layer index only;
-        None for shapes only, with no values, as a plan needs.
+        `later` for zeros, where a checkpoint is about to fill them; None for shapes only, with no
+        values, as a plan needs.
 
     Raises:
       InputError: a pattern that matches nothing (lists what there is), or a model that has
@@ -81,6 +85,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.St
     return cast(Any, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
 
 
+def initial_of(frozen: nnx.State) -> nnx.State:
+    """Of what is frozen, the factors that branches are measured from: a checkpoint's to keep."""
+    return nnx.filter_state(frozen, Initial)
+
+
 @jax.named_scope("mask")
 def draw(
     mask_keys: nnx.State,
@@ -88,6 +97,7 @@ def draw(
     *,
     rows: Int[Array, "B"] | None = None,
     documents: Int[Array, "B T"] | None = None,
+    share: float | Float[Array, ""] | None = None,
 ) -> nnx.State:
     """Turn the masks on for one step.
 
@@ -99,16 +109,21 @@ def draw(
       step_key: the run's mask key with the step folded in; another one every step.
       rows: the index of each row in the step's whole batch. Needed at `token` and `sequence`.
       documents: the document of each position, for packed rows at `sequence`: their segment ids.
+      share: of the drop rates in this step, for adapters whose rates change over a run.
 
     Raises:
-      InputError: `rows` is missing.
+      InputError: `rows` or `share` is missing.
     """
 
     def fill(path: Path, variable: Any) -> Any:
+        if isinstance(variable, DropShare):
+            return variable.replace(_everywhere(share, variable))
         granularity = variable.get_metadata("granularity")
         if granularity is None:
             return variable
         keys = prng.fold_path(step_key, path[:-1])
+        if path[-1] != "mask_key":
+            keys = prng.fold_name(keys, path[-1])
         keys = prng.fold_stack(keys, variable.get_metadata("stack"))
         if granularity == "step":
             return variable.replace(keys[..., None])
@@ -127,19 +142,29 @@ def draw(
     return nnx.map_state(fill, mask_keys)
 
 
+def _everywhere(share: Any, variable: DropShare) -> Array:
+    if share is None:
+        raise InputError(
+            "the drop rates change over the run (adapter.drop_schedule): pass share=, what of them "
+            "this step has, which is config.share(steps)(step) of the adapters' config"
+        )
+    return jnp.broadcast_to(jnp.asarray(share, jnp.float32), variable.get_value().shape)
+
+
 def masked(
     model: Model,
     step_key: Key[Array, ""],
     *,
     rows: Int[Array, "B"] | None = None,
     documents: Int[Array, "B T"] | None = None,
+    share: float | Float[Array, ""] | None = None,
 ) -> Model:
     """A view of the model with its masks on for one step, for loops that hold a whole model.
 
     The view shares its parameters with `model`: differentiate the view, update `model`.
     """
     graphdef, adapters, mask_keys, frozen = split(model)
-    keys = draw(mask_keys, step_key, rows=rows, documents=documents)
+    keys = draw(mask_keys, step_key, rows=rows, documents=documents, share=share)
     return nnx.merge(graphdef, adapters, keys, frozen)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from droplora_jax.profiling import Profile
 from droplora_jax.program import Program
 from droplora_jax.sharding import RULES, axis_size
 from droplora_jax.step import TrainState, init_state
-from droplora_jax.surgery import split
+from droplora_jax.surgery import initial_of, split
 from droplora_jax.validation import Measure, Measured
 from droplora_jax.watch import NonFinite, Watch
 
@@ -197,10 +197,11 @@ def train(run: Run) -> Decoder:
     """
     graphdef, adapters, mask_keys, frozen = split(run.model)
     tx = optim.optimizer(run.optim, run.schedule)
-    state = init_state(adapters, tx)
-    measure = run.measured.by(graphdef, mask_keys, frozen, run.mesh)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    state = checkpoints.restore_newest(state, partial(display.say, run.console))
+    fresh = replace(init_state(adapters, tx), initial=initial_of(frozen))
+    saved = checkpoints.restore_newest(fresh, partial(display.say, run.console))
+    state, frozen = replace(saved, initial=None), nnx.merge_state(frozen, saved.initial)
+    measure = run.measured.by(graphdef, mask_keys, frozen, run.mesh)
     start = int(state.step)
     log = MetricsLog(run.folder, step=start) if processes.first() else NoLog()
     agreed = processes.Agreement(run.mesh)
@@ -225,7 +226,8 @@ def train(run: Run) -> Decoder:
                 if n == start:
                     display.say(run.console, _start_up(run, program))
                 signal_number = agreed(stop[0] if stop else 0)
-                _look_and_save(run, watch, measure, state, n + 1, signal_number)
+                whole = replace(state, initial=saved.initial)
+                _look_and_save(run, watch, measure, whole, n + 1, signal_number)
         checkpoints.wait()
         log.plot()
     except (NonFinite, Stopped):

@@ -177,7 +177,7 @@ def test_an_exact_mask_of_a_step_is_a_branch_of_fewer_ranks(rank_pattern):
                 sampler="exact",
                 rescale=True,
                 dtype=jnp.float32,
-                rank=jnp.int32(adapter.branches[i].rank),
+                rank=adapter.branches[i].rank,
             )
             w = rest["base"]["kernel"].get_value()
             ys.append(x @ w + adapter.branches[i].scale * ((x @ a[i]) * mask) @ b[i])
@@ -291,7 +291,7 @@ def test_ranks_and_scales_by_pattern():
     branches = config.branches(names, (True, True, False))
     assert [(b.rank, b.alpha) for b in branches] == [(4, 16), (2, 16), (0, 1)]
     assert [b.scale for b in branches] == [8, 16 / 2**0.5, 0]
-    assert config.branches(layer_names(("head",), ())) == ((8, 16, 16 / 8**0.5),)
+    assert config.branches(layer_names(("head",), ())) == ((8, 16, 16 / 8**0.5, 0.5),)
     assert hash(config) == hash(dataclasses.replace(config))
 
 
@@ -331,7 +331,7 @@ def test_dora_and_its_gradients_equal_pytorch(masked, strict):
     if masked:
         key = adapter.mask_key
         adapter.mask_key = key.replace(jax.random.split(KEY, 1))
-    mask = np.ones(4, np.float32) if not masked else np.asarray(adapter._mask(jnp.ones((3, 5, 4))))
+    mask = np.ones(4, np.float32) if not masked else np.asarray(adapter.mask(jnp.ones((3, 5, 4))))
     assert masked == (mask == 0).any()
     graphdef, factors, rest = nnx.split(adapter, nnx.LoRAParam, ...)
     gradients = jax.grad(lambda f: jnp.sum(nnx.merge(graphdef, f, rest)(x) ** 2))(factors)

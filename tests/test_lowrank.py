@@ -82,15 +82,17 @@ def test_exact_counts_the_ranks_that_are_there(granularity):
     keys = row_keys(1 if granularity == "step" else 3)
 
     @jax.jit
-    def draw(rank):
-        return rank_mask(keys, (3, 200, 8), granularity=granularity, rank=rank, **options)
+    def draw(rank, kept):
+        return rank_mask(
+            keys, (3, 200, 8), granularity=granularity, rank=rank, kept=kept, **options
+        )
 
     for rank in range(9):
-        mask = np.asarray(draw(jnp.int32(rank)))
+        mask = np.asarray(draw(jnp.int32(rank), jnp.int32(kept_ranks(rank, 0.3))))
         assert set(mask[..., :rank].sum(axis=-1).flat) <= {kept_ranks(rank, 0.3)}
         assert not mask[..., rank:].any()
     whole = rank_mask(keys, (3, 200, 8), granularity=granularity, **options)
-    np.testing.assert_array_equal(draw(jnp.int32(8)), whole)
+    np.testing.assert_array_equal(draw(jnp.int32(8), jnp.int32(kept_ranks(8, 0.3))), whole)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -101,12 +103,14 @@ def test_a_subspace_is_what_the_exact_mask_of_a_step_keeps(drop_rate, rescale):
     options = {"drop_rate": drop_rate, "rescale": rescale, "dtype": jnp.float32}
 
     @jax.jit
-    def both(rank):
-        mask = rank_mask(keys, shape, granularity="step", sampler="exact", rank=rank, **options)
-        return mask, subspace(keys, 8, rank=rank, **options)
+    def both(rank, kept):
+        given = options | {"rank": rank, "kept": kept}
+        mask = rank_mask(keys, shape, granularity="step", sampler="exact", **given)
+        return mask, subspace(keys, 8, kept_ranks(8, drop_rate), **given)
 
-    for rank in [None, *map(jnp.int32, range(9))]:
-        mask, (index, values) = both(rank)
+    for rank in [None, *range(9)]:
+        kept = kept_ranks(8 if rank is None else rank, drop_rate)
+        mask, (index, values) = both(None if rank is None else jnp.int32(rank), jnp.int32(kept))
         assert len(set(index.tolist())) == kept_ranks(8, drop_rate)
         there = np.zeros(8, np.float32)
         there[index] = values
@@ -209,8 +213,8 @@ def test_branch_and_gradients_equal_pytorch(masked, strict):
     (expected * torch.tensor(weight)).sum().backward()
 
     def forward(x, a, b):
-        mask = jnp.asarray(m) if masked else None
-        return x @ w + lowrank_delta(*compress(x, a), b, scale=scale, mask=mask)
+        (h,) = compress(x, a)
+        return x @ w + lowrank_delta(h * jnp.asarray(m) if masked else h, b, scale=scale)
 
     y, vjp = jax.vjp(forward, *map(jnp.asarray, (x, a, b)))
     assert relative(y, expected.detach()) < 1e-5

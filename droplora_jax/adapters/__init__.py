@@ -1,10 +1,12 @@
 """Adapter kinds by name: a new one is one file and one line here."""
 
 from droplora_jax.adapters.base import Adapter, AdapterConfig, LinearSpec, MaskKey, linear_spec
+from droplora_jax.adapters.branch import LowRank
 from droplora_jax.adapters.dora import DoRA
 from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.adapters.learned import Learned
 
-ADAPTERS = {"droplora": DropLoRA, "dora": DoRA}
+ADAPTERS = {"droplora": DropLoRA, "dora": DoRA, "learned": Learned}
 
 __all__ = [
     "ADAPTERS",
@@ -12,7 +14,9 @@ __all__ = [
     "AdapterConfig",
     "DoRA",
     "DropLoRA",
+    "Learned",
     "LinearSpec",
+    "LowRank",
     "MaskKey",
     "linear_spec",
 ]

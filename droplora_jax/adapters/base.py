@@ -10,15 +10,18 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from droplora_jax.adapters.targets import Path, dotted
 from droplora_jax.errors import InputError
+
+# The root of initial values; or none: `later` for zeros, and None for shapes only.
+InitKey = Key[Array, ""] | Literal["later"] | None
 
 
 class MaskKey(nnx.Variable):
@@ -26,6 +29,13 @@ class MaskKey(nnx.Variable):
 
     Filled for one step by `droplora_jax.draw`. Its metadata: `stack`, the leading axes of stacked
     layers, and `granularity`, None where the adapter never draws.
+    """
+
+
+class DropShare(MaskKey):
+    """What share of its drop rate an adapter has in this step, [*stack], where that changes.
+
+    Filled for one step by `droplora_jax.draw` too.
     """
 
 
@@ -223,13 +233,13 @@ class AdapterConfig(Protocol):
         layer: nnx.Module,
         spec: LinearSpec,
         path: Path,
-        key: Array | None,
+        key: InitKey,
         chosen: Sequence[bool] | None = None,
     ) -> Adapter:
         """Wrap one layer.
 
         Args:
-          key: the run's `init_key`; fold the path into it. None: shapes only, no values.
+          key: the run's `init_key`; fold the path into it.
           chosen: of a stack, which of its layers have an adapter; all of them by default.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from jaxtyping import Array
 
 from droplora_jax import ops
 from droplora_jax.adapters import base, placing
-from droplora_jax.adapters.droplora import Branch, DropLoRA, DropLoRALinear
+from droplora_jax.adapters.branch import Branch, LowRankLinear
+from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class DoRA(DropLoRA):
 
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
 
-    def linear(self) -> type[DropLoRALinear]:
+    def linear(self) -> type[LowRankLinear]:
         return DoRALinear
 
 
@@ -41,20 +43,20 @@ class DoRALinear(DropLoRALinear):
         spec: base.LinearSpec,
         config: DropLoRA,
         branches: tuple[Branch, ...],
-        key: Array | None,
+        key: base.InitKey,
     ) -> None:
         super().__init__(layer, spec, config, branches, key)
         kernel = self.kernel.get_value()
         letters = _columns(spec)
         sharding = placing.letters_sharding(kernel, spec, letters)
-        if isinstance(kernel, jax.ShapeDtypeStruct):
+        if isinstance(kernel, jax.ShapeDtypeStruct) or not isinstance(key, jax.Array):
             shape = placing.letters_shape(kernel, spec, letters)
             self.magnitude = nnx.LoRAParam(
-                placing.place(lambda: jnp.ones(shape), sharding, abstract=key is None)
+                placing.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
             )
         else:
-            norm = jax.jit(lambda kernel: _norm(kernel, spec), out_shardings=sharding)
-            self.magnitude = nnx.LoRAParam(norm(kernel))
+            norm = placing.place(lambda kernel: _norm(kernel, spec), sharding, kernel)
+            self.magnitude = nnx.LoRAParam(norm)
 
     def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
         """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
@@ -66,6 +68,13 @@ class DoRALinear(DropLoRALinear):
         outputs = self.spec.outputs
         product = f"{outputs},{_columns(self.spec)}->{outputs}"
         return y + jnp.einsum(product, own, gain - 1) + jnp.einsum(product, delta, gain)
+
+    def stored(self) -> dict[str, Array]:
+        return {**super().stored(), "magnitude": self.magnitude[...]}
+
+    def fill(self, stored: Mapping[str, Array]) -> None:
+        super().fill(stored)
+        self.magnitude = nnx.LoRAParam(stored["magnitude"])
 
     def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
         merged = super().merged_kernel(kernel, index)
@@ -86,7 +95,7 @@ class DoRALinear(DropLoRALinear):
     def _norm_of_sum(self) -> Array:
         """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
         spec = self.spec
-        w, a, b = (jax.lax.stop_gradient(p[...]) for p in (self.kernel, self.lora_a, self.lora_b))
+        w, a, b = jax.lax.stop_gradient((self.kernel[...], *self.factors()))
         columns, other = _columns(spec), "z"
         b = b * self._scale()
         aw = ops.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)

@@ -78,9 +78,18 @@ def factor_shapes(
     return of_a, of_b
 
 
-def place(make: Any, sharding: Any, *, abstract: bool = False) -> Any:
-    """Run `make()` so that its result is born with `sharding`; `abstract`: only say its shape."""
+def place(make: Any, sharding: Any, *arguments: Any, abstract: bool = False) -> Any:
+    """`make(*arguments)`, born with `sharding`, or several with several of them.
+
+    `abstract`: only its shape.
+    """
     if abstract:
-        shape = jax.eval_shape(make)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-    return jax.jit(make, out_shardings=sharding)()
+        shapes = jax.eval_shape(make, *arguments)
+        if isinstance(shapes, tuple):
+            return tuple(map(_shape_at, shapes, sharding))
+        return _shape_at(shapes, sharding)
+    return jax.jit(make, out_shardings=sharding)(*arguments)
+
+
+def _shape_at(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

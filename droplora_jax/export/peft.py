@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import save_file
 
-from droplora_jax import prng, processes
-from droplora_jax.adapters import ADAPTERS, DropLoRA
+from droplora_jax import processes
+from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.base import base_path
-from droplora_jax.adapters.droplora import Branch, DropLoRALinear
+from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear
 from droplora_jax.adapters.whole import set_at, wholes_of
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import (
@@ -87,15 +87,17 @@ def save_adapter(
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """By PEFT's names: lora_A [r, in], lora_B [out, r], and whatever else is trained."""
     tensors: dict[str, np.ndarray] = {}
-    for slot in _slots(model):
-        value = processes.to_host(slot.parameter.get_value())
-        for key, index in slot.keys.items():
-            own = value[index]
-            tensors[key] = np.ascontiguousarray(own.T if slot.transposed else own)
+    for path, adapter in _adapters(model).items():
+        slots = _slots_of(path, adapter, BaseNames(model.config))
+        for name, value in adapter.stored().items():
+            tensors |= slots[name].stored(processes.to_host(value))
+    for where, whole in wholes_of(model).items():
+        slot = _slot_of_whole(where, model)
+        tensors |= slot.stored(processes.to_host(whole.get_value()))
     return tensors
 
 
-def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None = None) -> Decoder:
+def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None = None) -> Decoder:
     """A view of `model` with the adapter of a PEFT folder, to use or to train on.
 
     Args:
@@ -112,13 +114,28 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     if adapters_of(model):
         model = view(model)
     else:
-        config = config or adapter_config(model.config, folder)
-        model = inject(model, config, key=prng.root_key(0))
+        model = inject(model, config or adapter_config(model.config, folder), key="later")
     _check_scales(model, peft, folder)
     used: set[str] = set()
-    for slot in list(_slots(model)):
-        used.update(slot.keys)
-        set_at(model, slot.path, slot.parameter.replace(_filled(slot, tensors, folder)))
+
+    def filled(slot: _Slot, like: Any, sharding: Any) -> jax.Array:
+        used.update(slot.places)
+        out = slot.filled(like.shape, tensors, folder)
+        return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])
+
+    for path, adapter in _adapters(model).items():
+        slots = _slots_of(path, adapter, BaseNames(model.config))
+        stored = jax.eval_shape(adapter.stored)
+        adapter.fill(
+            {
+                name: filled(slots[name], like, getattr(adapter, name).get_value().sharding)
+                for name, like in stored.items()
+            }
+        )
+    for where, whole in wholes_of(model).items():
+        value = whole.get_value()
+        trained = filled(_slot_of_whole(where, model), value, value.sharding)
+        set_at(model, where, whole.replace(trained))
     if extra := set(tensors.files) - used:
         raise InputError(
             f"{folder / WEIGHTS_FILE}: {sorted(extra)[0]} has no place in the model "
@@ -127,7 +144,7 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: DropLoRA | None 
     return model
 
 
-def adapter_config(shape: ModelConfig, folder: str | Path) -> DropLoRA:
+def adapter_config(shape: ModelConfig, folder: str | Path) -> LowRank:
     """What `inject` needs for the adapter of a PEFT folder, on a model of this shape.
 
     The adapter's own options where `droplora_config.json` has them; else `drop_rate=0`, the LoRA
@@ -141,81 +158,84 @@ def adapter_config(shape: ModelConfig, folder: str | Path) -> DropLoRA:
     return _own_config(folder) or config_of_peft(shape, peft, tensors, folder / WEIGHTS_FILE)
 
 
+_Places = dict[str, tuple[int | None, tuple[Any, ...]]]
+
+
 @dataclass(frozen=True)
 class _Slot:
-    """A trained variable, and the tensors that it is stored in.
+    """The tensors that an array of the model is stored in.
 
     Attributes:
-      path: of the variable in the model.
-      keys: each tensor's name, with its place in the variable.
+      places: each tensor's name, with the layer of the stack (None without a stack), and what of
+        that layer it is.
       transposed: a tensor is the transpose of its place.
     """
 
-    path: tuple[Any, ...]
-    parameter: nnx.Variable
-    keys: dict[str, tuple[Any, ...]]
+    places: _Places
     transposed: bool
 
+    def stored(self, value: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of an array."""
+        tensors = {}
+        for key, (layer, index) in self.places.items():
+            own = (value if layer is None else value[layer])[index]
+            tensors[key] = np.ascontiguousarray(own.T if self.transposed else own)
+        return tensors
 
-def _slots(model: Decoder) -> Iterator[_Slot]:
-    adapters, names = _adapters(model), BaseNames(model.config)
-    for path, adapter in adapters.items():
-        modules = {
-            i: PREFIX + names.module(path, i)
-            for i, branch in enumerate(adapter.branches)
-            if branch.rank
-        }
-        for part, attribute in PARTS.items():
-            if (parameter := getattr(adapter, attribute, None)) is None:
-                continue
-            keys = {
-                f"{module}{part}": (i, *_ranks(part, adapter.branches[i].rank))
-                for i, module in modules.items()
-            }
-            where = (*path.split("."), attribute)
-            yield _Slot(where, parameter, keys, transposed=part != MAGNITUDE)
-    for where, whole in wholes_of(model).items():
-        path = base_path(where)
-        name, owner = names.table[path], adapters.get(path.rpartition(".")[0])
-        keys = {}
-        for i in range(model.config.layers if name.stacked else 1):
-            adapted = owner is not None and owner.branches[i].rank > 0
-            keys[whole_key(name.of_layer(i), adapted)] = (i,) if name.stacked else ()
-        if model.config.tie_embeddings and path == "embed.embedding":
-            keys[whole_key(HEAD, False)] = ()
-        yield _Slot(where, whole, keys, name.transposed)
+    def filled(self, shape: tuple[int, ...], tensors: TensorFiles, folder: Path) -> np.ndarray:
+        """The array of the tensors; zero where there is none."""
+        out = np.zeros(shape, np.float32)
+        for key, (layer, index) in self.places.items():
+            place = out if layer is None else out[layer]
+            own = place[index].shape[:: -1 if self.transposed else 1]
+            if key not in tensors.files:
+                raise InputError(f"{folder / WEIGHTS_FILE}: lacks {key}")
+            if tensors.shape(key) != own:
+                raise InputError(
+                    f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensors.shape(key))}, the "
+                    f"model needs {list(own)}: the adapter was made for another base or rank"
+                )
+            place[index] = tensors.read(key, dtype=np.float32, transposed=self.transposed)
+        return out
 
 
-def _ranks(part: str, rank: int) -> tuple[slice, ...]:
-    """Where the ranks of one layer are in A [I, R] or B [R, O]."""
-    return {A: (slice(None), slice(rank)), B: (slice(rank),)}.get(part, ())
+def _slots_of(path: str, adapter: LowRankLinear, names: BaseNames) -> dict[str, _Slot]:
+    """Where the arrays that an adapter stores are, by its own names for them."""
+    slots = {}
+    for part, attribute in PARTS.items():
+        places: _Places = {}
+        for layer, there in enumerate(adapter.adapted):
+            ranks = adapter.ranks_of(layer)
+            index = {A: (slice(None), ranks), B: (ranks,)}.get(part, ())
+            if there:
+                places[f"{PREFIX}{names.module(path, layer)}{part}"] = (layer, index)
+        slots[attribute] = _Slot(places, transposed=part != MAGNITUDE)
+    return slots
 
 
-def _filled(slot: _Slot, tensors: TensorFiles, folder: Path) -> jax.Array:
-    value = slot.parameter.get_value()
-    out = np.zeros(value.shape, np.float32)
-    for key, index in slot.keys.items():
-        place = out[index]
-        shape = place.shape[::-1] if slot.transposed else place.shape
-        if key not in tensors.files:
-            raise InputError(f"{folder / WEIGHTS_FILE}: lacks {key}")
-        if tensors.shape(key) != shape:
-            raise InputError(
-                f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensors.shape(key))}, the model "
-                f"needs {list(shape)}: the adapter was made for another base or rank"
-            )
-        tensors.read_into(place, key, transposed=slot.transposed)
-    return jax.make_array_from_callback(out.shape, value.sharding, lambda index: out[index])
+def _slot_of_whole(where: tuple[Any, ...], model: Decoder) -> _Slot:
+    """Where a parameter that is trained whole is."""
+    path = base_path(where)
+    name = BaseNames(model.config).table[path]
+    owner: Any = adapters_of(model).get(path.rpartition(".")[0])
+    places: _Places = {}
+    for layer in range(model.config.layers if name.stacked else 1):
+        adapted = owner is not None and owner.adapted[layer]
+        places[whole_key(name.of_layer(layer), adapted)] = (layer if name.stacked else None, ())
+    if model.config.tie_embeddings and path == "embed.embedding":
+        places[whole_key(HEAD, False)] = (None, ())
+    return _Slot(places, name.transposed)
 
 
 def _check_scales(model: Decoder, peft: Mapping[str, Any], folder: Path) -> None:
     """Raise InputError where the factors would mean another function."""
     names = BaseNames(model.config)
     for path, adapter in _adapters(model).items():
-        for layer, branch in enumerate(adapter.branches):
+        for layer, branch in enumerate(map(adapter.config.stored, adapter.branches)):
             module = names.module(path, layer)
             theirs = branch_of(peft, module)
-            if branch.rank and (branch.rank, branch.scale) != (theirs.rank, theirs.scale):
+            same = branch.rank == theirs.rank and math.isclose(branch.scale, theirs.scale)
+            if branch.rank and not same:
                 raise InputError(
                     f"{folder / PEFT_FILE}: {module} has r={theirs.rank}, "
                     f"lora_alpha={theirs.alpha:g}, scale {theirs.scale:g}; the model's adapter has "
@@ -224,23 +244,24 @@ def _check_scales(model: Decoder, peft: Mapping[str, Any], folder: Path) -> None
                 )
 
 
-def _adapters(model: Decoder) -> dict[str, DropLoRALinear]:
+def _adapters(model: Decoder) -> dict[str, LowRankLinear]:
     adapters = adapters_of(model)
     if not adapters:
         raise InputError("the model has no adapters: inject(model, DropLoRA(...), key=...) first")
     return adapters  # type: ignore[return-value]
 
 
-def _peft_config(model: Decoder, config: DropLoRA) -> dict[str, Any]:
+def _peft_config(model: Decoder, config: LowRank) -> dict[str, Any]:
     adapters, names = _adapters(model), BaseNames(model.config)
     none = Branch(0, config.alpha, 0.0)
     branches = {
-        module: adapters[path].branches[layer] if path in adapters else none
+        module: config.stored(adapters[path].branches[layer] if path in adapters else none)
         for module, (path, layer) in names.modules.items()
     }
     return peft_config(
         config,
         branches,
+        config.stored(Branch(config.rank, config.alpha, 0.0)),
         _whole_fields(model),
         base=model.source.path if model.source else "",
         revision=model.source.revision if model.source else None,
@@ -278,7 +299,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
     return peft, open_file(folder / WEIGHTS_FILE)
 
 
-def _own_config(folder: Path) -> DropLoRA | None:
+def _own_config(folder: Path) -> LowRank | None:
     file = folder / OWN_FILE
     if not file.exists():
         return None

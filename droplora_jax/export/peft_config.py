@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from droplora_jax.adapters.droplora import Branch, DropLoRA
+from droplora_jax.adapters.branch import Branch, LowRank, scale_of
 from droplora_jax.errors import InputError
 
 PEFT_FILE = "adapter_config.json"
@@ -90,8 +89,7 @@ def branch_of(peft: Mapping[str, Any], module: str) -> Branch:
     """Rank, alpha and scale of one module, by its full name."""
     rank = _by_pattern(peft.get("rank_pattern"), module, peft["r"])
     alpha = float(_by_pattern(peft.get("alpha_pattern"), module, peft["lora_alpha"]))
-    scale = alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
-    return Branch(rank, alpha, scale)
+    return Branch(rank, alpha, scale_of(rank, alpha, bool(peft.get("use_rslora"))))
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -128,8 +126,9 @@ def _named(names: str | Sequence[str] | None, module: str) -> bool:
 
 
 def peft_config(
-    config: DropLoRA,
+    config: LowRank,
     branches: Mapping[str, Branch],
+    default: Branch,
     whole: Mapping[str, Collection[str]],
     *,
     base: str,
@@ -140,6 +139,7 @@ def peft_config(
 
     Args:
       branches: of every module of the base that could have one, by its full name; rank 0: none.
+      default: the branch of modules without a pattern.
       whole: `bias` and `modules_to_save`, as PEFT has them.
       base, revision: where the base model is, and the commit of a hub id.
       tied: the base's head is its embedding.
@@ -147,15 +147,15 @@ def peft_config(
     adapted = {module: branch for module, branch in branches.items() if branch.rank}
     ends = {module.rsplit(".", 1)[-1] for module in adapted}
     everywhere = all(module in adapted for module in branches if module.rsplit(".", 1)[-1] in ends)
-    ranks = {m: branch.rank for m, branch in adapted.items() if branch.rank != config.rank}
-    alphas = {m: _number(b.alpha) for m, b in adapted.items() if b.alpha != config.alpha}
+    ranks = {m: branch.rank for m, branch in adapted.items() if branch.rank != default.rank}
+    alphas = {m: _number(b.alpha) for m, b in adapted.items() if b.alpha != default.alpha}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": config.rank,
-        "lora_alpha": _number(config.alpha),
+        "r": default.rank,
+        "lora_alpha": _number(default.alpha),
         "target_modules": sorted(ends if everywhere else adapted),
         "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()},
         "alpha_pattern": {re.escape(module): alpha for module, alpha in alphas.items()},

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from droplora_jax.adapters import ADAPTERS, DropLoRA
-from droplora_jax.adapters.droplora import Branch
+from droplora_jax.adapters import ADAPTERS
+from droplora_jax.adapters.branch import Branch, LowRank
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE, branch_of, is_target
 from droplora_jax.export.peft_names import HEAD, PREFIX, BaseNames, split_key
@@ -18,14 +18,14 @@ from droplora_jax.weights import TensorFiles
 
 def config_of_peft(
     shape: ModelConfig, peft: Mapping[str, Any], tensors: TensorFiles, file: Path
-) -> DropLoRA:
+) -> LowRank:
     """The LoRA or DoRA (`drop_rate=0`) that the tensors of `file` are, on a base of this shape.
 
     Raises:
       InputError: a tensor that can't be represented, or that `adapter_config.json` does not name.
     """
     branches = _branches(shape, peft, tensors, file)
-    kind = ADAPTERS["dora" if peft.get("use_dora") else "droplora"]
+    kind: Any = ADAPTERS["dora" if peft.get("use_dora") else "droplora"]
     rank, alpha = peft["r"], float(peft["lora_alpha"])
     ranks = _patterns(_each(branches, lambda branch: branch.rank), shape.layers)
     alphas = _patterns(_each(branches, lambda branch: branch.alpha), shape.layers)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from droplora_jax import hub, ops, rope
-from droplora_jax.adapters.base import MaskKey, base_path
-from droplora_jax.adapters.droplora import PerLayer
+from droplora_jax.adapters.base import DropShare, MaskKey, base_path
+from droplora_jax.adapters.branch import Initial, PerLayer
 from droplora_jax.adapters.whole import Whole
 from droplora_jax.errors import InputError
 from droplora_jax.models import FAMILIES, Decoder, TensorName
@@ -106,10 +106,10 @@ def _one_layer(
     """A stack of one layer: its base weights from `read`, its adapters those of `stack`."""
 
     def fill(path: tuple[Any, ...], variable: Any) -> Any:
+        if isinstance(variable, PerLayer | Initial | DropShare):
+            return variable.replace(variable.get_value()[layer : layer + 1])
         if isinstance(variable, MaskKey):
             return variable.replace(variable.get_value()[layer : layer + 1, ..., :0])
-        if isinstance(variable, PerLayer):
-            return variable.replace(variable.get_value()[layer : layer + 1])
         if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, Whole):
             return variable.replace(jax.device_get(variable.get_value()[layer : layer + 1]))
         name = names[f"layers.{base_path(path)}"]

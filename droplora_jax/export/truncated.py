@@ -9,8 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from droplora_jax import lowrank, prng
-from droplora_jax.adapters.droplora import Branch, DropLoRALinear
+from droplora_jax import lowrank
+from droplora_jax.adapters import DropLoRA
+from droplora_jax.adapters.branch import Branch, LowRankLinear
 from droplora_jax.adapters.targets import Path, layer_names
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder
@@ -55,33 +56,30 @@ def truncated(model: Decoder, rank: int) -> tuple[Decoder, Truncation]:
             f"--rank {rank}: must be at least 1 and below the adapter's rank of {largest}"
         )
     config = next(iter(adapters.values())).config
-    exact = config.sampler == "exact" and lowrank.kept_ranks(rank, config.drop_rate) > 0
     smaller = replace(
-        config,
+        _without_exact(config, rank),
+        init="kaiming",  # not measured from its start any more
         rank=rank,
         alpha=float(rank),
         rank_stabilized=False,
         rank_pattern={},
         alpha_pattern={},
-        sampler="exact" if exact else "bernoulli",
     )
     energies: dict[str, tuple[float, float]] = {}  # kept, and there
 
     def shrink(path: Path, node: Any) -> Any:
-        if not isinstance(node, DropLoRALinear):
+        if not isinstance(node, LowRankLinear):
             return node
         branches = tuple(Branch(rank * there, float(rank), 1.0 * there) for there in node.adapted)
-        layer = smaller.linear()(node.base, node.spec, smaller, branches, prng.root_key(0))
+        layer = smaller.linear()(node.base, node.spec, smaller, branches, "later")
         factors = [np.zeros(p.shape, np.float32) for p in (layer.lora_a, layer.lora_b)]
         for i, (a_IR, b_RO) in branches_of(node).items():
             values = singular_values(a_IR, b_RO)
             name = layer_names(path, (len(branches),))[i][-1]
             energies[name] = (float(sum(values[:rank] ** 2)), float(sum(values**2)))
             factors[0][i], factors[1][i] = truncate(a_IR, b_RO, rank)
-        layer.lora_a = _with(layer.lora_a, factors[0])
-        layer.lora_b = _with(layer.lora_b, factors[1])
-        if hasattr(node, "magnitude"):
-            layer.magnitude = node.magnitude
+        placed = map(_placed, factors, (layer.lora_a, layer.lora_b))
+        layer.fill({**node.stored(), **dict(zip(("lora_a", "lora_b"), placed, strict=True))})
         return layer
 
     model = nnx.recursive_map(shrink, view(model))
@@ -91,18 +89,26 @@ def truncated(model: Decoder, rank: int) -> tuple[Decoder, Truncation]:
     return model, Truncation(rank, kept / there if there else 1.0, (worst, shares[worst]))
 
 
-def branches_of(adapter: DropLoRALinear) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def branches_of(adapter: LowRankLinear) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """A [I, r] and scale * B [r, O] of every layer of a stack that has a branch."""
-    a_LIR, b_LRO = (jax.device_get(p.get_value()) for p in (adapter.lora_a, adapter.lora_b))
+    a_LIR, b_LRO = jax.device_get(adapter.factors())
+    ranks = map(adapter.ranks_of, range(len(adapter.branches)))
     return {
-        i: (a_LIR[i, :, :rank], b_LRO[i, :rank].astype(np.float64) * scale)
-        for i, (rank, _, scale) in enumerate(adapter.branches)
-        if rank
+        i: (a_LIR[i][:, own], b_LRO[i][own].astype(np.float64) * branch.scale)
+        for i, (own, branch) in enumerate(zip(ranks, adapter.branches, strict=True))
+        if branch.rank
     }
 
 
-def _with(parameter: nnx.LoRAParam, value: np.ndarray) -> Any:
-    sharding = parameter.get_value().sharding
-    return parameter.replace(
-        jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
-    )
+def _placed(value: np.ndarray, like: nnx.LoRAParam) -> jax.Array:
+    sharding = like.get_value().sharding
+    return jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
+
+
+def _without_exact(config: Any, rank: int) -> Any:
+    """A configuration that may have this rank: `exact` where it still keeps some of it."""
+    if isinstance(config, DropLoRA) and config.sampler == "exact":
+        rates = [config.drop_rate, *config.drop_rate_pattern.values()]
+        if lowrank.kept_ranks(rank, max(rates)) < 1:
+            return replace(config, sampler="bernoulli")
+    return config

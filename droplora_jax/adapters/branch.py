@@ -1,0 +1,360 @@
+"""A low-rank branch beside a linear layer: what all kinds of adapter have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from droplora_jax import lowrank, prng
+from droplora_jax.adapters import base, initial, placing
+from droplora_jax.adapters.targets import Path, Patterns, layer_names
+from droplora_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What to adapt, and with what branch; the options of every kind.
+
+    Attributes:
+      rank: R, the width of the branch.
+      alpha: the branch is scaled by alpha / rank.
+      targets: `paper` (q, k, v, up, down), `all-linear`, or regular expressions searched in the
+        names of the linear layers (`layers.q_proj`; `layers.3.q_proj` is one of a stack); every
+        one of them must match.
+      exclude: patterns of layers that are left alone although they are targets.
+      rank_stabilized: the branch is scaled by alpha / sqrt(rank) (arXiv 2312.03732).
+      rank_pattern, alpha_pattern: other values by pattern; the first that matches counts.
+      init: how the factors start: `kaiming`, `gaussian` or `orthogonal`, whose branch is nothing
+        at first; or `pissa`, `milora` or `olora`, a part of the kernel, less which the branch is.
+      input_dropout: the probability in [0, 1) that a number of the branch's input is dropped in
+        training; what is kept is scaled by 1 / (1 - input_dropout).
+      train_whole: patterns of parameters of the base that are trained too, such as `lm_head` or
+        `bias$`, searched in their paths (`layers.q_proj.bias`).
+    """
+
+    # What says how it is trained, not what it is: an adapter may be trained on with other ones.
+    of_training: ClassVar[tuple[str, ...]] = ("input_dropout",)
+
+    kind: str
+    rank: int = 32
+    alpha: float = 64.0
+    targets: str | tuple[str, ...] = "paper"
+    exclude: tuple[str, ...] = ()
+    rank_stabilized: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    init: initial.Init = "kaiming"
+    input_dropout: float = 0.0
+    train_whole: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.patterns:
+            object.__setattr__(self, name, Patterns(getattr(self, name)))
+        for name, rank in {"": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise InputError(f"{option('rank', name)}={rank}: must be at least 1")
+            if self.init == "orthogonal" and rank % 2:
+                raise InputError(
+                    f"{option('rank', name)}={rank}: adapter.init='orthogonal' needs an even rank, "
+                    "half of it for A and half for B"
+                )
+        for name, alpha in {"": self.alpha, **self.alpha_pattern}.items():
+            if not (alpha > 0 and math.isfinite(alpha)):
+                raise InputError(f"{option('alpha', name)}={alpha}: must be a positive number")
+        if not 0 <= self.input_dropout < 1:
+            raise InputError(
+                f"adapter.input_dropout={self.input_dropout}: must be at least 0 and below 1"
+            )
+        if not self.targets:
+            raise InputError(
+                f"adapter.targets={self.targets!r}: must name what to adapt, such as 'paper'"
+            )
+
+    @property
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_pattern")]
+        return {name: tuple(getattr(self, name)) for name in names}
+
+    def adapt(
+        self,
+        layer: nnx.Module,
+        spec: base.LinearSpec,
+        path: Path,
+        key: base.InitKey,
+        chosen: Sequence[bool] | None = None,
+    ) -> LowRankLinear:
+        names = layer_names(path, base.stack_of(layer))
+        branches = self.branches(names, chosen)
+        own = prng.fold_path(key, path) if isinstance(key, jax.Array) else key
+        return self.linear()(layer, spec, self, branches, own)
+
+    def stored(self, branch: Branch) -> Branch:
+        """A branch as files have it: less what it was at first, in one of twice the rank."""
+        if self.init not in initial.OF_KERNEL:
+            return branch
+        alpha = branch.alpha * (math.sqrt(2) if self.rank_stabilized else 2)
+        return branch._replace(rank=2 * branch.rank, alpha=alpha)
+
+    def share(self, steps: int) -> optax.Schedule | None:
+        """What share of its drop rates each of a run's steps has, where that changes.
+
+        Raises:
+          InputError: a warm-up that is not over before the run is.
+        """
+        return None
+
+    def linear(self) -> type[LowRankLinear]:
+        """The kind of layer that this configuration makes."""
+        raise NotImplementedError
+
+    def branches(
+        self, names: Sequence[tuple[str, ...]], chosen: Sequence[bool] | None = None
+    ) -> tuple[Branch, ...]:
+        """The branch of every layer of a stack; rank 0 of one that is not chosen."""
+        made = []
+        for layer, there in zip(names, chosen or [True] * len(names), strict=True):
+            alpha = float(Patterns(self.alpha_pattern).of(layer, self.alpha))
+            rank = Patterns(self.rank_pattern).of(layer, self.rank) if there else 0
+            made.append(Branch(rank, alpha, scale_of(rank, alpha, self.rank_stabilized)))
+        return tuple(made)
+
+
+def option(name: str, pattern: str) -> str:
+    """The key of an option, or of its value for a pattern."""
+    return f"adapter.{name}_pattern.{pattern}" if pattern else f"adapter.{name}"
+
+
+class Branch(NamedTuple):
+    """The branch beside one layer; none, of rank 0."""
+
+    rank: int
+    alpha: float
+    scale: float
+    drop_rate: float = 0.0
+
+
+def scale_of(rank: int, alpha: float, stabilized: bool) -> float:
+    """What a branch is multiplied by; nothing where there is none."""
+    return alpha / (math.sqrt(rank) if stabilized else rank) if rank else 0.0
+
+
+class PerLayer(nnx.Variable):
+    """A number for every layer of a stack, [*stack], that runs through its scan with the layer."""
+
+
+class Initial(nnx.Variable):
+    """A factor that a branch started from, of a branch that is measured from its start."""
+
+
+class LowRankLinear(base.Adapter):
+    """`y = base(x) + scale * (((x @ A) * m) @ B - (x @ A0) @ B0)`: kinds differ in the mask m.
+
+    A [*stack, *in, R] and B [*stack, R, *out] are float32 and lie as the kernel does. A0 and B0
+    are what they started from, where that is a part of the kernel, and else are not there: the
+    model is unchanged at first. Where the layers of a stack differ in rank, R is the largest, and
+    the factors are zero beyond a layer's own: so are their gradients.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        spec: base.LinearSpec,
+        config: Any,
+        branches: tuple[Branch, ...],
+        key: base.InitKey,
+    ) -> None:
+        self.base = layer
+        self.spec = spec
+        self.config = config
+        self.branches = branches
+        self.abstract = key is None
+        self.scales = self.per_layer([b.scale for b in branches], "float32")
+        self.ranks = self.per_layer([b.rank for b in branches], "int32")
+        a, b = self._first_factors(key)
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        measured = config.init in initial.OF_KERNEL
+        # (Of their own memory: a step writes over what it trains.)
+        self.first_a = Initial(jax.tree.map(jnp.copy, a)) if measured else None
+        self.first_b = Initial(jax.tree.map(jnp.copy, b)) if measured else None
+        self.input_key = self.mask_key_of("token") if config.input_dropout else None
+
+    def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
+        kernel = self.kernel.get_value()  # an array, or only its shape and sharding
+        make = partial(
+            initial.first_factors,
+            self.config.init,
+            key if isinstance(key, jax.Array) else None,
+            self.spec,
+            self.branches,
+            kernel.shape,
+        )
+        known = not isinstance(kernel, jax.ShapeDtypeStruct)
+        shardings = placing.factor_shardings(kernel, self.spec)
+        return placing.place(make, shardings, kernel if known else None, abstract=self.abstract)
+
+    def per_layer(self, values: Sequence[Any], dtype: str) -> PerLayer | None:
+        """Numbers of the layers of a stack; None where they are one: a number costs nothing."""
+        if len(set(values)) == 1:
+            return None
+        kernel = self.kernel.get_value()
+        shape, sharding = self.spec.stack(kernel), placing.letters_sharding(kernel, self.spec, "")
+
+        def make() -> Array:
+            return jnp.asarray(values, dtype=dtype).reshape(shape)
+
+        return PerLayer(placing.place(make, sharding, abstract=self.abstract))
+
+    def mask_key_of(self, granularity: str | None) -> base.MaskKey:
+        """Keys that `draw` fills, none at first."""
+        stack = self.spec.stack(self.kernel.get_value())
+        keys = jnp.broadcast_to(prng.root_key(0), (*stack, 0))
+        return base.MaskKey(keys, stack=stack, granularity=granularity)
+
+    @property
+    def rank(self) -> int:
+        """R of the factors: the largest of the layers' ranks."""
+        return max(branch.rank for branch in self.branches)
+
+    @property
+    def adapted(self) -> Sequence[bool]:
+        return [branch.rank > 0 for branch in self.branches]
+
+    def _scale(self, index: tuple[Any, ...] = (), letters: str = "") -> float | Array:
+        """The scale, to multiply what has `letters` after the axes of the stack."""
+        if self.scales is None:
+            return self.branches[0].scale
+        scales = self.scales[index or ...]
+        return scales.reshape(scales.shape + (1,) * len(letters))
+
+    def own_rank(self) -> int | Array:
+        """The rank of this layer of a stack."""
+        return self.rank if self.ranks is None else self.ranks[...]
+
+    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
+        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
+        y = self.base(x, *args, **kwargs)
+        return y + self.delta(x, y, h)
+
+    def delta(self, x: Array, y: Array, h: Array | None) -> Array:
+        """The branch beside `y = base(x)`, in its dtype."""
+        down, up, mask = self._products(y.dtype)
+        if h is None:
+            x = self._input(self.spec.arrange(x).astype(y.dtype))
+            (h,) = lowrank.compress(x, down, down=self.spec.down)
+        if self.first_a is not None:
+            first = self.first_a.shape[-1]
+            h, h0 = h[..., :-first], h[..., -first:]
+        if mask is None:
+            mask = self.mask(h)
+        if mask is not None:
+            h = h * mask
+        if self.first_a is not None:
+            h = jnp.concatenate([h, h0], axis=-1)
+        return lowrank.lowrank_delta(h, up, scale=self._scale(), up=self.spec.up)
+
+    @property
+    def shared_factor(self) -> Array | None:
+        """A [I, R] of a plain layer, whose product with the input can be made with others'.
+
+        Or only the ranks that this step keeps, where they are the same for all positions. None
+        while a part of the input is dropped: it is another part for every layer.
+        """
+        dropping = self.input_key is not None and self.input_key[...].size
+        if dropping or self.spec.down != "...i,ir->...r":
+            return None
+        return self._products(None)[0]
+
+    def _products(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+        """The factors that the input goes through, and the mask of their ranks if it is known."""
+        a, b, mask = self.subspace(dtype)
+        return (*self._with_first(a, b), mask)
+
+    def _with_first(self, a: Array, b: Array, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
+        """[A, A0] and [B; -B0]: the branch less what it was at first."""
+        if self.first_a is None or self.first_b is None:
+            return a, b
+        first_a, first_b = self.first_a[index or ...], self.first_b[index or ...]
+        rank_axis = -1 - len(self.spec.produced)
+        return (
+            jnp.concatenate([a, first_a], axis=-1),
+            jnp.concatenate([b, -first_b], axis=rank_axis),
+        )
+
+    def _input(self, x: Array) -> Array:
+        """What the branch sees of its input."""
+        if self.input_key is None or not self.input_key[...].size:
+            return x
+        keys = checked_rows(self.input_key[...], x)
+        return x * lowrank.rank_mask(
+            keys,
+            x.shape,
+            drop_rate=self.config.input_dropout,
+            granularity="token",
+            sampler="bernoulli",
+            rescale=True,
+            dtype=x.dtype,
+        )
+
+    def subspace(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+        """A and B, or what of them is kept for all positions, with the mask that is left then."""
+        return self.lora_a[...], self.lora_b[...], None
+
+    def mask(self, h: Array) -> Array | None:
+        """What multiplies `h = x @ A`; None for nothing."""
+        return None
+
+    def factors(self, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
+        """A and B of the branch at evaluation, of one layer of a stack or of all of them.
+
+        Of a branch that is measured from its start they have twice the rank.
+        """
+        return self._with_first(self.lora_a[index or ...], self.evaluated_b(index), index)
+
+    def ranks_of(self, layer: int) -> np.ndarray:
+        """Which ranks of `factors` are a layer's own."""
+        own = np.arange(self.branches[layer].rank)
+        return own if self.first_a is None else np.concatenate([own, self.rank + own])
+
+    def stored(self) -> dict[str, Array]:
+        """What a file of the adapter has: by the names of PEFT's, `factors` and whatever else."""
+        a, b = self.factors()
+        return {"lora_a": a, "lora_b": b}
+
+    def fill(self, stored: Mapping[str, Array]) -> None:
+        """Take the place of what was `stored`, in place: the same at evaluation."""
+        a, b = stored["lora_a"], stored["lora_b"]
+        if self.first_a is not None and self.first_b is not None:
+            rank_axis = -1 - len(self.spec.produced)
+            a, first_a = jnp.split(a, 2, axis=-1)
+            b, first_b = jnp.split(b, 2, axis=rank_axis)
+            self.first_a, self.first_b = Initial(first_a), Initial(-first_b)
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+
+    def evaluated_b(self, index: tuple[Any, ...] = ()) -> Array:
+        """B with whatever multiplies `x @ A` at evaluation."""
+        return self.lora_b[index or ...]
+
+    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+        a, b = self.factors(index)
+        scale = self._scale(index, self.spec.kernel)
+        return lowrank.merged_kernel(kernel, a, b, scale=scale, product=self.spec.product)
+
+
+def checked_rows(keys: Array, x: Array) -> Array:
+    """Keys of a mask that differs by row, one for each row of x."""
+    if keys.shape[0] != x.shape[0]:
+        raise InputError(
+            f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {x.shape[0]}: "
+            "pass draw(rows=...) one index for every row of the batch"
+        )
+    return keys
