@@ -18,8 +18,9 @@ from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
 from droplora_jax.prng import root_key
+from droplora_jax.several import combine
 from droplora_jax.sharding import MeshConfig, make_mesh
-from droplora_jax.surgery import draw, inject, masked, merge, split
+from droplora_jax.surgery import draw, inject, masked, merge, split, without_adapters
 
 __all__ = [
     "DoRA",
@@ -29,6 +30,7 @@ __all__ = [
     "LinearSpec",
     "MaskKey",
     "MeshConfig",
+    "combine",
     "draw",
     "inject",
     "linear_spec",
@@ -41,4 +43,5 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "split",
+    "without_adapters",
 ]

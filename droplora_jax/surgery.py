@@ -31,7 +31,7 @@ from droplora_jax.adapters.base import (
 )
 from droplora_jax.adapters.branch import Initial
 from droplora_jax.adapters.targets import Path, check_patterns, dotted, layer_names, select
-from droplora_jax.adapters.whole import plain, train_whole
+from droplora_jax.adapters.whole import plain, train_whole, wholes_of
 from droplora_jax.errors import InputError
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -180,6 +180,21 @@ def merge(model: Model) -> Model:
     merged = nnx.recursive_map(unwrap, view(model))
     plain(merged)
     return merged
+
+
+def without_adapters(model: Model) -> Model:
+    """The model that adapters were put on, with the same arrays, to put others on.
+
+    Raises:
+      InputError: parameters that are trained whole, which are no longer what they were.
+    """
+    if wholes := wholes_of(model):
+        raise InputError(f"{dotted(next(iter(wholes)))} is trained whole: load the base again")
+
+    def unwrap(path: Path, node: Any) -> Any:
+        return node.base if isinstance(node, Adapter) else node
+
+    return nnx.recursive_map(unwrap, view(model))
 
 
 def view(model: Model) -> Model:

@@ -56,6 +56,7 @@ FLOORS = {
     "decoding": 3,
     "export": 3,
     "generate": 3,
+    "several": 3,
     "step": 3,
     "evaluate": 4,
     "validation": 4,

@@ -179,3 +179,85 @@ def test_a_configuration_that_can_not_be(values, message):
 def test_an_unknown_name_comes_with_the_nearest():
     with pytest.raises(InputError, match="did you mean adafactor"):
         OptimConfig(name="adafactr")
+
+
+# LoRA+, and what is not decayed.
+
+
+def trained_tree():
+    random = np.random.default_rng(1)
+    shapes = {"lora_a": (6, 3), "lora_b": (3, 4), "magnitude": (4,)}
+    return {
+        "layers": {
+            "q_proj": {
+                name: jnp.asarray(0.1 * random.normal(size=shape), jnp.float32)
+                for name, shape in shapes.items()
+            }
+        }
+    }
+
+
+def after_updates(config, parameters, steps=4):
+    tx = optimizer(config, learning_rate(config, 10))
+    state = tx.init(parameters)
+    random = np.random.default_rng(2)
+    for _ in range(steps):
+        gradients = {
+            "layers": {
+                "q_proj": {
+                    name: jnp.asarray(random.normal(size=value.shape), jnp.float32)
+                    for name, value in parameters["layers"]["q_proj"].items()
+                }
+            }
+        }
+        updates, state = tx.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+    return parameters["layers"]["q_proj"]
+
+
+def test_a_larger_rate_for_b_is_pytorch_s_with_a_group_of_its_own():
+    """As PEFT's LoRA+ makes its groups; `magnitude` is not decayed."""
+    start = trained_tree()
+    config = OptimConfig(
+        schedule="constant",
+        learning_rate=0.01,
+        warmup_steps=0,
+        clip_norm=None,
+        b_ratio=16.0,
+        no_decay=("magnitude",),
+    )
+    ours = after_updates(config, start)
+    theirs = {
+        name: torch.nn.Parameter(torch.tensor(np.asarray(value)))
+        for name, value in start["layers"]["q_proj"].items()
+    }
+    other = torch.optim.AdamW(
+        [
+            {"params": [theirs["lora_a"]]},
+            {"params": [theirs["lora_b"]], "lr": 0.16},
+            {"params": [theirs["magnitude"]], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        weight_decay=0.1,
+    )
+    random = np.random.default_rng(2)
+    for _ in range(4):
+        for value in theirs.values():
+            value.grad = torch.tensor(random.normal(size=value.shape).astype(np.float32))
+        other.step()
+    for name, value in theirs.items():
+        before = np.asarray(start["layers"]["q_proj"][name])
+        moved = np.asarray(ours[name]) - before
+        assert relative(moved, value.detach().numpy() - before) < 1e-5, name
+
+
+def test_what_is_decayed_is_looked_for():
+    config = OptimConfig(no_decay=("magnitud$",))
+    with pytest.raises(InputError, match=r"no_decay='magnitud\$' matches nothing.* layers\.q_proj"):
+        optimizer(config, lambda count: 1.0).init(trained_tree())
+    with pytest.raises(InputError, match=r"optim\.no_decay='\(': not a regular expression"):
+        OptimConfig(no_decay=("(",))
+    with pytest.raises(InputError, match="optax.adam has no mask of what it decays"):
+        OptimConfig(name="adam", weight_decay=0.0, no_decay=("x",))
+    with pytest.raises(InputError, match=r"optim\.b_ratio=0\.0: must be positive"):
+        OptimConfig(b_ratio=0.0)
