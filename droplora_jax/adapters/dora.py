@@ -65,9 +65,8 @@ class DoRALinear(DropLoRALinear):
         bias = getattr(self.base, "bias", None)
         own = y if bias is None else y - bias[...].astype(y.dtype)
         gain = self._gain(self._norm_of_sum()).astype(y.dtype)
-        outputs = self.spec.outputs
-        product = f"{outputs},{_columns(self.spec)}->{outputs}"
-        return y + jnp.einsum(product, own, gain - 1) + jnp.einsum(product, delta, gain)
+        gain = _beside_outputs(gain, self.spec)
+        return y + own * (gain - 1) + delta * gain
 
     def stored(self) -> dict[str, Array]:
         return {**super().stored(), "magnitude": self.magnitude[...]}
@@ -112,6 +111,19 @@ class DoRALinear(DropLoRALinear):
 def _columns(spec: base.LinearSpec) -> str:
     """The letters of a kernel that are not summed over."""
     return "".join(c for c in spec.kernel if c not in spec.contracted)
+
+
+def _beside_outputs(gain: Array, spec: base.LinearSpec) -> Array:
+    """A number for every column, to multiply the layer's outputs.
+
+    (A product of arrays, not an einsum: for the gradient of that XLA's partitioner of jax 0.10 adds
+    up wrong parts on a mesh that splits rows in two ways and outputs in a third.)
+    """
+    letters = spec.outputs.rpartition("...")[2]
+    columns = _columns(spec)
+    ordered = jnp.einsum(f"{columns}->{''.join(c for c in letters if c in columns)}", gain)
+    sizes = iter(ordered.shape)
+    return ordered.reshape([next(sizes) if c in columns else 1 for c in letters])
 
 
 def _squares(kernel: Array, spec: base.LinearSpec) -> Array:
