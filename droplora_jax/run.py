@@ -184,12 +184,22 @@ def _rule(detail: Any, path: list[str]) -> str:
     if "missing" in detail["type"]:
         return "is missing"
     if detail["type"] == "unexpected_keyword_argument":
-        known = _known_keys(path[:-1])
+        if path[:-1] == ["adapter"] and (others := _kinds_with(path[-1])):
+            return (
+                f"{detail['loc'][1]!r} has no such option; of kind {' or '.join(others)} it is one"
+            )
+        known = _known_keys(path[:-1], detail["loc"])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         return f"unknown key; {hint}"
     rule = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
     return f"must be {rule}"
+
+
+def _kinds_with(option: str) -> list[str]:
+    """The kinds of adapter that have an option."""
+    fields = {kind: dataclasses.fields(cls) for kind, cls in ADAPTERS.items()}
+    return [kind for kind, of_kind in fields.items() if option in {f.name for f in of_kind}]
 
 
 def _shown(detail: Any) -> str:
@@ -215,23 +225,25 @@ def _keys(detail: Any, tree: Any) -> list[str]:
     return keys
 
 
-def _known_keys(path: Sequence[str]) -> list[str]:
-    """The keys that may stand below `path`; none below a value."""
+def _known_keys(path: Sequence[str], location: Sequence[Any]) -> list[str]:
+    """The keys that may stand below `path`, of the kinds in `location`; none below a value."""
     cls: Any = RunConfig
     for part in path:
         if not part.isdigit():  # the place in a list
-            cls = _section(typing.get_type_hints(cls).get(part))
+            cls = _section(typing.get_type_hints(cls).get(part), location)
         if cls is None:
             return []
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _section(hint: Any) -> Any:
-    """The dataclass in a type; of several kinds, the first: they have the same keys."""
+def _section(hint: Any, location: Sequence[Any]) -> Any:
+    """The dataclass in a type; of several kinds, that which `location` names, or the first."""
     if dataclasses.is_dataclass(hint):
         return hint
-    inner = (_section(part) for part in typing.get_args(hint))
-    return next((cls for cls in inner if cls is not None), None)
+    inner = [_section(part, location) for part in typing.get_args(hint)]
+    found = [cls for cls in inner if cls is not None]
+    named = [cls for cls in found if getattr(cls, "kind", None) in location]
+    return next(iter(named or found), None)
 
 
 def _first_lines(error: Exception) -> str:

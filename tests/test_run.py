@@ -195,6 +195,16 @@ def test_an_override_that_can_not_be(read, override, message):
         ("seed: 1.5", r"seed=1\.5: must be a valid integer"),
         ("seed: -1", r"seed=-1: must"),
         ("seed: 2024-01-01", r"seed=.*2024-01-01.*: must be a valid integer"),
+        (
+            "adapter: {kind: learned, drop_rate: 0.5}",
+            r"adapter\.drop_rate=0\.5: 'learned' has no such option; of kind droplora or dora it is",
+        ),
+        ("adapter: {kind: learned, granularty: x}", r"granularty='x': unknown key; there are kind"),
+        ("adapter: {init: svd}", r"adapter\.init='svd': must be 'kaiming', 'gaussian', "),
+        (
+            "adapter: {drop_schedule: up}",
+            r"adapter\.drop_schedule='up': must be 'constant', 'linear'",
+        ),
         ("adapter: {rank: 0}", r"adapter\.rank=0: must be at least 1"),
         ("adapter: {drop_rate: 1.0}", r"adapter\.drop_rate=1\.0: must be at least 0 .* below 1"),
         ("adapter: {drop_rate: -0.1}", r"adapter\.drop_rate=-0\.1"),
