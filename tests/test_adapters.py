@@ -16,7 +16,7 @@ from oracles import primitives, relative
 
 from droplora_jax import DoRA, DropLoRA, InputError, LinearSpec, linear_spec, prng
 from droplora_jax.adapters import ADAPTERS, Adapter
-from droplora_jax.adapters.base import is_linear
+from droplora_jax.adapters.linear import is_linear
 from droplora_jax.adapters.placing import factor_shapes, factor_shardings
 from droplora_jax.adapters.targets import dotted, layer_names, select
 from droplora_jax.adapters.whole import wholes_of
@@ -89,6 +89,7 @@ SPECS = [
     (LinearSpec("bti", "io", "bto"), (2, 3, 5), (5, 4)),
     (LinearSpec("bei", "eio", "beo"), (2, 3, 5), (3, 5, 4)),
     (LinearSpec("btr", "ro", "bto"), (2, 3, 5), (5, 4)),  # "r" is taken
+    (LinearSpec("BTD", "SNDH", "SBTNH"), (2, 3, 5), (3, 4, 5, 2)),  # q, k, v in one, in front
     (LinearSpec("btd", "nhd", "btnh"), (2, 3, 5), (4, 2, 5)),  # contracted letter last
 ]
 
@@ -117,6 +118,41 @@ def test_what_is_not_linear_has_no_spec():
         with pytest.raises(InputError, match="is no linear layer"):
             linear_spec(layer)
     assert is_linear(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+
+class Shaped(nnx.Module):
+    """What Tunix's Einsum is, in a few lines."""
+
+    def __init__(self):
+        self.einsum_str, self.shape = "BTD,DNH->BTNH", (4, 2, 3)
+        self.w = nnx.Param(jnp.ones(self.shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...])
+
+
+def test_layers_of_other_libraries_are_known_by_the_names_of_their_classes():
+    assert not is_linear(Shaped())
+    namespace = {"__module__": "tunix.models.llama3.model", "__qualname__": "Einsum"}
+    theirs = type("Einsum", (Shaped,), namespace)
+    own = type("Own", (theirs,), {})
+    for layer in (theirs(), own()):
+        assert linear_spec(layer) == LinearSpec("BTD", "DNH", "BTNH", attribute="w")
+    theirs.w_scale = 2.0
+    with pytest.raises(InputError, match="scaled as it is read"):
+        linear_spec(own())
+
+
+def test_what_a_layer_is_asked_beside_being_called_is_answered_by_the_base():
+    adapter = DropLoRA(rank=2).adapt(
+        layer := Shaped(), LinearSpec("BTD", "DNH", "BTNH", attribute="w"), ("q_proj",), KEY
+    )
+    assert adapter.shape is layer.shape
+    assert adapter.kernel is layer.w
+    with pytest.raises(AttributeError, match="'w' of a Shaped with an adapter: call the layer"):
+        _ = adapter.w
+    with pytest.raises(AttributeError, match="nothing_there"):
+        _ = adapter.nothing_there
 
 
 def adapter_of(features_in: int = 64, features_out: int = 48, **options) -> Adapter:

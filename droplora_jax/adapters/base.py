@@ -1,4 +1,4 @@
-"""What every adapter kind has in common: a frozen linear layer seen as an einsum, and its keys.
+"""What every adapter kind has in common: a frozen linear layer, its keys, and how it is merged.
 
 A new kind is one file beside this one (a frozen configuration with `adapt`, and the `Adapter`
 that it makes) and one line in `ADAPTERS`.
@@ -6,19 +6,15 @@ that it makes) and one line in `ADAPTERS`.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Key
 
+from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.targets import Path, dotted
-from droplora_jax.errors import InputError
 
 # The root of initial values; or none: `later` for zeros, and None for shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
@@ -37,126 +33,6 @@ class DropShare(MaskKey):
 
     Filled for one step by `droplora_jax.draw` too.
     """
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """A linear layer `inputs, kernel -> outputs` in einsum letters.
-
-    Attributes:
-      inputs, kernel, outputs: subscripts, such as `...i`, `io`, `...o`.
-      axes: axes of the input that hold the contracted letters, if they are not the last ones.
-      attribute: the layer's attribute with the kernel variable.
-    """
-
-    inputs: str
-    kernel: str
-    outputs: str
-    axes: tuple[int, ...] = ()
-    attribute: str = "kernel"
-
-    @property
-    def contracted(self) -> str:
-        return "".join(c for c in self.kernel if c in self.inputs and c not in self.outputs)
-
-    @property
-    def produced(self) -> str:
-        return "".join(c for c in self.kernel if c in self.outputs and c not in self.inputs)
-
-    @property
-    def batched(self) -> str:
-        return "".join(c for c in self.kernel if c in self.outputs and c in self.inputs)
-
-    @property
-    def rank(self) -> str:
-        used = self.inputs + self.kernel + self.outputs
-        return next(c for c in "r" + string.ascii_letters if c not in used)
-
-    @property
-    def a(self) -> str:
-        return self.batched + self.contracted + self.rank
-
-    @property
-    def b(self) -> str:
-        return self.batched + self.rank + self.produced
-
-    @property
-    def hidden(self) -> str:
-        """`x @ A`: what the input has beside the contracted letters, and the rank last."""
-        return "".join(c for c in self.inputs if c not in self.contracted) + self.rank
-
-    @property
-    def down(self) -> str:
-        return f"{self.inputs},{self.a}->{self.hidden}"
-
-    @property
-    def up(self) -> str:
-        return f"{self.hidden},{self.b}->{self.outputs}"
-
-    @property
-    def product(self) -> str:
-        """`A @ B` in the kernel's own order, whatever axes are stacked in front."""
-        return f"...{self.a},...{self.b}->...{self.kernel}"
-
-    def stack(self, kernel: Any) -> tuple[int, ...]:
-        """The leading axes of a stacked kernel, an array or only its shape."""
-        return kernel.shape[: kernel.ndim - len(self.kernel)]
-
-    def arrange(self, x: Array) -> Array:
-        """Move the contracted axes of `x` last."""
-        if not self.axes:
-            return x
-        return jnp.moveaxis(x, self.axes, range(-len(self.axes), 0))
-
-
-@singledispatch
-def linear_spec(layer: Any) -> LinearSpec:
-    """How to read a layer as an einsum.
-
-    Register another linear type with
-    `@linear_spec.register(MyLinear)` on a function from the layer to its `LinearSpec`.
-
-    Raises:
-      InputError: not a linear layer, or one that can't be adapted as it is.
-    """
-    raise InputError(f"{type(layer).__name__} is no linear layer; see linear_spec.register")
-
-
-def is_linear(layer: Any) -> bool:
-    """Whether a layer's type is registered with `linear_spec`."""
-    return linear_spec.dispatch(type(layer)) is not linear_spec.dispatch(object)
-
-
-@linear_spec.register(nnx.Linear)
-def _linear(layer: nnx.Linear) -> LinearSpec:
-    return LinearSpec("...i", "io", "...o")
-
-
-@linear_spec.register(nnx.LinearGeneral)
-def _linear_general(layer: nnx.LinearGeneral) -> LinearSpec:
-    if layer.batch_axis:
-        raise InputError(
-            f"nnx.LinearGeneral with batch_axis={dict(layer.batch_axis)} can't be adapted: "
-            "write it as nnx.Einsum, or leave it out of the targets"
-        )
-    axes = tuple(layer.axis) if isinstance(layer.axis, Sequence) else (layer.axis,)
-    features_in = layer.in_features if isinstance(layer.in_features, Sequence) else (0,)
-    features_out = layer.out_features if isinstance(layer.out_features, Sequence) else (0,)
-    letters = iter("abcdefghijklmnopqstuvwxyz")
-    i = "".join(next(letters) for _ in features_in)
-    o = "".join(next(letters) for _ in features_out)
-    return LinearSpec(f"...{i}", i + o, f"...{o}", axes=axes)
-
-
-@linear_spec.register(nnx.Einsum)
-def _einsum(layer: nnx.Einsum) -> LinearSpec:
-    if layer.einsum_str is None:
-        raise InputError(
-            "nnx.Einsum without an einsum_str of its own can't be adapted: give it one"
-        )
-    operands, outputs = layer.einsum_str.replace(" ", "").split("->")
-    inputs, kernel = operands.split(",")
-    return LinearSpec(inputs, kernel, outputs)
 
 
 class Adapter(nnx.Module):
@@ -194,6 +70,20 @@ class Adapter(nnx.Module):
 
         compiled = jax.jit(merge, out_shardings=sharding)
         return lambda kernel, *index: compiled(kernel, factors, index)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks a layer beside calling it, such as its shape, is the base's.
+
+        But not the kernel: a model that multiplies by it itself would pass the branch by.
+        """
+        if name in ("base", "spec") or name.startswith("_"):
+            raise AttributeError(name)
+        if name == self.spec.attribute:
+            raise AttributeError(
+                f"{name!r} of a {type(self.base).__name__} with an adapter: call the layer, or "
+                "leave it out of the targets"
+            )
+        return getattr(self.base, name)
 
     @property
     def kernel(self) -> nnx.Variable:
@@ -248,12 +138,3 @@ class AdapterConfig(Protocol):
 def base_path(path: Path) -> str:
     """The dotted path that a parameter of a model with adapters has in the plain model."""
     return dotted(path).replace(".base.", ".")
-
-
-def stack_of(layer: nnx.Module) -> tuple[int, ...]:
-    """The leading axes of a linear layer's kernel; none for a layer that can't be adapted."""
-    try:
-        spec = linear_spec(layer)
-    except InputError:
-        return ()
-    return spec.stack(getattr(layer, spec.attribute).get_value())

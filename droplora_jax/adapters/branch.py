@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
 from droplora_jax.adapters import base, initial, placing
+from droplora_jax.adapters.linear import LinearSpec, stack_of
 from droplora_jax.adapters.targets import Path, Patterns, layer_names
 from droplora_jax.errors import InputError
 
@@ -88,12 +89,12 @@ class LowRank:
     def adapt(
         self,
         layer: nnx.Module,
-        spec: base.LinearSpec,
+        spec: LinearSpec,
         path: Path,
         key: base.InitKey,
         chosen: Sequence[bool] | None = None,
     ) -> LowRankLinear:
-        names = layer_names(path, base.stack_of(layer))
+        names = layer_names(path, stack_of(layer))
         branches = self.branches(names, chosen)
         own = prng.fold_path(key, path) if isinstance(key, jax.Array) else key
         return self.linear()(layer, spec, self, branches, own)
@@ -168,7 +169,7 @@ class LowRankLinear(base.Adapter):
     def __init__(
         self,
         layer: nnx.Module,
-        spec: base.LinearSpec,
+        spec: LinearSpec,
         config: Any,
         branches: tuple[Branch, ...],
         key: base.InitKey,

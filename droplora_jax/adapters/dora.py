@@ -15,6 +15,7 @@ from droplora_jax import ops
 from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import Branch, LowRankLinear
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
+from droplora_jax.adapters.linear import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DoRALinear(DropLoRALinear):
     def __init__(
         self,
         layer: nnx.Module,
-        spec: base.LinearSpec,
+        spec: LinearSpec,
         config: DropLoRA,
         branches: tuple[Branch, ...],
         key: base.InitKey,
@@ -108,12 +109,12 @@ class DoRALinear(DropLoRALinear):
         return jnp.sqrt(_squares(w, spec) + cross)
 
 
-def _columns(spec: base.LinearSpec) -> str:
+def _columns(spec: LinearSpec) -> str:
     """The letters of a kernel that are not summed over."""
     return "".join(c for c in spec.kernel if c not in spec.contracted)
 
 
-def _beside_outputs(gain: Array, spec: base.LinearSpec) -> Array:
+def _beside_outputs(gain: Array, spec: LinearSpec) -> Array:
     """A number for every column, to multiply the layer's outputs.
 
     (A product of arrays, not an einsum: for the gradient of that XLA's partitioner of jax 0.10 adds
@@ -126,10 +127,10 @@ def _beside_outputs(gain: Array, spec: base.LinearSpec) -> Array:
     return ordered.reshape([next(sizes) if c in columns else 1 for c in letters])
 
 
-def _squares(kernel: Array, spec: base.LinearSpec) -> Array:
+def _squares(kernel: Array, spec: LinearSpec) -> Array:
     axes = tuple(spec.kernel.index(c) - len(spec.kernel) for c in spec.contracted)
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
 
 
-def _norm(kernel: Array, spec: base.LinearSpec) -> Array:
+def _norm(kernel: Array, spec: LinearSpec) -> Array:
     return jnp.sqrt(_squares(kernel, spec))

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from droplora_jax import lowrank
 from droplora_jax.adapters import base
 from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear, checked_rows, option
+from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.targets import Patterns
 from droplora_jax.errors import InputError
 from droplora_jax.schedules import Schedule, schedule
@@ -105,7 +106,7 @@ class DropLoRALinear(LowRankLinear):
     def __init__(
         self,
         layer: nnx.Module,
-        spec: base.LinearSpec,
+        spec: LinearSpec,
         config: DropLoRA,
         branches: tuple[Branch, ...],
         key: base.InitKey,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from droplora_jax import prng
-from droplora_jax.adapters.base import LinearSpec
+from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.placing import factor_shapes
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"]

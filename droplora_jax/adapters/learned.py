@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from droplora_jax import lowrank
 from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear
+from droplora_jax.adapters.linear import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class LearnedLinear(LowRankLinear):
     def __init__(
         self,
         layer: nnx.Module,
-        spec: base.LinearSpec,
+        spec: LinearSpec,
         config: Learned,
         branches: tuple[Branch, ...],
         key: base.InitKey,
