@@ -18,6 +18,7 @@ from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
 from droplora_jax.prng import root_key
+from droplora_jax.quantizing import Quantization
 from droplora_jax.several import combine
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.surgery import draw, inject, masked, merge, split, without_adapters
@@ -30,6 +31,7 @@ __all__ = [
     "LinearSpec",
     "MaskKey",
     "MeshConfig",
+    "Quantization",
     "combine",
     "draw",
     "inject",

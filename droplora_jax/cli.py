@@ -170,6 +170,7 @@ def _generate_arguments(generate: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--quantize", choices=("none", "int8", "int4", "nf4"), help="default: as a run was trained")
     generate.set_defaults(command=_generate)
 
 
@@ -185,6 +186,7 @@ def _evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
     add("--run-code", action="store_true", help="let humaneval and mbpp run what the model writes")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    add("--quantize", choices=("none", "int8", "int4", "nf4"), help="default: as a run was trained")
     evaluate.set_defaults(command=_evaluate)
 
 
@@ -258,6 +260,7 @@ def _generate(options: argparse.Namespace) -> int:
         adapter=options.adapter,
         step=options.step,
         dtype=options.dtype,
+        quantize=options.quantize,
         template=options.template,
         sampling=Sampling(
             max_new_tokens=options.max_new_tokens,
@@ -288,6 +291,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         adapter=options.adapter,
         step=options.step,
         dtype=options.dtype,
+        quantize=options.quantize,
         limit=options.limit,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,

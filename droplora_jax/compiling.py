@@ -48,6 +48,7 @@ def traced_step(
         dtype=config.model.jax_dtype(platform),
         remat=cast(Remat, config.train.remat),
         attention=config.model.attention,
+        quantization=config.model.quantization(),
     )
     graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
     tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, steps))

@@ -30,6 +30,7 @@ from droplora_jax.files import check_absent, write_file
 from droplora_jax.generate import Generator
 from droplora_jax.opening import fingerprint, open_model
 from droplora_jax.partial import Partial
+from droplora_jax.quantized import Kind
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EvaluateConfig:
     """What is evaluated, and how.
 
     Attributes:
-      model, adapter, step, dtype: see `opening.open_model`.
+      model, adapter, step, dtype, quantize: see `opening.open_model`.
       tasks: NAME=FILE each.
       limit: of every file, only the first so many examples.
       max_new_tokens: default: that of each task.
@@ -49,6 +50,7 @@ class EvaluateConfig:
     adapter: str | None = None
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantize: Kind | None = None
     limit: int | None = None
     batch_size: int = 8
     max_new_tokens: int | None = None
@@ -157,6 +159,7 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
         "files": fingerprint(config.model, config.adapter),
         "step": config.step,
         "dtype": config.dtype,
+        "quantize": config.quantize,
         "limit": config.limit,
         "max_new_tokens": config.max_new_tokens,
         "task_files": {each.task.name: each.sha256 for each in asked},
@@ -165,7 +168,13 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
 
 def _opened(config: EvaluateConfig, asked: Sequence[Asked]) -> Complete:
     """The model, after a look at whether every first prompt and its completion fit into it."""
-    opened = open_model(config.model, config.adapter, dtype=config.dtype, step=config.step)
+    opened = open_model(
+        config.model,
+        config.adapter,
+        dtype=config.dtype,
+        step=config.step,
+        quantize=config.quantize,
+    )
     generator = Generator(opened.model, opened.tokenizer, batch_size=config.batch_size)
     for each in asked:
         sampling = sampling_of(each.task, config.max_new_tokens)
@@ -226,5 +235,5 @@ def _report(
         }
         for each, result in zip(asked, results, strict=True)
     }
-    own = ("model", "adapter", "step", "dtype", "limit")
+    own = ("model", "adapter", "step", "dtype", "quantize", "limit")
     return {**{key: settings[key] for key in own}, "tasks": tasks}

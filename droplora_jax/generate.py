@@ -19,7 +19,7 @@ from flax import nnx
 from droplora_jax import hub, prng, processes
 from droplora_jax.data.encode import encode_prompts
 from droplora_jax.data.templates.base import Document, Piece, shared_prefix
-from droplora_jax.decoding import Decoding, apart, decode, on_cpu, prefill
+from droplora_jax.decoding import Decoding, apart, better_apart, decode, prefill
 from droplora_jax.errors import InputError
 from droplora_jax.files import read_json
 from droplora_jax.models import Decoder
@@ -90,7 +90,7 @@ class Generator:
         groups = axis_size(model.mesh, RULES["batch"] or ()) if model.mesh else 1
         self.batch_size = -(-batch_size // groups) * groups
         self.ends = ending_ids(model, tokenizer)
-        self._graphdef, self._state = nnx.split(apart(model) if on_cpu(model) else model)
+        self._graphdef, self._state = nnx.split(apart(model) if better_apart(model) else model)
 
     def __call__(
         self,

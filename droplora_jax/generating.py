@@ -23,6 +23,7 @@ from droplora_jax.files import check_absent, write_file
 from droplora_jax.generate import Generator, Sampling
 from droplora_jax.opening import Opened, fingerprint, open_model
 from droplora_jax.partial import Partial
+from droplora_jax.quantized import Kind
 
 RECORDED = "recorded"  # in place of a template's name
 WINDOW = 16  # batches whose prompts are sorted by length together
@@ -33,7 +34,7 @@ class Request:
     """What to generate with, and how.
 
     Attributes:
-      model, adapter, step, dtype: see `opening.open_model`.
+      model, adapter, step, dtype, quantize: see `opening.open_model`.
       template: a name in `TEMPLATES`, or `recorded`: the one recorded with the adapter. By default
         a file's prompts are taken as they are.
     """
@@ -42,6 +43,7 @@ class Request:
     adapter: str | None = None
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantize: Kind | None = None
     template: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 8
@@ -54,7 +56,9 @@ class Request:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
 
     def open(self) -> tuple[Opened, Generator]:
-        opened = open_model(self.model, self.adapter, dtype=self.dtype, step=self.step)
+        opened = open_model(
+            self.model, self.adapter, dtype=self.dtype, step=self.step, quantize=self.quantize
+        )
         return opened, Generator(opened.model, opened.tokenizer, batch_size=self.batch_size)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import DTypeLike
 
 from droplora_jax import buckets
@@ -23,6 +24,8 @@ from droplora_jax.errors import InputError
 from droplora_jax.files import check_links, read_json
 from droplora_jax.models import FAMILIES, Decoder, Family, ModelConfig, Remat, Source, TensorName
 from droplora_jax.models.config import LOGICAL_AXES
+from droplora_jax.quantized import Quantized, qwix, with_layer
+from droplora_jax.quantizing import Quantization
 from droplora_jax.sharding import make_mesh, named_sharding
 from droplora_jax.weights import Each, TensorFiles, open_folder
 
@@ -40,6 +43,7 @@ def load(
     attention: Kernel = "auto",
     revision: str | None = None,
     ignore_config_keys: Sequence[str] = (),
+    quantize: str | Quantization = "none",
 ) -> Decoder:
     """Load a Hugging Face folder or hub id straight onto the mesh.
 
@@ -52,10 +56,14 @@ def load(
       attention: the kernel that attends: `auto`, `blockwise`, `splash` or `cudnn`.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` known to change nothing.
+      quantize: store the linear layers in fewer bits: `int8`, `int4`, `nf4`, or a `Quantization`.
 
     Raises:
       InputError: a folder, key or tensor that is missing, broken or not supported.
     """
+    quantization = quantize if isinstance(quantize, Quantization) else Quantization(quantize)
+    if quantization.kinds:
+        qwix()  # before anything is read
     folder = resolve(path, revision)
     family, config = read_config(folder, ignore_config_keys)
     mesh = mesh or make_mesh(devices=jax.local_devices())
@@ -66,6 +74,7 @@ def load(
         remat=remat,
         attention=attention,
         source=source(path, revision),
+        quantization=quantization,
     )
     weights = open_folder(folder)
     names = family.tensor_names(config)
@@ -74,8 +83,9 @@ def load(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-            array = _read_sharded(weights, names[dotted(path)], parameter.get_value(), pool.map)
-            return parameter.replace(array)
+            leaf = parameter.get_value()
+            of_kind = _read_quantized if isinstance(leaf, Quantized) else _read_sharded
+            return parameter.replace(of_kind(weights, names[dotted(path)], leaf, pool.map))
 
         return nnx.merge(graphdef, nnx.map_state(read, state))
 
@@ -160,6 +170,7 @@ def abstract_model(
     remat: Remat = "nothing",
     attention: Kernel = "auto",
     source: Source | None = None,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """The model with shapes, dtypes and shardings in place of arrays."""
     model = nnx.eval_shape(
@@ -174,13 +185,29 @@ def abstract_model(
         )
     )
 
+    if quantization is not None:
+        model = quantization.shapes(model)
+
     def place(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-        leaf = parameter.get_value()
-        sharding = named_sharding(mesh, LOGICAL_AXES[dotted(path)], leaf.shape)
-        return parameter.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            sharding = named_sharding(mesh, LOGICAL_AXES[dotted(path)], leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        value = jax.tree.map(placed, parameter.get_value())
+        if isinstance(value, Quantized) and mesh.size > 1:
+            value = replace(value, gathered=_without_width(path, value))
+        return parameter.replace(value)
 
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, nnx.map_state(place, state))
+
+
+def _without_width(path: tuple[Any, ...], stack: Quantized) -> NamedSharding:
+    """Where a layer of a stack lies when what is split over `width` is gathered."""
+    _, *spec = stack.sharding.spec
+    _, *axes = LOGICAL_AXES[dotted(path)]
+    entries = [None if axis == "width" else entry for axis, entry in zip(axes, spec, strict=True)]
+    return NamedSharding(stack.sharding.mesh, PartitionSpec(*entries))
 
 
 def check_tensors(
@@ -235,6 +262,26 @@ def _read_sharded(weights: TensorFiles, name: TensorName, leaf: Any, each: Each)
             _read_tensor(weights, name.pattern, part, index, name.transposed, each)
         parts.append(jax.device_put(part, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+
+def _read_quantized(
+    weights: TensorFiles, name: TensorName, leaf: Quantized, each: Each
+) -> Quantized:
+    """A stack of quantised kernels, one layer of it in full precision at a time."""
+    shardings = jax.tree.map(lambda x: x.sharding, leaf)
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), leaf), out_shardings=shardings
+    )
+    write = jax.jit(with_layer, donate_argnums=0, out_shardings=shardings)
+    layers, *shape = leaf.shape
+    of_one = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+    one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=of_one)
+    stack = zeros()
+    for layer in range(layers):
+        tensor = TensorName(name.of_layer(layer), name.transposed)
+        kernel = _read_sharded(weights, tensor, one, each)
+        stack = jax.block_until_ready(write(stack, kernel, jnp.int32(layer)))
+    return stack
 
 
 def _read_tensor(

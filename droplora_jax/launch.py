@@ -22,6 +22,7 @@ from droplora_jax.compiling import program
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder
 from droplora_jax.program import in_background
+from droplora_jax.quantized import Quantized, leaves
 from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
 from droplora_jax.train import Run, total_steps, train
@@ -244,6 +245,7 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         attention=config.model.attention,
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,
+        quantize=config.model.quantization(),
     )
     if config.model.adapter is None:
         return with_fresh_adapters(config, model)
@@ -263,13 +265,15 @@ def what_to_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe(prepared: Run) -> str:
     _, adapters, _, frozen = split(prepared.model)
-    trained, kept = (sum(x.size for x in jax.tree.leaves(t)) for t in (adapters, frozen))
+    trained, kept = (sum(x.size for x in leaves(t)) for t in (adapters, frozen))
+    kinds = sorted({x.kind for x in leaves(frozen) if isinstance(x, Quantized)})
+    base = f"base in {', '.join(kinds)}; " if kinds else ""
     device = prepared.mesh.devices.flat[0]
     mesh = f" as {described(prepared.mesh.shape)}" if prepared.mesh.size > 1 else ""
     joined = f" in {jax.process_count()} processes" if processes.several() else ""
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
-        f"{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; "
+        f"{base}{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; "
         f"attention {prepared.model.attention}; {prepared.steps} steps"
     )
 

@@ -28,6 +28,7 @@ from droplora_jax.launch import (
     what_to_record,
 )
 from droplora_jax.models import Decoder, ModelConfig
+from droplora_jax.quantized import Kind
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import init_state
 from droplora_jax.surgery import initial_of, inject, split
@@ -69,6 +70,7 @@ def open_model(
     revision: str | None = None,
     step: str = "last",
     ignore_config_keys: Sequence[str] = (),
+    quantize: Kind | None = None,
 ) -> Opened:
     """Open a model with its tokenizer.
 
@@ -81,6 +83,7 @@ def open_model(
       revision: branch, tag or commit of a hub id.
       step: of a run: `last`, `best`, or the number of a checkpoint.
       ignore_config_keys: unknown keys of `config.json` known to change nothing.
+      quantize: how the linear layers are stored; default: as a run was trained, else `none`.
 
     Raises:
       InputError: a folder that is none of these, or a part of it that is missing or broken.
@@ -95,15 +98,15 @@ def open_model(
         raise InputError(f"--step {step}: only a run has several, and {path} is none")
     if trained == CONFIG_FILE:
         config = run.read(folder / CONFIG_FILE)
-        model, tokenizer = _loaded(config.model, dtype, mesh)
+        model, tokenizer = _loaded(config.model, dtype, mesh, quantize)
         if step == "last" and _only_adapter(folder):
             return _with_adapter(model, tokenizer, folder / ADAPTER)
         model, record = restored(model, config, folder, step)
         return Opened(model, tokenizer, record["template"])
     if trained == PEFT_FILE:
-        return _with_adapter(*_loaded(base_of(folder), dtype, mesh), folder)
+        return _with_adapter(*_loaded(base_of(folder), dtype, mesh, quantize), folder)
     base = run.LoadConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
-    model, tokenizer = _loaded(base, dtype, mesh)
+    model, tokenizer = _loaded(base, dtype, mesh, quantize)
     if adapter is None:
         return Opened(model, tokenizer)
     return _with_adapter(model, tokenizer, Path(adapter).expanduser())
@@ -153,7 +156,10 @@ def base_of(adapter: Path, instead: str | None = None) -> run.LoadConfig:
     return run.LoadConfig(path, revision=None if instead else named.get("revision"))
 
 
-def _loaded(base: run.LoadConfig, dtype: Any, mesh: Mesh | None) -> tuple[Decoder, Any]:
+def _loaded(
+    base: run.LoadConfig, dtype: Any, mesh: Mesh | None, quantize: Kind | None
+) -> tuple[Decoder, Any]:
+    base = base if quantize is None else replace(base, quantize=quantize)
     folder = hub.resolve(base.path, base.revision)
     tokenizer = load_tokenizer(folder)
     _, shape = hub.read_config(folder, base.ignore_config_keys)
@@ -166,6 +172,7 @@ def _loaded(base: run.LoadConfig, dtype: Any, mesh: Mesh | None) -> tuple[Decode
         remat="everything",
         revision=base.revision,
         ignore_config_keys=base.ignore_config_keys,
+        quantize=base.quantization(),
     )
     return model, tokenizer
 

@@ -24,6 +24,8 @@ from droplora_jax.data import DataConfig
 from droplora_jax.errors import InputError
 from droplora_jax.optim import OptimConfig
 from droplora_jax.processes import DistributedConfig
+from droplora_jax.quantized import Kind
+from droplora_jax.quantizing import Quantization
 from droplora_jax.sharding import MeshConfig
 from droplora_jax.train import TrainConfig
 
@@ -41,6 +43,10 @@ class LoadConfig:
         are its own, and the run's `adapter` says how its ranks are dropped.
       attention: the kernel that attends: `splash` (TPU), `cudnn` (NVIDIA GPU), `blockwise` (any),
         or `auto`: the platform's own where it can be taken, else `blockwise`.
+      quantize: store the linear layers of the frozen base as `int8`, `int4` or `nf4`; or `none`.
+      quantize_tile: inputs of a layer that share a scale.
+      quantize_pattern: other kinds by pattern, searched in the layers' paths (`layers.down_proj`),
+        such as `{down_proj: int8, o_proj: none}`; the first that matches counts.
     """
 
     path: str
@@ -49,6 +55,15 @@ class LoadConfig:
     ignore_config_keys: tuple[str, ...] = ()
     adapter: str | None = None
     attention: Kernel = "auto"
+    quantize: Kind = "none"
+    quantize_tile: int = 64
+    quantize_pattern: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.quantization()  # says what is wrong with it
+
+    def quantization(self) -> Quantization:
+        return Quantization(self.quantize, self.quantize_tile, self.quantize_pattern)
 
     def jax_dtype(self, platform: str) -> Any:
         automatic = "float32" if platform == "cpu" else "bfloat16"

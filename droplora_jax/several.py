@@ -94,15 +94,19 @@ def _adds_up(name: str, path: str, adapter: Any) -> LowRankLinear:
 
 def _check_one_base(parts: Mapping[str, Weighted], models: Mapping[str, Any]) -> None:
     for path, of_path in parts.items():
-        kernels = [adapter.kernel.get_value() for adapter, _ in of_path]
-        first = kernels[0]
-        for kernel in kernels[1:]:
-            shapes = isinstance(first, jax.ShapeDtypeStruct) and first.shape == kernel.shape
-            if kernel is not first and not shapes:
+        # (A quantised kernel is several arrays.)
+        first, *others = (jax.tree.leaves(adapter.kernel.get_value()) for adapter, _ in of_path)
+        for kernel in others:
+            if len(kernel) != len(first) or not all(map(_is_one, kernel, first)):
                 raise InputError(
                     f"combine: {', '.join(map(repr, models))} do not share a base ({path} is "
                     "another array): load it once, and put every adapter on it"
                 )
+
+
+def _is_one(x: Any, y: Any) -> bool:
+    """Whether two arrays are one; of shapes only, whether they are equal."""
+    return x is y or (isinstance(x, jax.ShapeDtypeStruct) and x.shape == y.shape)
 
 
 def _ranks(parts: Weighted) -> list[int]:

@@ -134,17 +134,17 @@ def raw(value: Any) -> np.ndarray:
 
 def primitives(jaxpr: Any) -> set[str]:
     """The names of all primitives in a jaxpr and in the jaxprs inside it."""
-    return {equation.primitive.name for equation in _equations(jaxpr)}
+    return {equation.primitive.name for equation in equations(jaxpr)}
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Any) -> Iterator[Any]:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from _equations(inner)
+                    yield from equations(inner)
 
 
 RANDOM = frozenset({"random_bits", "random_fold_in", "random_wrap", "threefry2x32"})

@@ -145,7 +145,7 @@ def test_the_cache_is_split_over_the_mesh(base):
 
 
 def test_a_stack_and_layers_by_themselves_decode_the_same(base, tokenizer, generator, monkeypatch):
-    monkeypatch.setattr("droplora_jax.generate.on_cpu", lambda model: False)
+    monkeypatch.setattr("droplora_jax.generate.better_apart", lambda model: False)
     stacked = Generator(load(base), tokenizer, batch_size=4)
     assert len(nnx.merge(stacked._graphdef, stacked._state).stacks) == 1
     assert len(nnx.merge(generator._graphdef, generator._state).stacks) == 2

@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 
 from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.targets import Path, dotted
+from droplora_jax.quantized import dense
 
 # The root of initial values; or none: `later` for zeros, and None for shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
@@ -66,7 +67,7 @@ class Adapter(nnx.Module):
 
         # The factors are arguments: as constants their product would be made by the compiler.
         def merge(kernel, factors, index):
-            return nnx.merge(graphdef, factors, rest).merged_kernel(kernel, index)
+            return nnx.merge(graphdef, factors, rest).merged_kernel(dense(kernel), index)
 
         compiled = jax.jit(merge, out_shardings=sharding)
         return lambda kernel, *index: compiled(kernel, factors, index)
@@ -87,8 +88,12 @@ class Adapter(nnx.Module):
 
     @property
     def kernel(self) -> nnx.Variable:
-        """The frozen kernel variable of the base."""
+        """The frozen kernel variable of the base; its value may be quantised."""
         return getattr(self.base, self.spec.attribute)
+
+    def dense_kernel(self) -> Array:
+        """The frozen kernel as an array: of one layer, if it may be large."""
+        return dense(self.kernel.get_value())
 
     def merged(self) -> nnx.Module:
         """The base layer with the merged kernel in the base's dtype; the adapter is unchanged."""
@@ -133,6 +138,11 @@ class AdapterConfig(Protocol):
           chosen: of a stack, which of its layers have an adapter; all of them by default.
         """
         ...
+
+
+def is_abstract(kernel: Any) -> bool:
+    """Whether a kernel's value is a shape only."""
+    return isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct)
 
 
 def base_path(path: Path) -> str:

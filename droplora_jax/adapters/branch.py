@@ -199,7 +199,7 @@ class LowRankLinear(base.Adapter):
             self.branches,
             kernel.shape,
         )
-        known = not isinstance(kernel, jax.ShapeDtypeStruct)
+        known = not base.is_abstract(kernel)
         shardings = placing.factor_shardings(kernel, self.spec)
         return placing.place(make, shardings, kernel if known else None, abstract=self.abstract)
 

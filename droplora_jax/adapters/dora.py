@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import Branch, LowRankLinear
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
 from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.quantized import Quantized, dense
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,13 @@ class DoRALinear(DropLoRALinear):
         kernel = self.kernel.get_value()
         letters = _columns(spec)
         sharding = placing.letters_sharding(kernel, spec, letters)
-        if isinstance(kernel, jax.ShapeDtypeStruct) or not isinstance(key, jax.Array):
+        if base.is_abstract(kernel) or not isinstance(key, jax.Array):
             shape = placing.letters_shape(kernel, spec, letters)
             self.magnitude = nnx.LoRAParam(
                 placing.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
             )
         else:
-            norm = placing.place(lambda kernel: _norm(kernel, spec), sharding, kernel)
+            norm = placing.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
             self.magnitude = nnx.LoRAParam(norm)
 
     def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
@@ -95,7 +97,7 @@ class DoRALinear(DropLoRALinear):
     def _norm_of_sum(self) -> Array:
         """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
         spec = self.spec
-        w, a, b = jax.lax.stop_gradient((self.kernel[...], *self.factors()))
+        w, a, b = jax.lax.stop_gradient((self.dense_kernel(), *self.factors()))
         columns, other = _columns(spec), "z"
         b = b * self._scale()
         aw = ops.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)
@@ -130,6 +132,17 @@ def _beside_outputs(gain: Array, spec: LinearSpec) -> Array:
 def _squares(kernel: Array, spec: LinearSpec) -> Array:
     axes = tuple(spec.kernel.index(c) - len(spec.kernel) for c in spec.contracted)
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
+
+
+def _norms(kernel: Array | Quantized, spec: LinearSpec) -> Array:
+    """Of a stack, layer after layer, so that no more than one is an array if it is quantised."""
+
+    def norm(kernel: Array | Quantized) -> Array:
+        return _norm(dense(kernel), spec)
+
+    for _ in spec.stack(kernel):
+        norm = partial(jax.lax.map, norm)
+    return norm(kernel)
 
 
 def _norm(kernel: Array, spec: LinearSpec) -> Array:

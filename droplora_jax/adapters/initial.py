@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 from droplora_jax import prng
 from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.placing import factor_shapes
+from droplora_jax.quantized import Quantized, dense
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"]
 Factors = tuple[Float[Array, "G I R"], Float[Array, "G R O"]]
@@ -31,7 +32,7 @@ def first_factors(
     spec: LinearSpec,
     branches: Sequence[Any],
     shape: tuple[int, ...],
-    kernel: Float[Array, "..."] | None,
+    kernel: Float[Array, "..."] | Quantized | None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The first A and B of a layer or a stack of them, in float32.
 
@@ -65,9 +66,15 @@ def first_factors(
     scales = jnp.asarray([branch.scale for branch in branches], jnp.float32)
     if init in OF_KERNEL:
         order = spec.batched + spec.contracted + spec.produced
-        w = jnp.einsum(f"...{spec.kernel}->...{order}", kernel).reshape(-1, G, I, O)
+        kernels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), kernel)
+
+        def of_layer(layer: tuple[Any, ...]) -> Factors:
+            key, own, scale, kernel = layer
+            w = jnp.einsum(f"{spec.kernel}->{order}", dense(kernel)).reshape(G, I, O)
+            return one(key, own, scale, w)
+
         # One after the other, for the memory of a decomposition.
-        a, b = jax.lax.map(lambda of_layer: one(*of_layer), (keys, ranks, scales, w))
+        a, b = jax.lax.map(of_layer, (keys, ranks, scales, kernels))
     else:
         a, b = jax.vmap(partial(one, w=None))(keys, ranks, scales)
     return a.reshape(a_shape), b.reshape(b_shape)

@@ -12,6 +12,7 @@ from flax import nnx
 from droplora_jax.adapters.placing import place
 from droplora_jax.adapters.targets import Path, dotted, matches
 from droplora_jax.errors import InputError
+from droplora_jax.quantized import Quantized
 
 
 class Whole(nnx.LoRAParam):
@@ -50,6 +51,11 @@ def train_whole(
                 raise InputError(
                     f"adapter.train_whole={pattern!r} matches {dotted(path)}, which has an "
                     "adapter: exclude it there, or train it whole no more"
+                )
+            if isinstance(parameters[path].get_value(), Quantized):
+                raise InputError(
+                    f"adapter.train_whole={pattern!r} matches {dotted(path)}, which is quantised: "
+                    f"give {dotted(path[:-1])} the kind none in model.quantize_pattern"
                 )
             set_at(model, path, _whole(parameters[path], abstract))
 

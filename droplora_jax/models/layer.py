@@ -21,6 +21,7 @@ from droplora_jax import ops, rope
 from droplora_jax.attention import Kernel, attention, saved_of_kernels
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig
+from droplora_jax.quantized import dot_general
 from droplora_jax.sharding import constrain
 from droplora_jax.shared import apply_all
 
@@ -100,6 +101,7 @@ class Layer(nnx.Module):
                 use_bias=bias,
                 param_dtype=dtype,
                 promote_dtype=cast(Any, _as_input),
+                dot_general=cast(Any, dot_general),
                 rngs=rngs,
             )
 
