@@ -17,6 +17,7 @@ from droplora_jax.adapters import DoRA, DropLoRA, Learned, LinearSpec, MaskKey, 
 from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
+from droplora_jax.models import with_noise
 from droplora_jax.prng import root_key
 from droplora_jax.quantizing import Quantization
 from droplora_jax.several import combine
@@ -45,5 +46,6 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "split",
+    "with_noise",
     "without_adapters",
 ]

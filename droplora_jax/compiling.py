@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from droplora_jax import hub, optim, prng, run
 from droplora_jax.errors import InputError
 from droplora_jax.memory import GIB, compiled
-from droplora_jax.models import Remat
+from droplora_jax.models import Remat, with_noise
 from droplora_jax.program import Program
 from droplora_jax.sharding import named_sharding
 from droplora_jax.step import TrainState, compile_train_step, state_shardings
@@ -50,6 +50,7 @@ def traced_step(
         attention=config.model.attention,
         quantization=config.model.quantization(),
     )
+    base = with_noise(base, config.train.neftune_alpha)
     graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
     tx = optim.optimizer(config.optim, optim.learning_rate(config.optim, steps))
     state = jax.tree.map(

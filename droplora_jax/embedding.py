@@ -5,6 +5,7 @@ Letters: `B` batch, `T` position, `D` model width, `V` vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -13,6 +14,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.sharding import divides, partition_spec
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """`embed` on a mesh."""
+
+    mesh: Mesh | None
+
+    def __call__(
+        self, table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        return embed(table_VD, tokens_BT, self.mesh)
 
 
 @jax.named_scope("embedding")

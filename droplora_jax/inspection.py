@@ -24,7 +24,15 @@ from droplora_jax.errors import InputError
 from droplora_jax.export.merged import REPORT_FILE
 from droplora_jax.export.peft import OWN_FILE, WEIGHTS_FILE
 from droplora_jax.export.peft_config import PEFT_FILE, branch_of, check_fields, vllm_limits
-from droplora_jax.export.peft_names import PREFIX, A, B, split_key
+from droplora_jax.export.peft_names import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    PREFIX,
+    A,
+    B,
+    is_copy,
+    split_key,
+)
 from droplora_jax.files import check_absent, read_json, write_file
 from droplora_jax.launch import ADAPTER, CHECKPOINTS, CONFIG_FILE
 from droplora_jax.sharding import make_mesh
@@ -120,7 +128,11 @@ def _adapter(folder: Path) -> dict[str, Any]:
     check_fields(peft, folder / PEFT_FILE)
     tensors = open_file(folder / WEIGHTS_FILE)
     own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
-    whole = [key.removeprefix(PREFIX) for key in tensors.files if split_key(key)[1] is None]
+    whole = [
+        key.removeprefix(PREFIX)
+        for key in tensors.files
+        if split_key(key)[1] is None and not is_copy(key)
+    ]
     return {
         "kind": "adapter",
         "adapter_kind": own.get("kind", "dora" if peft.get("use_dora") else "lora"),
@@ -172,11 +184,12 @@ def _layers(peft: Mapping[str, Any], tensors: TensorFiles, file: Path) -> list[L
     layers = []
     for key in tensors.files:
         name, part = split_key(key)
-        if part != A:
+        if part not in (A, EMBEDDING_A):
             continue
-        if f"{PREFIX}{name}{B}" not in tensors.files:
-            raise InputError(f"{file}: lacks {PREFIX}{name}{B}")
-        a_RI, b_OR = tensors.read(key), tensors.read(f"{PREFIX}{name}{B}")
+        other = f"{PREFIX}{name}{B if part == A else EMBEDDING_B}"
+        if other not in tensors.files:
+            raise InputError(f"{file}: lacks {other}")
+        a_RI, b_OR = tensors.read(key), tensors.read(other)
         if a_RI.ndim != 2 or b_OR.ndim != 2 or len(a_RI) != b_OR.shape[1]:
             raise InputError(f"{file}: {key} {a_RI.shape} does not fit lora_B {b_OR.shape}")
         scale = branch_of(peft, name).scale

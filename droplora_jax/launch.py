@@ -20,7 +20,7 @@ from droplora_jax.adapters import DropLoRA, LowRank
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.compiling import program
 from droplora_jax.errors import InputError
-from droplora_jax.models import Decoder
+from droplora_jax.models import Decoder, with_noise
 from droplora_jax.program import in_background
 from droplora_jax.quantized import Quantized, leaves
 from droplora_jax.sharding import described, make_mesh
@@ -247,6 +247,7 @@ def _load(config: run.RunConfig, mesh: Mesh) -> Decoder:
         ignore_config_keys=config.model.ignore_config_keys,
         quantize=config.model.quantization(),
     )
+    model = with_noise(model, config.train.neftune_alpha)
     if config.model.adapter is None:
         return with_fresh_adapters(config, model)
     return export.load_adapter(model, config.model.adapter, config=config.adapter)

@@ -30,6 +30,12 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
     return index_BT - jax.lax.cummax(starts_BT, axis=1)
 
 
+def lengths_of_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Of every position, how many its segment has."""
+    after_BT = jnp.flip(positions_in_segments(jnp.flip(segment_ids_BT, axis=1)), axis=1)
+    return positions_in_segments(segment_ids_BT) + after_BT + 1
+
+
 def einsum_f32(spec: str, x: Array, y: Array) -> Array:
     """An einsum with a float32 result, without float32 copies where the platform has such a one."""
     if x.dtype == jnp.float32:

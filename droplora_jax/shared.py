@@ -1,9 +1,13 @@
-"""Layers that read the same input: the low-rank branches beside them share one product with it."""
+"""What low-rank branches offer to a model that knows no adapter.
+
+Layers that read the same input share one product of their branches with it; and a head's branch
+comes in two halves, for a loss that takes a few positions at a time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
@@ -18,6 +22,21 @@ class LowRankBranch(Protocol):
     def shared_factor(self) -> Float[Array, "I R"] | None: ...
 
     def __call__(self, x: Array, *, h: Array) -> Array: ...
+
+
+@runtime_checkable
+class Halves(Protocol):
+    """A layer that is `ending()(base(x), hidden(x, dtype))`.
+
+    `hidden` has to see all positions, each in its place; the rest may see any of them.
+    """
+
+    @property
+    def base(self) -> Callable[[Array], Array]: ...
+
+    def hidden(self, x: Array, dtype: Any) -> Array: ...
+
+    def ending(self) -> Callable[[Array, Array], Array]: ...
 
 
 def apply_all(

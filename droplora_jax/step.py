@@ -89,8 +89,8 @@ def loss_sum(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Int[Array,
     """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
     with jax.numpy_dtype_promotion("strict"):
         x_BTD = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-        project = model.projection(*batch["targets"].shape)
-        return projected_cross_entropy(project, x_BTD, batch["targets"], mesh=model.mesh)
+        x_BTE, project = model.projection(x_BTD)
+        return projected_cross_entropy(project, x_BTE, batch["targets"], mesh=model.mesh)
 
 
 def loss_and_gradients(

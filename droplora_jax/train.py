@@ -56,6 +56,8 @@ class TrainConfig:
       remat: what a layer saves for its backward pass: `everything`; `dots`, without what is cheap
         to find again; `offload`, the same in the host's memory; `attention`, its output alone; or
         `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits.
+      neftune_alpha: NEFTune (arXiv 2310.05914): noise on the vectors of the tokens, uniform in
+        +-alpha / sqrt(length of the row or document * model width); 0 for none.
       profile_steps: the first and the last step to trace, into `profile/` of the run's folder.
     """
 
@@ -73,6 +75,7 @@ class TrainConfig:
     keep: int = 2
     stop_seconds: int = 60
     remat: Remat | Literal["auto"] = "nothing"
+    neftune_alpha: float = 0.0
     profile_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +86,8 @@ class TrainConfig:
         for name in ("log_every", "keep", "stop_seconds", "eval_examples"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 <= self.neftune_alpha < math.inf:
+            raise InputError(f"train.neftune_alpha={self.neftune_alpha}: must be 0 or more")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
             raise InputError(f"train.epochs={self.epochs}: must be positive")
         if self.steps is not None and self.epochs is not None:

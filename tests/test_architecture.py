@@ -110,6 +110,7 @@ WITHIN = {
     ("generate", "decoding"),
     ("hardware", "errors"),
     ("lowrank", "ops"),
+    ("models", "adapters"),  # which layers may be adapted, and what is drawn for a step
     ("display", "metrics"),
     ("loss", "sharding"),
     ("metrics", "files"),

@@ -44,6 +44,7 @@ ADAPTERS = {
     "step": {"granularity": "step", "sampler": "exact"},
     "ranks": {"rank_pattern": {r"\.0\.q": 2}, "targets": "all-linear"},
     "dora": {"kind": "dora", "train_whole": ["final_norm"]},
+    "ends": {"targets": ["paper", "embed", "lm_head"]},
 }
 
 

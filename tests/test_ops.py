@@ -37,3 +37,10 @@ def test_positions_restart_with_every_segment():
     expected = [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3], [0, 0, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]]
     np.testing.assert_array_equal(ops.positions_in_segments(segments), expected)
     assert ops.positions_in_segments(jnp.ones((2, 1), jnp.int32)).tolist() == [[0], [0]]
+
+
+def test_positions_and_lengths_of_segments():
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    positions, lengths = ops.positions_in_segments(segments), ops.lengths_of_segments(segments)
+    np.testing.assert_array_equal(positions, [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(lengths, [[2, 2, 3, 3, 3, 1], [6] * 6])

@@ -384,6 +384,28 @@ def test_a_mixture_with_rows_held_out(base, tmp_path, droplora):
     assert metrics(tmp_path / "run")[-1]["eval_loss"] > 0
 
 
+def test_noise_of_a_run_is_drawn_anew_in_every_step_and_exact_on_resume(base, tmp_path, droplora):
+    """NEFTune: of a run that was made longer the rest is that of one that was as long at once."""
+    folders = {}
+    for name, alpha, first in [("whole", 30.0, 4), ("parts", 30.0, 2), ("without", 0.0, 4)]:
+        made = {"steps": first, "neftune_alpha": alpha, "eval_every": 4, "save_every": 2}
+        optim = {"schedule": "constant", "warmup_steps": 0}
+        adapter = {"targets": ["paper", "embed", "lm_head"]}
+        (tmp_path / name).mkdir()
+        file = write_run(base, tmp_path / name, train=made, optim=optim, adapter=adapter)
+        droplora.good("train", file)
+        droplora.good("train", file, "train.steps=4")
+        folders[name] = tmp_path / name / "run"
+    whole, parts, without = ([row["loss"] for row in trained(f)] for f in folders.values())
+    assert whole == parts
+    assert (
+        adapter_bytes(folders["whole"])["adapter_model.safetensors"]
+        == (adapter_bytes(folders["parts"])["adapter_model.safetensors"])
+    )
+    # The branches do nothing in the first step, so whatever differs there is the noise.
+    assert abs(whole[0] - without[0]) > 1e-3
+
+
 def test_longer_on_another_mesh_and_with_other_cadences(copy, droplora):
     old = adapter_bytes(copy / "run")
     out = droplora.good(

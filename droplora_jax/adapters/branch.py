@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
 from droplora_jax.adapters import base, initial, placing
-from droplora_jax.adapters.linear import LinearSpec, stack_of
+from droplora_jax.adapters.linear import LinearSpec, linear_spec, stack_of
 from droplora_jax.adapters.targets import Path, Patterns, layer_names
 from droplora_jax.errors import InputError
 
@@ -30,8 +30,8 @@ class LowRank:
       rank: R, the width of the branch.
       alpha: the branch is scaled by alpha / rank.
       targets: `paper` (q, k, v, up, down), `all-linear`, or regular expressions searched in the
-        names of the linear layers (`layers.q_proj`; `layers.3.q_proj` is one of a stack); every
-        one of them must match.
+        names of the linear layers (`layers.q_proj`; `layers.3.q_proj` is one of a stack), of the
+        embedding (`embed`) and of the head (`lm_head`); every one of them must match.
       exclude: patterns of layers that are left alone although they are targets.
       rank_stabilized: the branch is scaled by alpha / sqrt(rank) (arXiv 2312.03732).
       rank_pattern, alpha_pattern: other values by pattern; the first that matches counts.
@@ -244,13 +244,19 @@ class LowRankLinear(base.Adapter):
     def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
         """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
         y = self.base(x, *args, **kwargs)
-        return y + self.delta(x, y, h)
+        return self.ending()(y, self.hidden(x, y.dtype, h))
 
-    def delta(self, x: Array, y: Array, h: Array | None) -> Array:
-        """The branch beside `y = base(x)`, in its dtype."""
-        down, up, mask = self._products(y.dtype)
-        if h is None:
-            x = self._input(self.spec.arrange(x).astype(y.dtype))
+    def hidden(self, x: Array, dtype: Any, h: Array | None = None) -> Array:
+        """The first half of the branch: `(x @ A) * m`, and `x @ A0` after it, in `dtype`.
+
+        All that depends on a position's place is in it, so what comes after may be done for some
+        positions only.
+        """
+        down, _, mask = self._products(dtype)
+        if h is None and self.spec.lookup is not None:
+            h = self.spec.lookup(down, x).astype(dtype)
+        elif h is None:
+            x = self._input(self.spec.arrange(x).astype(dtype))
             (h,) = lowrank.compress(x, down, down=self.spec.down)
         if self.first_a is not None:
             first = self.first_a.shape[-1]
@@ -259,9 +265,36 @@ class LowRankLinear(base.Adapter):
             mask = self.mask(h)
         if mask is not None:
             h = h * mask
-        if self.first_a is not None:
-            h = jnp.concatenate([h, h0], axis=-1)
-        return lowrank.lowrank_delta(h, up, scale=self._scale(), up=self.spec.up)
+        return h if self.first_a is None else jnp.concatenate([h, h0], axis=-1)
+
+    def ending(self) -> Callable[[Array, Array], Array]:
+        """The layer's output as a function of `base(x)` and `hidden(x)`.
+
+        What does not depend on them is made here, once for however many calls.
+        """
+        delta = self.delta()
+        return lambda y, h: y + delta(h)
+
+    def delta(self) -> Callable[[Array], Array]:
+        """The second half of the branch, as a function of `hidden(x)`."""
+        _, up, _ = self._products(None)
+        return partial(lowrank.lowrank_delta, b=up, scale=self._scale(), up=self.spec.up)
+
+    def transposed(self) -> LowRankLinear:
+        """The layer of the transposed kernel with the same branch and masks.
+
+        For a model whose head is its embedding: `base` says what its own transpose is.
+        """
+        layer = nnx.merge(*nnx.split(self))
+        layer.base = cast(Any, self.base).transposed()
+        layer.spec = linear_spec(layer.base)
+        layer.lora_a, layer.lora_b = (nnx.LoRAParam(f[...].T) for f in (self.lora_b, self.lora_a))
+        if self.first_a is not None and self.first_b is not None:
+            layer.first_a, layer.first_b = (
+                Initial(self.first_b[...].T),
+                Initial(self.first_a[...].T),
+            )
+        return layer
 
     @property
     def shared_factor(self) -> Array | None:

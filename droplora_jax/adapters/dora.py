@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import Branch, LowRankLinear
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
 from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.errors import InputError
 from droplora_jax.quantized import Quantized, dense
 
 
@@ -61,15 +62,24 @@ class DoRALinear(DropLoRALinear):
             norm = placing.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
             self.magnitude = nnx.LoRAParam(norm)
 
-    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
-        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
-        y = self.base(x, *args, **kwargs)
-        delta = self.delta(x, y, h)
+    def ending(self) -> Callable[[Array, Array], Array]:
+        delta = self.delta()
+        gain = _beside_outputs(self._gain(self._norm_of_sum()), self.spec)
         bias = getattr(self.base, "bias", None)
-        own = y if bias is None else y - bias[...].astype(y.dtype)
-        gain = self._gain(self._norm_of_sum()).astype(y.dtype)
-        gain = _beside_outputs(gain, self.spec)
-        return y + own * (gain - 1) + delta * gain
+
+        def end(y: Array, h: Array) -> Array:
+            own = y if bias is None else y - bias[...].astype(y.dtype)
+            g = gain.astype(y.dtype)
+            return y + own * (g - 1) + delta(h) * g
+
+        return end
+
+    def transposed(self) -> LowRankLinear:
+        raise InputError(
+            "adapter.kind='dora': this model's head is its embedding (tie_word_embeddings), and "
+            "columns of one are rows of the other, so it has no magnitude for both; leave embed "
+            "out of adapter.targets, or take another kind"
+        )
 
     def stored(self) -> dict[str, Array]:
         return {**super().stored(), "magnitude": self.magnitude[...]}

@@ -23,6 +23,8 @@ class LinearSpec:
       inputs, kernel, outputs: subscripts, such as `...i`, `io`, `...o`.
       axes: axes of the input that hold the contracted letters, if they are not the last ones.
       attribute: the layer's attribute with the kernel variable.
+      lookup: of a layer whose input is an index of the contracted letter, an embedding: the rows
+        of a table [i, any] at such indices.
     """
 
     inputs: str
@@ -30,6 +32,7 @@ class LinearSpec:
     outputs: str
     axes: tuple[int, ...] = ()
     attribute: str = "kernel"
+    lookup: Callable[[Array, Array], Array] | None = None
 
     @property
     def contracted(self) -> str:

@@ -17,7 +17,11 @@ Path = tuple[Any, ...]  # attribute names and list indices
 Value = TypeVar("Value")
 
 # `paper`: the layers that the published numbers adapt, not the attention output and not the gate.
-NAMED_TARGETS = {"paper": r"(^|\.)(q|k|v|up|down)_proj$", "all-linear": r""}
+# `all-linear`: not the ends of a model, as in PEFT.
+NAMED_TARGETS = {
+    "paper": r"(^|\.)(q|k|v|up|down)_proj$",
+    "all-linear": r"^(?!(embed|lm_head)$)",
+}
 
 
 class Patterns(dict[str, Value]):

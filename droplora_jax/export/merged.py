@@ -141,12 +141,13 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         name = names[f"{path}.{adapter.spec.attribute}"]
         merger = adapter.merger()
 
-        def run(kernel, layer, merger=merger):
-            return np.asarray(merger(kernel, layer))
+        def run(kernel, index, merger=merger):
+            return np.asarray(merger(kernel, *index))
 
         for layer, adapted in enumerate(adapter.adapted):
             if adapted:
-                merges[name.of_layer(layer)] = Merge(partial(run, layer=layer), name.transposed)
+                own = partial(run, index=(layer,) if name.stacked else ())
+                merges[name.of_layer(layer)] = Merge(own, name.transposed)
     for where, whole in wholes_of(model).items():
         name, value = names[base_path(where)], whole.get_value()
         for layer in range(model.config.layers if name.stacked else 1):

@@ -28,13 +28,13 @@ from droplora_jax.export.peft_config import (
     peft_config,
     vllm_limits,
 )
+from droplora_jax.export.peft_copies import checked_copies, tied_factors
 from droplora_jax.export.peft_names import (
+    EMBEDDING,
     HEAD,
+    LINEAR,
     MAGNITUDE,
-    PARTS,
     PREFIX,
-    A,
-    B,
     BaseNames,
     whole_key,
 )
@@ -91,6 +91,7 @@ def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
         slots = _slots_of(path, adapter, BaseNames(model.config))
         for name, value in adapter.stored().items():
             tensors |= slots[name].stored(processes.to_host(value))
+    tensors |= tied_factors(BaseNames(model.config), tensors)
     for where, whole in wholes_of(model).items():
         slot = _slot_of_whole(where, model)
         tensors |= slot.stored(processes.to_host(whole.get_value()))
@@ -136,6 +137,7 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
         value = whole.get_value()
         trained = filled(_slot_of_whole(where, model), value, value.sharding)
         set_at(model, where, whole.replace(trained))
+    used |= checked_copies(model, _adapters(model), tensors, folder / WEIGHTS_FILE)
     if extra := set(tensors.files) - used:
         raise InputError(
             f"{folder / WEIGHTS_FILE}: {sorted(extra)[0]} has no place in the model "
@@ -202,13 +204,15 @@ class _Slot:
 def _slots_of(path: str, adapter: LowRankLinear, names: BaseNames) -> dict[str, _Slot]:
     """Where the arrays that an adapter stores are, by its own names for them."""
     slots = {}
-    for part, attribute in PARTS.items():
+    stacked = bool(adapter.spec.stack(adapter.kernel.get_value()))
+    for part, attribute in (EMBEDDING if adapter.spec.lookup else LINEAR).items():
         places: _Places = {}
         for layer, there in enumerate(adapter.adapted):
             ranks = adapter.ranks_of(layer)
-            index = {A: (slice(None), ranks), B: (ranks,)}.get(part, ())
+            index = {"lora_a": (slice(None), ranks), "lora_b": (ranks,)}.get(attribute, ())
             if there:
-                places[f"{PREFIX}{names.module(path, layer)}{part}"] = (layer, index)
+                key = f"{PREFIX}{names.module(path, layer)}{part}"
+                places[key] = (layer if stacked else None, index)
         slots[attribute] = _Slot(places, transposed=part != MAGNITUDE)
     return slots
 

@@ -56,6 +56,7 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 OFF: tuple[Any, ...] = (None, False, [], {})
+ENDS = frozenset({"embed_tokens", "lm_head"})  # of a model, which may be tied
 REQUIRED = ("lora_alpha", "peft_type", "r")
 
 
@@ -146,6 +147,7 @@ def peft_config(
     """
     adapted = {module: branch for module, branch in branches.items() if branch.rank}
     ends = {module.rsplit(".", 1)[-1] for module in adapted}
+    there = ENDS & ends
     everywhere = all(module in adapted for module in branches if module.rsplit(".", 1)[-1] in ends)
     ranks = {m: branch.rank for m, branch in adapted.items() if branch.rank != default.rank}
     alphas = {m: _number(b.alpha) for m, b in adapted.items() if b.alpha != default.alpha}
@@ -166,7 +168,7 @@ def peft_config(
         "inference_mode": True,
         "init_lora_weights": True,
         **whole,
-        **({"ensure_weight_tying": True} if tied and whole["modules_to_save"] else {}),
+        **({"ensure_weight_tying": True} if tied and (whole["modules_to_save"] or there) else {}),
     }
 
 
@@ -176,7 +178,11 @@ def _number(value: float) -> int | float:
 
 def vllm_limits(peft: Mapping[str, Any]) -> list[str]:
     """Why vLLM would not serve the adapter as it is: it knows one rank and alpha, A and B only."""
+    targets = peft.get("target_modules") or ()
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    ends = [end for end in sorted(ENDS) if any(name.endswith(end) for name in names)]
     limits = {
+        f"adapters of {' and '.join(ends)} (target_modules)": ends,
         "ranks that differ (rank_pattern)": peft.get("rank_pattern"),
         "alphas that differ (alpha_pattern)": peft.get("alpha_pattern"),
         "DoRA (use_dora)": peft.get("use_dora"),

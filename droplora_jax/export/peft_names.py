@@ -9,8 +9,13 @@ from droplora_jax.models import FAMILIES, ModelConfig, TensorName
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+EMBED = "embed"  # the path of the embedding
 HEAD = "lm_head.weight"
-PARTS = {A: "lora_a", B: "lora_b", MAGNITUDE: "magnitude"}  # the adapter's attributes
+# The adapter's attributes, of a linear layer and of an embedding.
+LINEAR = {A: "lora_a", B: "lora_b", MAGNITUDE: "magnitude"}
+EMBEDDING = {EMBEDDING_A: "lora_a", EMBEDDING_B: "lora_b", MAGNITUDE: "magnitude"}
+PARTS = LINEAR | EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,29 @@ class BaseNames:
         return FAMILIES[self.shape.family].tensor_names(self.shape)
 
     def module(self, path: str, layer: int) -> str:
-        """The full name of a linear layer's module."""
-        return self.table[f"{path}.kernel"].module.format(layer=layer)
+        """The full name of the module of a linear layer or of the embedding."""
+        kernel = "embedding" if path == EMBED else "kernel"
+        return self.table[f"{path}.{kernel}"].module.format(layer=layer)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, int]]:
         """Path and layer of every module that may have an adapter."""
-        paths = [p.removesuffix(".kernel") for p in self.table if p.endswith("_proj.kernel")]
-        return {self.module(p, i): (p, i) for p in paths for i in range(self.shape.layers)}
+        return {
+            name.module.format(layer=layer): (path.rpartition(".")[0], layer)
+            for path, name in self.table.items()
+            if path.endswith((".kernel", ".embedding"))
+            for layer in range(self.shape.layers if name.stacked else 1)
+        }
+
+    @cached_property
+    def tied_factors(self) -> dict[str, str]:
+        """The factors of a tied head, which are those of the embedding, each one transposed."""
+        if not self.shape.tie_embeddings:
+            return {}
+        head, embedding = (
+            PREFIX + name for name in (HEAD.rpartition(".")[0], self.module(EMBED, 0))
+        )
+        return {head + A: embedding + EMBEDDING_B, head + B: embedding + EMBEDDING_A}
 
     @cached_property
     def tensors(self) -> dict[str, tuple[str, int]]:
@@ -58,3 +78,8 @@ def split_key(key: str) -> tuple[str, str | None]:
         if name.endswith(part):
             return name.removesuffix(part), part
     return name.replace(".base_layer.", "."), None
+
+
+def is_copy(key: str) -> bool:
+    """Whether it is of the base: the weight beside an adapter, which PEFT writes of both ends."""
+    return key.endswith(".base_layer.weight")

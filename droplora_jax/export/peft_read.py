@@ -11,7 +11,7 @@ from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.branch import Branch, LowRank
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE, branch_of, is_target
-from droplora_jax.export.peft_names import HEAD, PREFIX, BaseNames, split_key
+from droplora_jax.export.peft_names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key
 from droplora_jax.models import ModelConfig
 from droplora_jax.weights import TensorFiles
 
@@ -46,17 +46,25 @@ def _branches(
     shape: ModelConfig, peft: Mapping[str, Any], tensors: TensorFiles, file: Path
 ) -> dict[str, dict[int, Branch]]:
     """The branches that the file holds, by path and layer."""
-    modules = BaseNames(shape).modules
+    names = BaseNames(shape)
+    modules, tied = names.modules, bool(peft.get("ensure_weight_tying"))
+    head, embedding = HEAD.rpartition(".")[0], names.module(EMBED, 0)
     branches: dict[str, dict[int, Branch]] = {}
     for key in tensors.files:
         module, part = split_key(key)
-        if part is None:
+        if part is None or (tied and key in names.tied_factors):
             continue
+        if shape.tie_embeddings and (module == head or (module == embedding and not tied)):
+            raise InputError(
+                f"{file}: {key} adapts the head or the embedding apart from the other, but this "
+                "base ties them (ensure_weight_tying is off, or use_dora on): that can't be "
+                "represented"
+            )
         if module not in modules:
             raise InputError(
                 f"{file}: {key} adapts a module that has no adapter here (target_modules): only "
-                f"linear layers of the base's {shape.layers} layers have. It can't be "
-                "represented, or was made for another base"
+                f"linear layers of the base's {shape.layers} layers, embedding and head have. It "
+                "can't be represented, or was made for another base"
             )
         if not is_target(peft, module):
             raise InputError(
@@ -78,7 +86,7 @@ def _whole(
     layers: dict[str, set[int]] = {}
     for key in tensors.files:
         tensor, part = split_key(key)
-        if part is not None:
+        if part is not None or is_copy(key):
             continue
         if not key.startswith(PREFIX) or tensor not in names.tensors:
             raise InputError(f"{file}: {key} {_why_not(key)}")
@@ -121,9 +129,10 @@ def _patterns(values: Mapping[str, Mapping[int, Hashable]], layers: int) -> list
     """Values by path and layer, as patterns that are searched in the layers' names."""
     patterns: list[tuple[str, Any]] = []
     for path, by_layer in values.items():
-        owner, _, last = (re.escape(part) for part in path.rpartition("."))
+        owner, dot, last = (re.escape(part) for part in path.rpartition("."))
         for value in dict.fromkeys(by_layer.values()):
             some = [str(layer) for layer, own in by_layer.items() if own == value]
-            indices = "" if len(some) == layers else rf"({'|'.join(some)})\."
-            patterns.append((rf"^{owner}\.{indices}{last}$", value))
+            whole = not owner or len(some) == layers  # the ends of a model are no stacks
+            indices = "" if whole else rf"({'|'.join(some)})\."
+            patterns.append((rf"^{owner}{dot}{indices}{last}$", value))
     return patterns

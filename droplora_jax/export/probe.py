@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from droplora_jax import hub, ops, rope
-from droplora_jax.adapters.base import DropShare, MaskKey, base_path
+from droplora_jax.adapters.base import Adapter, DropShare, MaskKey, base_path
 from droplora_jax.adapters.branch import Initial, PerLayer
 from droplora_jax.adapters.whole import Whole
 from droplora_jax.errors import InputError
@@ -86,36 +87,70 @@ def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
     def run(layer: nnx.State, x_BTD: jax.Array, window: jax.Array | None) -> jax.Array:
         return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)[0]
 
-    embedding = names["embed.embedding"].pattern
-    rows = [read(embedding, (slice(token, token + 1),)) for token in tokens_BT.flat]
-    x_BTD = jnp.asarray(np.concatenate(rows).reshape(*tokens_BT.shape, -1))
+    ends = _adapted_ends(model, names, read)
+    if "embed" in ends:
+        x_BTD = jnp.asarray(jax.device_get(ends["embed"](jnp.asarray(tokens_BT))))
+    else:
+        x_BTD = jnp.asarray(_rows(names, read, tokens_BT))
     windows_L = config.windows_L
     for layer in range(config.layers):
         window = None if windows_L is None else windows_L[layer : layer + 1]
         x_BTD = run(_one_layer(state, names, layer, read), x_BTD, window)
     scale_D = jnp.asarray(read(names["final_norm.scale"].pattern))
     x_BTD = ops.rms_norm(x_BTD, scale_D, config.norm_epsilon)
-    head = embedding if config.tie_embeddings else names["lm_head.kernel"].pattern
+    if (head := "embed" if config.tie_embeddings else "lm_head") in ends:
+        adapted = ends[head].transposed() if config.tie_embeddings else ends[head]
+        return np.asarray(adapted(x_BTD))
+    head = names["embed.embedding" if config.tie_embeddings else "lm_head.kernel"].pattern
     chunks = [slice(v, v + VOCAB_CHUNK) for v in range(0, config.vocab_size, VOCAB_CHUNK)]
     return np.concatenate([x_BTD @ read(head, (chunk,)).T for chunk in chunks], axis=-1)
+
+
+def _rows(names: Mapping[str, TensorName], read: Read, tokens_BT: np.ndarray) -> np.ndarray:
+    """The embedding's rows, and no others of it."""
+    name = names["embed.embedding"].pattern
+    rows = [read(name, (slice(token, token + 1),)) for token in tokens_BT.flat]
+    return np.concatenate(rows).reshape(*tokens_BT.shape, -1)
+
+
+def _adapted_ends(model: Decoder, names: Mapping[str, TensorName], read: Read) -> dict[str, Any]:
+    """The embedding and the head, where they have adapters: their base weights from `read`."""
+    ends = {name: getattr(model, name, None) for name in ("embed", "lm_head")}
+    filled = {}
+    for path, end in ends.items():
+        if isinstance(end, Adapter):
+            graphdef, state = nnx.split(end)
+            own = nnx.map_state(partial(_filled, path, None, names, read), state)
+            filled[path] = nnx.merge(graphdef, jax.tree.map(jnp.asarray, own))
+    return filled
 
 
 def _one_layer(
     stack: nnx.State, names: Mapping[str, TensorName], layer: int, read: Read
 ) -> nnx.State:
     """A stack of one layer: its base weights from `read`, its adapters those of `stack`."""
+    return nnx.map_state(partial(_filled, "layers", layer, names, read), stack)
 
-    def fill(path: tuple[Any, ...], variable: Any) -> Any:
-        if isinstance(variable, PerLayer | Initial | DropShare):
-            return variable.replace(variable.get_value()[layer : layer + 1])
-        if isinstance(variable, MaskKey):
-            return variable.replace(variable.get_value()[layer : layer + 1, ..., :0])
-        if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, Whole):
-            return variable.replace(jax.device_get(variable.get_value()[layer : layer + 1]))
-        name = names[f"layers.{base_path(path)}"]
-        return variable.replace(read(name.of_layer(layer), transposed=name.transposed)[None])
 
-    return nnx.map_state(fill, stack)
+def _filled(
+    owner: str,
+    layer: int | None,
+    names: Mapping[str, TensorName],
+    read: Read,
+    path: tuple[Any, ...],
+    variable: Any,
+) -> Any:
+    """Of one layer of a stack, or of a module that is none: what is its own, else from `read`."""
+    own = slice(None) if layer is None else slice(layer, layer + 1)
+    if isinstance(variable, PerLayer | Initial | DropShare):
+        return variable.replace(variable.get_value()[own])
+    if isinstance(variable, MaskKey):
+        return variable.replace(variable.get_value()[own][..., :0])
+    if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, Whole):
+        return variable.replace(jax.device_get(variable.get_value()[own]))
+    name = names[base_path((owner, *path))]
+    value = read(name.of_layer(layer or 0), transposed=name.transposed)
+    return variable.replace(value if layer is None else value[None])
 
 
 def _without_mesh(layers: Layer) -> Layer:

@@ -73,11 +73,12 @@ def truncated(model: Decoder, rank: int) -> tuple[Decoder, Truncation]:
         branches = tuple(Branch(rank * there, float(rank), 1.0 * there) for there in node.adapted)
         layer = smaller.linear()(node.base, node.spec, smaller, branches, "later")
         factors = [np.zeros(p.shape, np.float32) for p in (layer.lora_a, layer.lora_b)]
+        of_layers = [_by_layer(factor) for factor in factors]
         for i, (a_IR, b_RO) in branches_of(node).items():
             values = singular_values(a_IR, b_RO)
-            name = layer_names(path, (len(branches),))[i][-1]
+            name = layer_names(path, node.spec.stack(node.kernel.get_value()))[i][-1]
             energies[name] = (float(sum(values[:rank] ** 2)), float(sum(values**2)))
-            factors[0][i], factors[1][i] = truncate(a_IR, b_RO, rank)
+            of_layers[0][i], of_layers[1][i] = truncate(a_IR, b_RO, rank)
         placed = map(_placed, factors, (layer.lora_a, layer.lora_b))
         layer.fill({**node.stored(), **dict(zip(("lora_a", "lora_b"), placed, strict=True))})
         return layer
@@ -91,13 +92,18 @@ def truncated(model: Decoder, rank: int) -> tuple[Decoder, Truncation]:
 
 def branches_of(adapter: LowRankLinear) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """A [I, r] and scale * B [r, O] of every layer of a stack that has a branch."""
-    a_LIR, b_LRO = jax.device_get(adapter.factors())
+    a_LIR, b_LRO = map(_by_layer, jax.device_get(adapter.factors()))
     ranks = map(adapter.ranks_of, range(len(adapter.branches)))
     return {
         i: (a_LIR[i][:, own], b_LRO[i][own].astype(np.float64) * branch.scale)
         for i, (own, branch) in enumerate(zip(ranks, adapter.branches, strict=True))
         if branch.rank
     }
+
+
+def _by_layer(factor: np.ndarray) -> np.ndarray:
+    """A view with an axis of layers, whether there is a stack or one layer."""
+    return factor.reshape(-1, *factor.shape[-2:])
 
 
 def _placed(value: np.ndarray, like: nnx.LoRAParam) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from droplora_jax.models import llama, mistral, qwen2, qwen3
 from droplora_jax.models.config import ModelConfig, Source
-from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.decoder import Decoder, with_noise
 from droplora_jax.models.family import Family, TensorName
 from droplora_jax.models.layer import Remat
 
@@ -13,4 +13,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
 }
 
-__all__ = ["FAMILIES", "Decoder", "Family", "ModelConfig", "Remat", "Source", "TensorName"]
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "Family",
+    "ModelConfig",
+    "Remat",
+    "Source",
+    "TensorName",
+    "with_noise",
+]

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
 from droplora_jax.attention import Kernel, choose
-from droplora_jax.embedding import embed
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig, Source
-from droplora_jax.models.layer import Head, Layer, Remat, RMSNorm, run_layers
+from droplora_jax.models.ends import Embedding, Head, Noise, normal
+from droplora_jax.models.layer import Layer, Remat, RMSNorm, run_layers
 from droplora_jax.sharding import axis_size, constrain, divides
+from droplora_jax.shared import Halves
 
 
 class Decoder(nnx.Module):
@@ -32,6 +33,7 @@ class Decoder(nnx.Module):
       dtype: of the activations, and of the weights that are not trained.
       attention: the kernel that attends, and why it does.
       source: where the weights came from, for the exporters.
+      noise: on the vectors of tokens while training; None (the default) for none.
     """
 
     def __init__(
@@ -54,13 +56,14 @@ class Decoder(nnx.Module):
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
         self.dtype, self.attention = jnp.dtype(dtype), chosen
-        self.embed = nnx.Embed(
-            config.vocab_size, config.width, dtype=dtype, param_dtype=dtype, rngs=rngs
-        )
+        vocab_size, width = config.vocab_size, config.width
+        table_VD = normal(rngs, vocab_size, width, width, dtype)
+        self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh)
+        self.noise: Noise | None = nnx.data(None)
         self.layers: Layer | nnx.List = stacked_layers(rngs)
         self.final_norm = RMSNorm(config.width, config.norm_epsilon, dtype=dtype)
         if not config.tie_embeddings:
-            self.lm_head = Head(config.width, config.vocab_size, dtype=dtype, rngs=rngs)
+            self.lm_head = Head(normal(rngs, width, vocab_size, width, dtype))
 
     def __call__(
         self,
@@ -124,7 +127,10 @@ class Decoder(nnx.Module):
 
     def _run(self, tokens, positions, segment_ids, caches, remat):
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
-        x_BTD = embed(self.embed.embedding[...].astype(self.dtype), tokens, self.mesh)
+        x_BTD = self.embed(tokens)
+        if self.noise is not None:
+            segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+            x_BTD = self.noise(x_BTD, segments)
         x_BTD = constrain(x_BTD, ("batch", "position", None), self.mesh)
         stacks, windows_L = self.stacks, self.config.windows_L
         parts = [None] * len(stacks) if windows_L is None else jnp.split(windows_L, len(stacks))
@@ -136,36 +142,64 @@ class Decoder(nnx.Module):
             kept.append(cache)
         return self.final_norm(x_BTD), kept
 
+    @property
+    def head(self) -> Callable[[Array], Array]:
+        """The output projection: a layer of its own, or the embedding, transposed."""
+        return self.embed.transposed() if self.config.tie_embeddings else self.lm_head
+
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Project hidden states to the vocabulary."""
-        if self.config.tie_embeddings:
-            logits_BTV = x_BTD @ self.embed.embedding[...].T.astype(x_BTD.dtype)
-        else:
-            logits_BTV = self.lm_head(x_BTD)
-        return constrain(logits_BTV, ("batch", "position", "vocab"), self.mesh)
+        return constrain(self.head(x_BTD), ("batch", "position", "vocab"), self.mesh)
 
-    def projection(self, rows: int, length: int) -> Callable[[Array], Array]:
-        """`logits` for a loss over x [rows, length, D] that takes a few positions at a time.
+    def projection(
+        self, x_BTD: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T E"], Callable[[Array], Array]]:
+        """`logits` of x in two halves, for a loss that takes a few positions at a time.
+
+        Returns:
+          x, and after it whatever of the head has to know a position's place (the masked branch of
+          an adapter); and the function from any positions of that to their logits.
+        """
+        head = self.head
+        if not isinstance(head, Halves):
+            return x_BTD, self._by_base(head, *x_BTD.shape[:2])
+        project, end = self._by_base(head.base, *x_BTD.shape[:2]), head.ending()
+        x_BTE = jnp.concatenate([x_BTD, head.hidden(x_BTD, x_BTD.dtype)], axis=-1)
+
+        def project_both(x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+            x_BTD, h_BTR = jnp.split(x_BTE, [self.config.width], axis=-1)
+            return end(project(x_BTD), h_BTR)
+
+        return x_BTE, project_both
+
+    def _by_base(
+        self, head: Callable[[Array], Array], rows: int, length: int
+    ) -> Callable[[Array], Array]:
+        """The logits of a head without an adapter, as a function of some of [rows, length, D].
 
         On a mesh either the rows or the head have to be gathered along the axes that split both:
         the rows, block by block, if they are fewer than the vocabulary, and else the head, once.
         """
-        tied = self.config.tie_embeddings
-        # A head that is more than its kernel, one with an adapter say, has to be called.
-        if self.mesh is None or not (tied or type(self.lm_head) is Head):
-            return self.logits
-        kernel_DV = self.embed.embedding[...].T if tied else self.lm_head.kernel[...]
-        kernel_DV = kernel_DV.astype(self.dtype)
+        # A head that is more than its kernel has to be called.
+        if self.mesh is None or type(head) is not Head:
+            return lambda x: constrain(head(x), ("batch", "position", "vocab"), self.mesh)
         gathered = 2 * rows * length // axis_size(self.mesh, ("replica", "data", "context"))
         few = gathered <= self.config.vocab_size  # they come, and their gradients go back
         if few and divides(self.mesh, "split_vocab", self.config.vocab_size):
             batch, vocab = "rows", "split_vocab"
         else:
             batch, vocab = "batch", "vocab"
-        kernel_DV = constrain(kernel_DV, (None, vocab), self.mesh)
+        kernel_DV = constrain(head.kernel[...].astype(self.dtype), (None, vocab), self.mesh)
 
         def project(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
             x_BTD = constrain(x_BTD, (batch, "position", None), self.mesh)
             return constrain(x_BTD @ kernel_DV, (batch, "position", vocab), self.mesh)
 
         return project
+
+
+def with_noise(model: Decoder, alpha: float) -> Decoder:
+    """A view of a model whose tokens' vectors get noise in training (`Noise`); 0 for none."""
+    model = nnx.merge(*nnx.split(model))
+    model.noise = Noise(alpha) if alpha else None
+    return model

@@ -65,17 +65,6 @@ class RMSNorm(nnx.Module):
         return ops.rms_norm(x, self.scale[...], self.epsilon)
 
 
-class Head(nnx.Module):
-    """The output projection; no `nnx.Linear`, so `all-linear` leaves it alone as PEFT does."""
-
-    def __init__(self, width: int, vocab_size: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(width**-0.5)
-        self.kernel = nnx.Param(init(rngs.params(), (width, vocab_size), dtype))
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
-
-
 def _as_input(arrays: tuple[Any, ...], **_: Any) -> Any:
     """The computation is in the dtype of the activations, whatever that of a trained parameter."""
     x, *rest = arrays
