@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from droplora_jax.adapters.branch import Branch, LowRankLinear
+from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.dora import DoRALinear
 from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.adapters.options import Branch
 from droplora_jax.adapters.targets import Path, dotted, layer_names
 from droplora_jax.adapters.whole import wholes_of
 from droplora_jax.errors import InputError

@@ -277,7 +277,7 @@ def test_attention_on_a_slice(file, settings, words, kernels):
     where = topology("v5e:2x2")
     assert plan(config, where).settings["attention"].startswith(words)
     mesh = make_mesh(config.mesh, where.devices)
-    text = traced_step(config, mesh, where.platform)[0].lower().as_text()
+    text = traced_step(config, mesh, where.platform, 10)[0].lower().as_text()
     assert set(re.findall(r'kernel_name = "splash_mha_(fwd|dkv|dq)', text)) == kernels
 
 

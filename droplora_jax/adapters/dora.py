@@ -14,9 +14,10 @@ from jaxtyping import Array
 
 from droplora_jax import ops
 from droplora_jax.adapters import base, placing
-from droplora_jax.adapters.branch import Branch, LowRankLinear
+from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
 from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.adapters.options import Branch
 from droplora_jax.errors import InputError
 from droplora_jax.quantized import Quantized, dense
 

@@ -13,8 +13,9 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import base
-from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear, checked_rows, option
+from droplora_jax.adapters.branch import LowRankLinear, checked_rows
 from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.adapters.options import Branch, LowRank, option
 from droplora_jax.adapters.targets import Patterns
 from droplora_jax.errors import InputError
 from droplora_jax.schedules import Schedule, schedule

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import base, placing
-from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear
+from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.adapters.options import Branch, LowRank
 
 
 @dataclass(frozen=True)

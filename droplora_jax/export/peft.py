@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 from droplora_jax import processes
 from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.base import base_path
-from droplora_jax.adapters.branch import Branch, LowRank, LowRankLinear
+from droplora_jax.adapters.branch import LowRankLinear
+from droplora_jax.adapters.options import Branch, LowRank
 from droplora_jax.adapters.whole import set_at, wholes_of
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import (

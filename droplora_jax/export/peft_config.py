@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from droplora_jax.adapters.branch import Branch, LowRank, scale_of
+from droplora_jax.adapters.options import Branch, LowRank, scale_of
 from droplora_jax.errors import InputError
 
 PEFT_FILE = "adapter_config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from droplora_jax.adapters import ADAPTERS
-from droplora_jax.adapters.branch import Branch, LowRank
+from droplora_jax.adapters.options import Branch, LowRank
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE, branch_of, is_target
 from droplora_jax.export.peft_names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key

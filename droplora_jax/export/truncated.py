@@ -11,7 +11,8 @@ from flax import nnx
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import DropLoRA
-from droplora_jax.adapters.branch import Branch, LowRankLinear
+from droplora_jax.adapters.branch import LowRankLinear
+from droplora_jax.adapters.options import Branch
 from droplora_jax.adapters.targets import Path, layer_names
 from droplora_jax.errors import InputError
 from droplora_jax.models import Decoder
