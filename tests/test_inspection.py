@@ -41,7 +41,8 @@ def model(untied):
     base = dl.load(untied.path, mesh=mesh, dtype=jnp.float32)
     model = randomized(dl.inject(base, CONFIG, key=dl.root_key(0)), size=0.2)
     for adapter in (model.layers.q_proj, model.layers.v_proj):  # padding is zero
-        there = adapter._there()
+        ranks = np.asarray([branch.rank for branch in adapter.branches])[:, None, None]
+        there = jnp.asarray(np.arange(adapter.rank) < ranks, jnp.float32)
         adapter.lora_a.set_value(adapter.lora_a[...] * there)
         adapter.lora_b.set_value(adapter.lora_b[...] * jnp.swapaxes(there, -1, -2))
     return model
