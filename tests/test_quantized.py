@@ -176,7 +176,7 @@ def test_the_whole_is_never_in_memory(tmp_path):
     resident = sum(x.nbytes for x in jax.tree.leaves(nnx.state(kept[0])))
     assert resident < weights / 5
     assert peak < weights / 2
-    assert _peak(lambda: kept.append(load(folder, kind="none"))) > 0.9 * weights
+    assert _peak(lambda: kept.append(load(folder, kind="none"))) > weights / 2
 
 
 # What is computed.

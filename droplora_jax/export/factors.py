@@ -10,7 +10,7 @@ from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.linear import stack_of
 from droplora_jax.adapters.targets import dotted, layer_names
 from droplora_jax.errors import InputError
-from droplora_jax.export.peft_names import PARTS, A, B
+from droplora_jax.export.peft_names import LINEAR, A, B
 
 
 def factors(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ def factors(model: nnx.Module) -> dict[str, np.ndarray]:
         stored = {name: processes.to_host(value) for name, value in adapter.stored().items()}
         width = stored["lora_a"].shape[-1]
         shapes = {A: (len(names), -1, width), B: (len(names), width, -1)}
-        for part, attribute in PARTS.items():
+        for part, attribute in LINEAR.items():
             if attribute not in stored:
                 continue
             layers = stored[attribute].reshape(shapes.get(part, (len(names), -1)))

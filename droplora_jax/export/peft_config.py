@@ -149,8 +149,12 @@ def peft_config(
     ends = {module.rsplit(".", 1)[-1] for module in adapted}
     there = ENDS & ends
     everywhere = all(module in adapted for module in branches if module.rsplit(".", 1)[-1] in ends)
-    ranks = {m: branch.rank for m, branch in adapted.items() if branch.rank != default.rank}
-    alphas = {m: _number(b.alpha) for m, b in adapted.items() if b.alpha != default.alpha}
+    # The adapter of a head that is the embedding has the embedding's rank, by a pattern of its own.
+    embedding = [branch for module, branch in adapted.items() if module.endswith("embed_tokens")]
+    tied_head = {"lm_head": embedding[0]} if tied and embedding else {}
+    everything = adapted | tied_head
+    ranks = {m: branch.rank for m, branch in everything.items() if branch.rank != default.rank}
+    alphas = {m: _number(b.alpha) for m, b in everything.items() if b.alpha != default.alpha}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
