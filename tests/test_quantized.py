@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import jax
@@ -158,6 +160,8 @@ def _peak(work) -> int:
         lines = status.read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would serve again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = of("VmRSS")
     work()
@@ -176,7 +180,7 @@ def test_the_whole_is_never_in_memory(tmp_path):
     resident = sum(x.nbytes for x in jax.tree.leaves(nnx.state(kept[0])))
     assert resident < weights / 5
     assert peak < weights / 2
-    assert _peak(lambda: kept.append(load(folder, kind="none"))) > weights / 2
+    assert _peak(lambda: kept.append(load(folder, kind="none"))) > 0.9 * weights
 
 
 # What is computed.
