@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 
 from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.targets import Path, dotted
+from droplora_jax.errors import InputError
 from droplora_jax.quantized import dense
 
 # The root of initial values; or none: `later` for zeros, and None for shapes only.
@@ -27,6 +28,16 @@ class MaskKey(nnx.Variable):
     Filled for one step by `droplora_jax.draw`. Its metadata: `stack`, the leading axes of stacked
     layers, and `granularity`, None where the adapter never draws.
     """
+
+
+def checked_rows(keys: Array, x: Array) -> Array:
+    """Keys of a mask that differs by row, one for each row of x."""
+    if keys.shape[0] != x.shape[0]:
+        raise InputError(
+            f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {x.shape[0]}: "
+            "pass draw(rows=...) one index for every row of the batch"
+        )
+    return keys
 
 
 class DropShare(MaskKey):

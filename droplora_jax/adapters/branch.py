@@ -16,7 +16,6 @@ from droplora_jax import lowrank, prng
 from droplora_jax.adapters import base, initial, placing
 from droplora_jax.adapters.linear import LinearSpec, linear_spec
 from droplora_jax.adapters.options import Branch
-from droplora_jax.errors import InputError
 
 
 class PerLayer(nnx.Variable):
@@ -198,7 +197,7 @@ class LowRankLinear(base.Adapter):
         """What the branch sees of its input."""
         if self.input_key is None or not self.input_key[...].size:
             return x
-        keys = checked_rows(self.input_key[...], x)
+        keys = base.checked_rows(self.input_key[...], x)
         return x * lowrank.rank_mask(
             keys,
             x.shape,
@@ -252,13 +251,3 @@ class LowRankLinear(base.Adapter):
         a, b = self.factors(index)
         scale = self._scale(index, self.spec.kernel)
         return lowrank.merged_kernel(kernel, a, b, scale=scale, product=self.spec.product)
-
-
-def checked_rows(keys: Array, x: Array) -> Array:
-    """Keys of a mask that differs by row, one for each row of x."""
-    if keys.shape[0] != x.shape[0]:
-        raise InputError(
-            f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {x.shape[0]}: "
-            "pass draw(rows=...) one index for every row of the batch"
-        )
-    return keys

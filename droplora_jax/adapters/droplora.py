@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import base
-from droplora_jax.adapters.branch import LowRankLinear, checked_rows
+from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.options import Branch, LowRank, option
 from droplora_jax.adapters.targets import Patterns
@@ -158,7 +158,7 @@ class DropLoRALinear(LowRankLinear):
         if keys.size == 0:
             return None
         return lowrank.rank_mask(
-            keys if config.granularity == "step" else checked_rows(keys, h),
+            keys if config.granularity == "step" else base.checked_rows(keys, h),
             h.shape,
             drop_rate=self._drop_rate(),
             granularity=config.granularity,

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
 from droplora_jax.adapters import DropLoRA, LinearSpec, MaskKey
-from droplora_jax.adapters.branch import checked_rows
+from droplora_jax.adapters.base import checked_rows
 from droplora_jax.errors import InputError
 
 try:

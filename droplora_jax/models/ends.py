@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, prng
-from droplora_jax.adapters.base import MaskKey
+from droplora_jax.adapters.base import MaskKey, checked_rows
 from droplora_jax.adapters.linear import LinearSpec, linear_spec
 from droplora_jax.embedding import Lookup
-from droplora_jax.errors import InputError
 
 
 class Head(nnx.Module):
@@ -74,12 +73,7 @@ class Noise(nnx.Module):
         keys_B = self.mask_key[...]
         if keys_B.size == 0:
             return x_BTD
-        if len(keys_B) != len(x_BTD):
-            raise InputError(
-                f"the noise was drawn for {len(keys_B)} rows, but there are {len(x_BTD)}: pass "
-                "draw(rows=...) one index for every row of the batch"
-            )
-        shape = x_BTD.shape[1:]
+        keys_B, shape = checked_rows(keys_B, x_BTD), x_BTD.shape[1:]
         uniform_BTD = jax.vmap(lambda key: jax.random.uniform(key, shape, minval=-1.0))(keys_B)
         lengths_BT = ops.lengths_of_segments(segment_ids_BT).astype(jnp.float32)
         bound_BT = self.alpha / jnp.sqrt(lengths_BT * float(shape[-1]))
