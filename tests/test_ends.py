@@ -12,11 +12,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from contract import Training, assert_merge_is_evaluation, pairs
 from flax import nnx
 from gradients import loss_and_gradients as of_logits
 from oracles import random_tokens, randomized, relative, torch_logits
 from safetensors.numpy import load_file, save_file
-from test_kinds import Training, logits
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
@@ -85,17 +85,9 @@ def trained(untied, tied):
 @pytest.mark.parametrize(("base", "name"), CASES)
 def test_unchanged_at_first_and_the_merge_is_evaluation(base, name, trained):
     training, state, _ = trained(base, name)
-    before = logits(training.base)
-    assert relative(logits(training.model), before) < 2e-6
-    model = training.with_state(state)
-    after = logits(model)
-    assert relative(after, before) > 1e-3
-    merged = dl.merge(model)
-    assert nnx.graphdef(merged) == nnx.graphdef(training.base)
-    assert relative(logits(merged), after) < 1e-5
-    moved = dict(nnx.to_flat_state(state.adapters))
-    for path, start in nnx.to_flat_state(training.adapters):
-        assert not np.array_equal(start[...], moved[path][...]), path
+    assert_merge_is_evaluation(training, state)
+    for path, (start, moved) in pairs(training.adapters, state.adapters).items():
+        assert not np.array_equal(start, moved), path
 
 
 @pytest.mark.parametrize(("base", "name"), CASES)

@@ -12,8 +12,9 @@ import optax
 import peft
 import pytest
 import torch
+from contract import ROOT, STEPS, TOKENS, Training, assert_merge_is_evaluation, logits, pairs
 from flax import nnx
-from oracles import random_tokens, relative, snapshot, torch_logits
+from oracles import relative, snapshot, torch_logits
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
@@ -23,8 +24,7 @@ from droplora_jax.adapters.base import MaskKey
 from droplora_jax.adapters.branch import Initial
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.export import load_adapter
-from droplora_jax.sharding import MeshConfig, make_mesh, put
-from droplora_jax.step import compile_train_step, init_state
+from droplora_jax.sharding import MeshConfig
 from droplora_jax.surgery import initial_of
 
 SMALL = {"rank": 4, "alpha": 6.0, "targets": ("q_proj$", "up_proj$", "down_proj$")}
@@ -57,54 +57,10 @@ CONFIGS = {
         **SMALL, drop_schedule="linear", sampler="exact", granularity="step"
     ),
 }
-STEPS, ROOT = 8, dl.root_key(5)
-TOKENS = random_tokens(8, 17)
 each = pytest.mark.parametrize("name", CONFIGS)
 seen_on_meshes = pytest.mark.parametrize(
     "name", [name for name in CONFIGS if name not in ("gaussian", "dora, olora", "milora")]
 )
-
-
-class Training:
-    """A model with adapters, a few steps of which move all that is trained."""
-
-    def __init__(self, folder, config, mesh: MeshConfig | None = None, remat="everything") -> None:
-        mesh = mesh or MeshConfig(fsdp=1)
-        self.mesh = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-        self.base = dl.load(folder.path, mesh=self.mesh, dtype=jnp.float32, remat=remat)
-        self.model = dl.inject(self.base, config, key=dl.root_key(1))
-        self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(self.model)
-        self.tx = optax.adam(0.02)
-        share = config.share(STEPS)
-        self.compiled = compile_train_step(self.graphdef, self.tx, self.adapters, share)
-
-    def fresh(self):
-        state = init_state(jax.tree.map(jnp.copy, self.adapters), self.tx)
-        return replace(state, initial=initial_of(self.frozen))
-
-    def steps(self, number: int, *, state=None, k: int = 2):
-        """The state and losses after some more steps, on the same rows in `k` microbatches."""
-        state = self.fresh() if state is None else state
-        parts = {
-            "tokens": TOKENS[:, :-1].reshape(k, -1, 16),
-            "targets": TOKENS[:, 1:].reshape(k, -1, 16),
-            "segment_ids": np.ones((k, 8 // k, 16), np.int32),
-        }
-        batch = {
-            name: put(value, (None, "batch", "position"), self.mesh)
-            for name, value in parts.items()
-        }
-        frozen = nnx.merge_state(self.frozen, state.initial)
-        initial, state = state.initial, replace(state, initial=None)
-        losses = []
-        for _ in range(number):
-            state, metrics = self.compiled(state, self.mask_keys, frozen, batch, ROOT)
-            losses.append(float(metrics["loss"]))
-        return replace(state, initial=initial), losses
-
-    def with_state(self, state):
-        frozen = nnx.merge_state(self.frozen, state.initial)
-        return nnx.merge(self.graphdef, state.adapters, self.mask_keys, frozen)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +77,6 @@ def trained(untied):
     return of
 
 
-def logits(model) -> np.ndarray:
-    return np.asarray(jax.jit(lambda model: model(jnp.asarray(TOKENS)))(model))
-
-
 def test_every_kind_is_held_to_the_contract():
     assert {config.kind for config in CONFIGS.values()} == set(ADAPTERS)
 
@@ -132,14 +84,7 @@ def test_every_kind_is_held_to_the_contract():
 @each
 def test_the_model_is_unchanged_at_first_and_the_merge_is_evaluation(name, trained):
     training, state, _ = trained(name)
-    before = logits(training.base)
-    assert relative(logits(training.model), before) < 2e-6
-    model = training.with_state(state)
-    after = logits(model)
-    assert relative(after, before) > 1e-3
-    merged = dl.merge(model)
-    assert nnx.graphdef(merged) == nnx.graphdef(training.base)
-    assert relative(logits(merged), after) < 1e-5
+    assert_merge_is_evaluation(training, state)
 
 
 @each
@@ -149,16 +94,11 @@ def test_only_the_adapters_are_trained(name, trained):
         isinstance(v, Initial | MaskKey)
         for v in jax.tree.leaves(training.adapters, is_leaf=lambda x: isinstance(x, nnx.Variable))
     )
-    for path, (old, new) in _pairs(training.adapters, state.adapters).items():
+    for path, (old, new) in pairs(training.adapters, state.adapters).items():
         assert not np.array_equal(old, new), path
     before = snapshot(training.base)[1]
     after = snapshot(dl.load(training.base.source.path, mesh=training.mesh, dtype=jnp.float32))[1]
     assert all(np.array_equal(before[path], after[path]) for path in before)
-
-
-def _pairs(old, new):
-    new = dict(nnx.to_flat_state(new))
-    return {p: (np.asarray(v[...]), np.asarray(new[p][...])) for p, v in nnx.to_flat_state(old)}
 
 
 @each
@@ -186,9 +126,9 @@ def test_masks_and_gradients_are_the_same_on_any_mesh_and_in_any_split(name, unt
         other.adapters = adapters
     moved, others = other.steps(3, state=replace(other.fresh(), initial=initial), k=1)
     np.testing.assert_allclose(others, losses, rtol=1e-5)
-    mine = np.concatenate([np.ravel(b) for _, b in _pairs(state.adapters, state.adapters).values()])
+    mine = np.concatenate([np.ravel(b) for _, b in pairs(state.adapters, state.adapters).values()])
     theirs = np.concatenate(
-        [np.ravel(b) for _, b in _pairs(moved.adapters, moved.adapters).values()]
+        [np.ravel(b) for _, b in pairs(moved.adapters, moved.adapters).values()]
     )
     assert relative(theirs, mine) < 1e-3  # Adam amplifies the rounding of its first steps
 
@@ -217,7 +157,7 @@ def test_a_run_that_is_resumed_is_exact(name, trained, tmp_path):
     expected, losses = training.steps(2, state=jax.tree.map(jnp.copy, state))
     actual, others = other.steps(2, state=restored)
     assert others == losses
-    for old, new in _pairs(expected.adapters, actual.adapters).values():
+    for old, new in pairs(expected.adapters, actual.adapters).values():
         np.testing.assert_array_equal(old, new)
 
 
