@@ -413,7 +413,7 @@ def test_noise_is_of_the_step_and_the_row_and_off_in_evaluation(noisy, untied):
     drawn = dl.masked(noisy, dl.root_key(0), rows=jnp.arange(2))
     assert relative(forward(drawn, TOKENS), forward(noisy, TOKENS)) > 1e-3
     assert with_noise(noisy, 0).noise is None
-    with pytest.raises(dl.InputError, match=r"drawn for 3 rows, but there are 2: pass draw"):
+    with pytest.raises(dl.InputError, match=r"drawn for 3 rows, but this layer sees 2: pass draw"):
         forward(dl.masked(noisy, dl.root_key(0), rows=jnp.arange(3)), TOKENS)
 
 
