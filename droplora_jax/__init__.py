@@ -13,10 +13,12 @@ checkpoints (`checkpoint.py`), the loop (`train.py`), a run's configuration (`ru
 command line (`cli.py`).
 """
 
-from droplora_jax.adapters import DoRA, DropLoRA, Learned, LinearSpec, MaskKey, linear_spec
+from droplora_jax.adapters import DoRA, DropLoRA, Learned
 from droplora_jax.errors import InputError
 from droplora_jax.export import load_adapter, save_adapter, save_merged
 from droplora_jax.hub import load
+from droplora_jax.linear import LinearSpec, linear_spec
+from droplora_jax.mask_keys import MaskKey
 from droplora_jax.models import with_noise
 from droplora_jax.prng import root_key
 from droplora_jax.quantizing import Quantization

@@ -47,7 +47,7 @@ class EvaluateConfig:
 
     model: str
     tasks: tuple[str, ...]
-    adapter: str | None = None
+    adapter: tuple[str, ...] = ()
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Kind | None = None
@@ -155,7 +155,7 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
     """What the rows depend on. The size of a batch is not among it."""
     return {
         "model": config.model,
-        "adapter": config.adapter,
+        "adapter": list(config.adapter),
         "files": fingerprint(config.model, config.adapter),
         "step": config.step,
         "dtype": config.dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from droplora_jax.errors import InputError
 from droplora_jax.export.peft_config import PEFT_FILE
 from droplora_jax.launch import CONFIG_FILE
 from droplora_jax.models import Decoder
-from droplora_jax.opening import base_of, restored
+from droplora_jax.opening import base_of, load_adapters, restored, weights_of
 from droplora_jax.sharding import make_mesh
 
 
 def export_folder(
-    folder: Path,
+    folders: Sequence[str],
     target: Path,
     *,
     format: str,
@@ -29,10 +29,10 @@ def export_folder(
     base: str | None,
     console: Console,
 ) -> None:
-    """Write what a run trained, or an adapter in PEFT's format, as a folder for other tools.
+    """Write what a run trained, or adapters in PEFT's format, as a folder for other tools.
 
     Args:
-      folder: of the run, or of the adapter.
+      folders: of one run; or of adapters, DIR or DIR=WEIGHT, whose sum it is.
       format: a name in `EXPORTERS`.
       step: of a run: `last`, `best`, or the number of a checkpoint.
       dtype: of a merged folder; default: the base's.
@@ -42,10 +42,12 @@ def export_folder(
     files.check_free(target)
     if dtype is not None and format != "merged":
         raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
-    if (folder / PEFT_FILE).exists():
-        model, extra = _with_adapter(folder, base), None
+    weights = weights_of(folders)
+    first = next(iter(weights))
+    if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
+        model, extra = _restored(first, step)
     else:
-        model, extra = _restored(folder, step)
+        model, extra = _with_adapters(weights, base), None
     if rank is not None:
         model, truncation = export.truncated(model, rank)
         display.say(console, str(truncation))
@@ -76,14 +78,21 @@ def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]
     return restored(_abstract(config.model), config, folder, which)
 
 
-def _with_adapter(folder: Path, base: str | None) -> Decoder:
-    """The model of an adapter in PEFT's format, the base as shapes only."""
-    config = base_of(folder, base)
+def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
+    """The model of adapters in PEFT's format, the base as shapes only."""
+    config, *others = (base_of(folder, base) for folder in adapters)
+    first, *folders = adapters
+    for folder, other in zip(folders, others, strict=True):
+        if other != config:
+            raise InputError(
+                f"{folder} is for the base {other.path}, {first} for {config.path}: only adapters "
+                "of one base have a sum; if it is one under two names, say --base"
+            )
     try:
         model = _abstract(config)
     except InputError as error:
-        raise InputError(f"{error} (the base of {folder}; another place: --base)") from error
-    return export.load_adapter(model, folder)
+        raise InputError(f"{error} (the base of {first}; another place: --base)") from error
+    return load_adapters(model, adapters)
 
 
 def _abstract(config: run.LoadConfig) -> Decoder:

@@ -40,7 +40,7 @@ class Request:
     """
 
     model: str
-    adapter: str | None = None
+    adapter: tuple[str, ...] = ()
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Kind | None = None

@@ -22,15 +22,15 @@ from flax import core, nnx
 from flax import linen as nn
 
 from droplora_jax.adapters.base import Adapter
-from droplora_jax.adapters.linear import (
+from droplora_jax.adapters.targets import dotted
+from droplora_jax.errors import InputError
+from droplora_jax.linear import (
     LinearSpec,
     einsum_spec,
     general_spec,
     is_linear,
     linear_spec,
 )
-from droplora_jax.adapters.targets import dotted
-from droplora_jax.errors import InputError
 
 Path = tuple[str, ...]
 ADAPTER = "adapter"  # where an adapter's arrays are in the parameters of its layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from droplora_jax.launch import (
 )
 from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.quantized import Kind
+from droplora_jax.several import combine
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import init_state
 from droplora_jax.surgery import initial_of, inject, split
@@ -53,7 +54,8 @@ class Opened:
     """A model to use.
 
     Attributes:
-      template: that its training data was written with, where that is recorded with its adapter.
+      template: that its training data was written with, where that is recorded with its adapter;
+        of several adapters, where it is one.
     """
 
     model: Decoder
@@ -63,7 +65,7 @@ class Opened:
 
 def open_model(
     path: str,
-    adapter: str | None = None,
+    adapter: str | Sequence[str] = (),
     *,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     mesh: Mesh | None = None,
@@ -77,7 +79,8 @@ def open_model(
     Args:
       path: a Hugging Face folder (a base, or a merged one), its URL, a hub id; the folder of a run;
         or of an adapter in PEFT's format, which says itself what base it is for.
-      adapter: the folder of an adapter in PEFT's format, for a base.
+      adapter: for a base, the folder of an adapter in PEFT's format; or of several, whose sum it
+        is, each as it is or with a weight: DIR=WEIGHT.
       dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
       mesh: where it goes; default: all local devices, as many as can along `tensor`.
       revision: branch, tag or commit of a hub id.
@@ -90,9 +93,11 @@ def open_model(
     """
     folder = Path(path).expanduser()
     trained = next((f for f in (CONFIG_FILE, PEFT_FILE) if (folder / f).exists()), None)
-    if trained is not None and adapter is not None:
+    adapters = (adapter,) if isinstance(adapter, str) else adapter
+    if trained is not None and adapters:
         raise InputError(
-            f"{path}: has an adapter of its own, so it takes no other ({adapter}); name its base"
+            f"{path}: has an adapter of its own, so it takes no other ({adapters[0]}); name its "
+            "base, and every adapter"
         )
     if step != "last" and trained != CONFIG_FILE:
         raise InputError(f"--step {step}: only a run has several, and {path} is none")
@@ -100,21 +105,50 @@ def open_model(
         config = run.read(folder / CONFIG_FILE)
         model, tokenizer = _loaded(config.model, dtype, mesh, quantize)
         if step == "last" and _only_adapter(folder):
-            return _with_adapter(model, tokenizer, folder / ADAPTER)
+            return _with_adapters(model, tokenizer, [str(folder / ADAPTER)])
         model, record = restored(model, config, folder, step)
         return Opened(model, tokenizer, record["template"])
     if trained == PEFT_FILE:
-        return _with_adapter(*_loaded(base_of(folder), dtype, mesh, quantize), folder)
+        return _with_adapters(*_loaded(base_of(folder), dtype, mesh, quantize), [str(folder)])
     base = run.LoadConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
     model, tokenizer = _loaded(base, dtype, mesh, quantize)
-    if adapter is None:
-        return Opened(model, tokenizer)
-    return _with_adapter(model, tokenizer, Path(adapter).expanduser())
+    return _with_adapters(model, tokenizer, adapters) if adapters else Opened(model, tokenizer)
 
 
-def fingerprint(path: str, adapter: str | None = None) -> str:
-    """Changes with the files of a model and its adapter: their names, sizes and times."""
-    folders = [hub.resolve(path), *([Path(adapter).expanduser()] if adapter else [])]
+def weights_of(adapters: Sequence[str]) -> dict[Path, float]:
+    """The folders of adapters that are each named DIR or DIR=WEIGHT, with their weights.
+
+    Raises:
+      InputError: a weight that is none, or a folder named twice.
+    """
+    weights: dict[Path, float] = {}
+    for word in adapters:
+        folder, equals, weight = word.rpartition("=")
+        if not equals or Path(word).expanduser().is_dir():
+            folder, weight = word, "1"
+        try:
+            value = float(weight)
+        except ValueError:
+            raise InputError(
+                f"{word}: no such folder, and no DIR=WEIGHT, whose weight is a number"
+            ) from None
+        if (path := Path(folder).expanduser()) in weights:
+            raise InputError(f"{word}: {folder} is named twice; give it one weight")
+        weights[path] = value
+    return weights
+
+
+def load_adapters(model: Decoder, adapters: Mapping[Path, float]) -> Decoder:
+    """The base with an adapter from its folder, or with the weighted sum of several."""
+    loaded = {str(folder): export.load_adapter(model, folder) for folder in adapters}
+    if list(adapters.values()) == [1.0]:
+        return loaded.popitem()[1]
+    return combine(loaded, {str(folder): weight for folder, weight in adapters.items()})
+
+
+def fingerprint(path: str, adapters: Sequence[str] = ()) -> str:
+    """Changes with the files of a model and its adapters: their names, sizes and times."""
+    folders = [hub.resolve(path), *weights_of(adapters)]
     found = [sorted({file for mark in MARKS for file in f.glob(mark)}) for f in folders]
     marks = [
         (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
@@ -177,10 +211,16 @@ def _loaded(
     return model, tokenizer
 
 
-def _with_adapter(model: Decoder, tokenizer: Any, folder: Path) -> Opened:
-    own = folder / OWN_FILE
-    template = read_json(own).get("template") if own.exists() else None
-    return Opened(export.load_adapter(model, folder), tokenizer, template)
+def _with_adapters(model: Decoder, tokenizer: Any, adapters: Sequence[str]) -> Opened:
+    weights = weights_of(adapters)
+    templates = {_template(folder) for folder in weights}
+    template = templates.pop() if len(templates) == 1 else None
+    return Opened(load_adapters(model, weights), tokenizer, template)
+
+
+def _template(adapter: Path) -> str | None:
+    own = adapter / OWN_FILE
+    return read_json(own).get("template") if own.exists() else None
 
 
 def decoding_mesh(shape: ModelConfig) -> Mesh:

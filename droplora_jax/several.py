@@ -96,7 +96,9 @@ def _adds_up(name: str, path: str, adapter: Any) -> LowRankLinear:
 def _check_one_base(parts: Mapping[str, Weighted], models: Mapping[str, Any]) -> None:
     for path, of_path in parts.items():
         # (A quantised kernel is several arrays.)
-        first, *others = (jax.tree.leaves(adapter.kernel.get_value()) for adapter, _ in of_path)
+        first, *others = (
+            jax.tree.leaves(adapter.base_kernel.get_value()) for adapter, _ in of_path
+        )
         for kernel in others:
             if len(kernel) != len(first) or not all(map(_is_one, kernel, first)):
                 raise InputError(
@@ -170,5 +172,5 @@ def _summed(
 
 def _layers(factor: np.ndarray, layer: LowRankLinear) -> np.ndarray:
     """A factor [*stack, ...] as [layers, ...]."""
-    stack = layer.spec.stack(layer.kernel.get_value())
+    stack = layer.spec.stack(layer.base_kernel.get_value())
     return factor.reshape(-1, *factor.shape[len(stack) :])

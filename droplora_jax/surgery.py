@@ -19,12 +19,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax import prng
-from droplora_jax.adapters.base import Adapter, AdapterConfig, DropShare, InitKey, MaskKey
+from droplora_jax.adapters.base import Adapter, AdapterConfig, InitKey
 from droplora_jax.adapters.branch import Initial
-from droplora_jax.adapters.linear import is_linear, linear_spec, stack_of
 from droplora_jax.adapters.targets import Path, check_patterns, dotted, layer_names, select
 from droplora_jax.adapters.whole import plain, train_whole, wholes_of
 from droplora_jax.errors import InputError
+from droplora_jax.linear import is_linear, linear_spec, stack_of
+from droplora_jax.mask_keys import DropShare, MaskKey
 
 Model = TypeVar("Model", bound=nnx.Module)
 

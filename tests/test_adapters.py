@@ -16,10 +16,10 @@ from oracles import primitives, relative
 
 from droplora_jax import DoRA, DropLoRA, InputError, LinearSpec, linear_spec, prng
 from droplora_jax.adapters import ADAPTERS, Adapter
-from droplora_jax.adapters.linear import is_linear
 from droplora_jax.adapters.placing import factor_shapes, factor_shardings
 from droplora_jax.adapters.targets import dotted, layer_names, select
 from droplora_jax.adapters.whole import wholes_of
+from droplora_jax.linear import is_linear
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.surgery import draw, inject, merge, split
@@ -148,7 +148,7 @@ def test_what_a_layer_is_asked_beside_being_called_is_answered_by_the_base():
         layer := Shaped(), LinearSpec("BTD", "DNH", "BTNH", attribute="w"), ("q_proj",), KEY
     )
     assert adapter.shape is layer.shape
-    assert adapter.kernel is layer.w
+    assert adapter.base_kernel is layer.w
     with pytest.raises(AttributeError, match="'w' of a Shaped with an adapter: call the layer"):
         _ = adapter.w
     with pytest.raises(AttributeError, match="nothing_there"):

@@ -13,6 +13,7 @@ ROOT = Path(droplora_jax.__file__).parent
 
 # A module, or a folder as a whole, and its floor. A new module is a new line.
 FLOORS = {
+    "arguments": 0,
     "attention": 0,
     "blockwise": 0,
     "buckets": 0,
@@ -27,8 +28,10 @@ FLOORS = {
     "files": 0,
     "flops": 0,
     "hardware": 0,
+    "linear": 0,
     "loss": 0,
     "lowrank": 0,
+    "mask_keys": 0,
     "metrics": 0,
     "ops": 0,
     "partial": 0,
@@ -110,9 +113,10 @@ WITHIN = {
     ("generate", "decoding"),
     ("hardware", "errors"),
     ("lowrank", "ops"),
-    ("models", "adapters"),  # which layers may be adapted, and what is drawn for a step
     ("display", "metrics"),
+    ("linear", "errors"),
     ("loss", "sharding"),
+    ("mask_keys", "errors"),
     ("metrics", "files"),
     ("opening", "launch"),
     ("plan", "compiling"),

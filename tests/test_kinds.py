@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax import lowrank
 from droplora_jax.adapters import ADAPTERS
-from droplora_jax.adapters.base import MaskKey
 from droplora_jax.adapters.branch import Initial
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.export import load_adapter
+from droplora_jax.mask_keys import MaskKey
 from droplora_jax.sharding import MeshConfig
 from droplora_jax.surgery import initial_of
 
@@ -241,7 +241,7 @@ def test_a_branch_that_starts_from_the_kernel_trains_as_in_peft(init, theirs, st
 def test_what_a_branch_starts_from_is_a_part_of_the_kernel(init, untied):
     training = Training(untied, dl.DropLoRA(**SMALL, init=init))
     for adapter in dl.surgery.adapters_of(training.model).values():
-        for layer, w_IO in enumerate(np.asarray(adapter.kernel[...], np.float64)):
+        for layer, w_IO in enumerate(np.asarray(adapter.base_kernel[...], np.float64)):
             a, b = (np.asarray(f[layer], np.float64) for f in (adapter.lora_a, adapter.lora_b))
             u, s, v = np.linalg.svd(w_IO)
             own = slice(4) if init == "pissa" else slice(-4, None)

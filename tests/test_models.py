@@ -273,7 +273,7 @@ def test_factors_lie_where_the_kernel_does(untied, name):
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     for path, adapter in adapters_of(model).items():
         backwards = path in ("layers.o_proj", "layers.down_proj")
-        assert parts(adapter.kernel) == (1, *((tensor, fsdp) if backwards else (fsdp, tensor)))
+        assert parts(adapter.base_kernel) == (1, *((tensor, fsdp) if backwards else (fsdp, tensor)))
         assert parts(adapter.lora_a) == (1, fsdp * tensor if backwards else fsdp, 1), path
         assert parts(adapter.lora_b) == (1, 1, fsdp if backwards else fsdp * tensor), path
 

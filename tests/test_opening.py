@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import jax
@@ -82,6 +83,45 @@ def test_a_run_without_checkpoints_has_its_adapter(run, tmp_path):
     shutil.rmtree(moved / "adapter")
     with pytest.raises(InputError, match="no complete checkpoint"):
         open_model(str(moved))
+
+
+def test_several_adapters_are_their_weighted_sum(base, run, tmp_path, droplora):
+    early, late = tmp_path / "a=b", run / "adapter"
+    droplora.good("export", run, "--to", early, "--format", "peft", "--step", "2")
+    loaded = dl.load(base, dtype="float32")
+    models = {str(folder): dl.load_adapter(loaded, folder) for folder in (early, late)}
+    expected = logits(dl.combine(models, {str(early): 1.0, str(late): -0.5}))
+    names = [str(early), f"{late}=-0.5"]
+    opened = open_model(str(base), names)
+    np.testing.assert_array_equal(logits(opened.model), expected)
+    assert opened.template == "alpaca"
+    droplora.good("export", *names, "--to", tmp_path / "sum", "--format", "merged")
+    assert relative(opened_logits(tmp_path / "sum"), expected) < 1e-5
+    droplora.good("export", *names, "--to", tmp_path / "one", "--format", "peft")
+    assert relative(opened_logits(base, tmp_path / "one"), expected) < 1e-6
+    half = open_model(str(base), [f"{late}=0.5"]).model
+    assert relative(logits(half), opened_logits(base, late)) > 1e-4
+    assert relative(opened_logits(base, late), opened_logits(run)) < 1e-6
+
+
+def test_what_adapters_can_not_be_added_is_said(base, run, tmp_path, droplora):
+    adapter = run / "adapter"
+    with pytest.raises(InputError, match="is named twice"):
+        open_model(str(base), [str(adapter), f"{adapter}=2"])
+    with pytest.raises(InputError, match="half: no such folder, and no DIR=WEIGHT"):
+        open_model(str(base), [f"{adapter}=half"])
+    other = shutil.copytree(adapter, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "another/base"})
+    )
+    result = droplora("export", adapter, other, "--to", tmp_path / "out", "--format", "merged")
+    assert result.code == 2
+    assert f"{other} is for the base another/base" in result.err
+    assert not (tmp_path / "out").exists()
+    droplora.good(
+        "export", adapter, other, "--base", base, "--to", tmp_path / "out", "--format", "merged"
+    )
 
 
 def test_what_does_not_go_together(base, run):

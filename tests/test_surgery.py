@@ -23,7 +23,7 @@ from oracles import (
 
 import droplora_jax as dl
 from droplora_jax import prng
-from droplora_jax.adapters.linear import is_linear
+from droplora_jax.linear import is_linear
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.surgery import adapters_of
 

@@ -1,10 +1,9 @@
 """Adapter kinds by name: a new one is one file and one line here."""
 
-from droplora_jax.adapters.base import Adapter, AdapterConfig, MaskKey
+from droplora_jax.adapters.base import Adapter, AdapterConfig
 from droplora_jax.adapters.dora import DoRA
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.learned import Learned
-from droplora_jax.adapters.linear import LinearSpec, linear_spec
 from droplora_jax.adapters.options import LowRank
 
 ADAPTERS = {"droplora": DropLoRA, "dora": DoRA, "learned": Learned}
@@ -16,8 +15,5 @@ __all__ = [
     "DoRA",
     "DropLoRA",
     "Learned",
-    "LinearSpec",
     "LowRank",
-    "MaskKey",
-    "linear_spec",
 ]

@@ -13,38 +13,12 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.targets import Path, dotted
-from droplora_jax.errors import InputError
+from droplora_jax.linear import LinearSpec
 from droplora_jax.quantized import dense
 
 # The root of initial values; or none: `later` for zeros, and None for shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
-
-
-class MaskKey(nnx.Variable):
-    """The keys of one adapter's rank mask, [*stack, n]; n = 0 means no mask (evaluation).
-
-    Filled for one step by `droplora_jax.draw`. Its metadata: `stack`, the leading axes of stacked
-    layers, and `granularity`, None where the adapter never draws.
-    """
-
-
-def checked_rows(keys: Array, x: Array) -> Array:
-    """Keys of a mask that differs by row, one for each row of x."""
-    if keys.shape[0] != x.shape[0]:
-        raise InputError(
-            f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {x.shape[0]}: "
-            "pass draw(rows=...) one index for every row of the batch"
-        )
-    return keys
-
-
-class DropShare(MaskKey):
-    """What share of its drop rate an adapter has in this step, [*stack], where that changes.
-
-    Filled for one step by `droplora_jax.draw` too.
-    """
 
 
 class Adapter(nnx.Module):
@@ -98,13 +72,13 @@ class Adapter(nnx.Module):
         return getattr(self.base, name)
 
     @property
-    def kernel(self) -> nnx.Variable:
+    def base_kernel(self) -> nnx.Variable:
         """The frozen kernel variable of the base; its value may be quantised."""
         return getattr(self.base, self.spec.attribute)
 
     def dense_kernel(self) -> Array:
         """The frozen kernel as an array: of one layer, if it may be large."""
-        return dense(self.kernel.get_value())
+        return dense(self.base_kernel.get_value())
 
     def merged(self) -> nnx.Module:
         """The base layer with the merged kernel in the base's dtype; the adapter is unchanged."""

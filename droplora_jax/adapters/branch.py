@@ -14,8 +14,9 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
 from droplora_jax.adapters import base, initial, placing
-from droplora_jax.adapters.linear import LinearSpec, linear_spec
 from droplora_jax.adapters.options import Branch
+from droplora_jax.linear import LinearSpec, linear_spec
+from droplora_jax.mask_keys import MaskKey, checked_rows
 
 
 class PerLayer(nnx.Variable):
@@ -59,7 +60,7 @@ class LowRankLinear(base.Adapter):
         self.input_key = self.mask_key_of("token") if config.input_dropout else None
 
     def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
-        kernel = self.kernel.get_value()  # an array, or only its shape and sharding
+        kernel = self.base_kernel.get_value()  # an array, or only its shape and sharding
         make = partial(
             initial.first_factors,
             self.config.init,
@@ -76,7 +77,7 @@ class LowRankLinear(base.Adapter):
         """Numbers of the layers of a stack; None where they are one: a number costs nothing."""
         if len(set(values)) == 1:
             return None
-        kernel = self.kernel.get_value()
+        kernel = self.base_kernel.get_value()
         shape, sharding = self.spec.stack(kernel), placing.letters_sharding(kernel, self.spec, "")
 
         def make() -> Array:
@@ -84,11 +85,11 @@ class LowRankLinear(base.Adapter):
 
         return PerLayer(placing.place(make, sharding, abstract=self.abstract))
 
-    def mask_key_of(self, granularity: str | None) -> base.MaskKey:
+    def mask_key_of(self, granularity: str | None) -> MaskKey:
         """Keys that `draw` fills, none at first."""
-        stack = self.spec.stack(self.kernel.get_value())
+        stack = self.spec.stack(self.base_kernel.get_value())
         keys = jnp.broadcast_to(prng.root_key(0), (*stack, 0))
-        return base.MaskKey(keys, stack=stack, granularity=granularity)
+        return MaskKey(keys, stack=stack, granularity=granularity)
 
     @property
     def rank(self) -> int:
@@ -197,7 +198,7 @@ class LowRankLinear(base.Adapter):
         """What the branch sees of its input."""
         if self.input_key is None or not self.input_key[...].size:
             return x
-        keys = base.checked_rows(self.input_key[...], x)
+        keys = checked_rows(self.input_key[...], x)
         return x * lowrank.rank_mask(
             keys,
             x.shape,

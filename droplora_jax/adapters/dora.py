@@ -16,9 +16,9 @@ from droplora_jax import ops
 from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import LowRankLinear
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
-from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.options import Branch
 from droplora_jax.errors import InputError
+from droplora_jax.linear import LinearSpec
 from droplora_jax.quantized import Quantized, dense
 
 
@@ -50,8 +50,14 @@ class DoRALinear(DropLoRALinear):
         branches: tuple[Branch, ...],
         key: base.InitKey,
     ) -> None:
+        if spec.tied:
+            raise InputError(
+                "adapter.kind='dora': this model's head is its embedding (tie_word_embeddings), "
+                "and columns of one are rows of the other, so it has no magnitude for both; leave "
+                "embed out of adapter.targets, or take another kind"
+            )
         super().__init__(layer, spec, config, branches, key)
-        kernel = self.kernel.get_value()
+        kernel = self.base_kernel.get_value()
         letters = _columns(spec)
         sharding = placing.letters_sharding(kernel, spec, letters)
         if base.is_abstract(kernel) or not isinstance(key, jax.Array):
@@ -74,13 +80,6 @@ class DoRALinear(DropLoRALinear):
             return y + own * (g - 1) + delta(h) * g
 
         return end
-
-    def transposed(self) -> LowRankLinear:
-        raise InputError(
-            "adapter.kind='dora': this model's head is its embedding (tie_word_embeddings), and "
-            "columns of one are rows of the other, so it has no magnitude for both; leave embed "
-            "out of adapter.targets, or take another kind"
-        )
 
     def stored(self) -> dict[str, Array]:
         return {**super().stored(), "magnitude": self.magnitude[...]}

@@ -14,10 +14,11 @@ from jaxtyping import Array
 from droplora_jax import lowrank
 from droplora_jax.adapters import base
 from droplora_jax.adapters.branch import LowRankLinear
-from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.options import Branch, LowRank, option
 from droplora_jax.adapters.targets import Patterns
 from droplora_jax.errors import InputError
+from droplora_jax.linear import LinearSpec
+from droplora_jax.mask_keys import DropShare, checked_rows
 from droplora_jax.schedules import Schedule, schedule
 
 
@@ -119,8 +120,8 @@ class DropLoRALinear(LowRankLinear):
         counts = [lowrank.kept_ranks(branch.rank, branch.drop_rate) for branch in branches]
         self.most_kept = max(counts)
         self.counts = self.per_layer(counts, "int32") if config.sampler == "exact" else None
-        stack = spec.stack(self.kernel.get_value())
-        self.share = base.DropShare(jnp.ones(stack)) if drops and config.scheduled else None
+        stack = spec.stack(self.base_kernel.get_value())
+        self.share = DropShare(jnp.ones(stack)) if drops and config.scheduled else None
 
     def _drop_rate(self) -> float | Array:
         """The rate of this layer in this step."""
@@ -158,7 +159,7 @@ class DropLoRALinear(LowRankLinear):
         if keys.size == 0:
             return None
         return lowrank.rank_mask(
-            keys if config.granularity == "step" else base.checked_rows(keys, h),
+            keys if config.granularity == "step" else checked_rows(keys, h),
             h.shape,
             drop_rate=self._drop_rate(),
             granularity=config.granularity,

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from droplora_jax import prng
-from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.placing import factor_shapes
+from droplora_jax.linear import LinearSpec
 from droplora_jax.quantized import Quantized, dense
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"]

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from droplora_jax import lowrank
 from droplora_jax.adapters import base, placing
 from droplora_jax.adapters.branch import LowRankLinear
-from droplora_jax.adapters.linear import LinearSpec
 from droplora_jax.adapters.options import Branch, LowRank
+from droplora_jax.linear import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LearnedLinear(LowRankLinear):
         key: base.InitKey,
     ) -> None:
         super().__init__(layer, spec, config, branches, key)
-        kernel = self.kernel.get_value()
+        kernel = self.base_kernel.get_value()
         shape = (*spec.stack(kernel), self.rank)
         sharding = placing.letters_sharding(kernel, spec, spec.rank)
         self.mask_logits = nnx.LoRAParam(

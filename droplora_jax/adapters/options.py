@@ -13,9 +13,9 @@ from flax import nnx
 
 from droplora_jax import prng
 from droplora_jax.adapters import base, initial
-from droplora_jax.adapters.linear import LinearSpec, stack_of
 from droplora_jax.adapters.targets import Path, Patterns, layer_names
 from droplora_jax.errors import InputError
+from droplora_jax.linear import LinearSpec, stack_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from droplora_jax.adapters.linear import LinearSpec
+from droplora_jax.linear import LinearSpec
 from droplora_jax.sharding import RULES, axis_size
 
 

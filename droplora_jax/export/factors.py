@@ -7,10 +7,10 @@ from flax import nnx
 
 from droplora_jax import processes
 from droplora_jax.adapters.branch import LowRankLinear
-from droplora_jax.adapters.linear import stack_of
 from droplora_jax.adapters.targets import dotted, layer_names
 from droplora_jax.errors import InputError
 from droplora_jax.export.peft_names import LINEAR, A, B
+from droplora_jax.linear import stack_of
 
 
 def factors(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,10 @@ from droplora_jax.export.peft_config import (
 )
 from droplora_jax.export.peft_copies import checked_copies, tied_factors
 from droplora_jax.export.peft_names import (
-    EMBEDDING,
-    HEAD,
-    LINEAR,
-    MAGNITUDE,
-    PREFIX,
     BaseNames,
-    whole_key,
 )
 from droplora_jax.export.peft_read import config_of_peft
+from droplora_jax.export.peft_slots import Slot, slot_of_whole, slots_of
 from droplora_jax.files import atomic_folder, read_json, write_json
 from droplora_jax.models import Decoder, ModelConfig
 from droplora_jax.surgery import adapters_of, inject, view
@@ -89,12 +83,12 @@ def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """By PEFT's names: lora_A [r, in], lora_B [out, r], and whatever else is trained."""
     tensors: dict[str, np.ndarray] = {}
     for path, adapter in _adapters(model).items():
-        slots = _slots_of(path, adapter, BaseNames(model.config))
+        slots = slots_of(path, adapter, BaseNames(model.config))
         for name, value in adapter.stored().items():
             tensors |= slots[name].stored(processes.to_host(value))
     tensors |= tied_factors(BaseNames(model.config), tensors)
     for where, whole in wholes_of(model).items():
-        slot = _slot_of_whole(where, model)
+        slot = slot_of_whole(where, model)
         tensors |= slot.stored(processes.to_host(whole.get_value()))
     return tensors
 
@@ -120,13 +114,13 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
     _check_scales(model, peft, folder)
     used: set[str] = set()
 
-    def filled(slot: _Slot, like: Any, sharding: Any) -> jax.Array:
+    def filled(slot: Slot, like: Any, sharding: Any) -> jax.Array:
         used.update(slot.places)
-        out = slot.filled(like.shape, tensors, folder)
+        out = slot.filled(like.shape, tensors, folder / WEIGHTS_FILE)
         return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])
 
     for path, adapter in _adapters(model).items():
-        slots = _slots_of(path, adapter, BaseNames(model.config))
+        slots = slots_of(path, adapter, BaseNames(model.config))
         stored = jax.eval_shape(adapter.stored)
         adapter.fill(
             {
@@ -136,7 +130,7 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
         )
     for where, whole in wholes_of(model).items():
         value = whole.get_value()
-        trained = filled(_slot_of_whole(where, model), value, value.sharding)
+        trained = filled(slot_of_whole(where, model), value, value.sharding)
         set_at(model, where, whole.replace(trained))
     used |= checked_copies(model, _adapters(model), tensors, folder / WEIGHTS_FILE)
     if extra := set(tensors.files) - used:
@@ -159,77 +153,6 @@ def adapter_config(shape: ModelConfig, folder: str | Path) -> LowRank:
     folder = Path(folder)
     peft, tensors = _read(folder)
     return _own_config(folder) or config_of_peft(shape, peft, tensors, folder / WEIGHTS_FILE)
-
-
-_Places = dict[str, tuple[int | None, tuple[Any, ...]]]
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The tensors that an array of the model is stored in.
-
-    Attributes:
-      places: each tensor's name, with the layer of the stack (None without a stack), and what of
-        that layer it is.
-      transposed: a tensor is the transpose of its place.
-    """
-
-    places: _Places
-    transposed: bool
-
-    def stored(self, value: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of an array."""
-        tensors = {}
-        for key, (layer, index) in self.places.items():
-            own = (value if layer is None else value[layer])[index]
-            tensors[key] = np.ascontiguousarray(own.T if self.transposed else own)
-        return tensors
-
-    def filled(self, shape: tuple[int, ...], tensors: TensorFiles, folder: Path) -> np.ndarray:
-        """The array of the tensors; zero where there is none."""
-        out = np.zeros(shape, np.float32)
-        for key, (layer, index) in self.places.items():
-            place = out if layer is None else out[layer]
-            own = place[index].shape[:: -1 if self.transposed else 1]
-            if key not in tensors.files:
-                raise InputError(f"{folder / WEIGHTS_FILE}: lacks {key}")
-            if tensors.shape(key) != own:
-                raise InputError(
-                    f"{folder / WEIGHTS_FILE}: {key} has shape {list(tensors.shape(key))}, the "
-                    f"model needs {list(own)}: the adapter was made for another base or rank"
-                )
-            place[index] = tensors.read(key, dtype=np.float32, transposed=self.transposed)
-        return out
-
-
-def _slots_of(path: str, adapter: LowRankLinear, names: BaseNames) -> dict[str, _Slot]:
-    """Where the arrays that an adapter stores are, by its own names for them."""
-    slots = {}
-    stacked = bool(adapter.spec.stack(adapter.kernel.get_value()))
-    for part, attribute in (EMBEDDING if adapter.spec.lookup else LINEAR).items():
-        places: _Places = {}
-        for layer, there in enumerate(adapter.adapted):
-            ranks = adapter.ranks_of(layer)
-            index = {"lora_a": (slice(None), ranks), "lora_b": (ranks,)}.get(attribute, ())
-            if there:
-                key = f"{PREFIX}{names.module(path, layer)}{part}"
-                places[key] = (layer if stacked else None, index)
-        slots[attribute] = _Slot(places, transposed=part != MAGNITUDE)
-    return slots
-
-
-def _slot_of_whole(where: tuple[Any, ...], model: Decoder) -> _Slot:
-    """Where a parameter that is trained whole is."""
-    path = base_path(where)
-    name = BaseNames(model.config).table[path]
-    owner: Any = adapters_of(model).get(path.rpartition(".")[0])
-    places: _Places = {}
-    for layer in range(model.config.layers if name.stacked else 1):
-        adapted = owner is not None and owner.adapted[layer]
-        places[whole_key(name.of_layer(layer), adapted)] = (layer if name.stacked else None, ())
-    if model.config.tie_embeddings and path == "embed.embedding":
-        places[whole_key(HEAD, False)] = (None, ())
-    return _Slot(places, name.transposed)
 
 
 def _check_scales(model: Decoder, peft: Mapping[str, Any], folder: Path) -> None:

@@ -56,7 +56,7 @@ def checked_copies(
 
 def _base_value(model: Decoder, adapter: Adapter, path: str) -> np.ndarray:
     """The base's tensor beside an adapter: the model's, or that of its folder if it has shapes."""
-    name, value = BaseNames(model.config).table[path], adapter.kernel.get_value()
+    name, value = BaseNames(model.config).table[path], adapter.base_kernel.get_value()
     if isinstance(value, jax.ShapeDtypeStruct):
         return open_folder(hub.source_folder(model)).read(name.pattern)
     kernel = processes.to_host(value)

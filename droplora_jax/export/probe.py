@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 
 from droplora_jax import hub, ops, rope
-from droplora_jax.adapters.base import Adapter, DropShare, MaskKey, base_path
+from droplora_jax.adapters.base import Adapter, base_path
 from droplora_jax.adapters.branch import Initial, PerLayer
 from droplora_jax.adapters.whole import Whole
 from droplora_jax.errors import InputError
+from droplora_jax.mask_keys import DropShare, MaskKey
 from droplora_jax.models import FAMILIES, Decoder, TensorName
 from droplora_jax.models.layer import Layer, run_layers
 from droplora_jax.sharding import make_mesh

@@ -20,9 +20,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from droplora_jax import lowrank, prng
-from droplora_jax.adapters import DropLoRA, LinearSpec, MaskKey
-from droplora_jax.adapters.base import checked_rows
+from droplora_jax.adapters import DropLoRA
 from droplora_jax.errors import InputError
+from droplora_jax.linear import LinearSpec
+from droplora_jax.mask_keys import MaskKey, checked_rows
 
 try:
     from qwix._src.core.einsum_info import EinsumInfo

@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         self.dtype, self.attention = jnp.dtype(dtype), chosen
         vocab_size, width = config.vocab_size, config.width
         table_VD = normal(rngs, vocab_size, width, width, dtype)
-        self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh)
+        self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh, tied=config.tie_embeddings)
         self.noise: Noise | None = nnx.data(None)
         self.layers: Layer | nnx.List = stacked_layers(rngs)
         self.final_norm = RMSNorm(config.width, config.norm_epsilon, dtype=dtype)

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, prng
-from droplora_jax.adapters.base import MaskKey, checked_rows
-from droplora_jax.adapters.linear import LinearSpec, linear_spec
 from droplora_jax.embedding import Lookup
+from droplora_jax.linear import LinearSpec, linear_spec
+from droplora_jax.mask_keys import MaskKey, checked_rows
 
 
 class Head(nnx.Module):
@@ -31,11 +31,16 @@ class Head(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Vectors of tokens, in `dtype` whatever that of a trained table."""
+    """Vectors of tokens, in `dtype` whatever that of a trained table.
 
-    def __init__(self, table_VD: Float[Array, "V D"], *, dtype: Any, mesh: Mesh | None) -> None:
+    A `tied` table is the model's head too.
+    """
+
+    def __init__(
+        self, table_VD: Float[Array, "V D"], *, dtype: Any, mesh: Mesh | None, tied: bool
+    ) -> None:
         self.embedding = nnx.Param(table_VD)
-        self.dtype, self.lookup = jnp.dtype(dtype), Lookup(mesh)
+        self.dtype, self.lookup, self.tied = jnp.dtype(dtype), Lookup(mesh), tied
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return self.lookup(self.embedding[...].astype(self.dtype), tokens_BT)
@@ -52,7 +57,9 @@ def _head(layer: Head) -> LinearSpec:
 
 @linear_spec.register(Embedding)
 def _embedding(layer: Embedding) -> LinearSpec:
-    return LinearSpec("...i", "io", "...o", attribute="embedding", lookup=layer.lookup)
+    return LinearSpec(
+        "...i", "io", "...o", attribute="embedding", lookup=layer.lookup, tied=layer.tied
+    )
 
 
 class Noise(nnx.Module):

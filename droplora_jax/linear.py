@@ -25,6 +25,7 @@ class LinearSpec:
       attribute: the layer's attribute with the kernel variable.
       lookup: of a layer whose input is an index of the contracted letter, an embedding: the rows
         of a table [i, any] at such indices.
+      tied: the transpose of the kernel is in use too: an embedding that is the model's head.
     """
 
     inputs: str
@@ -33,6 +34,7 @@ class LinearSpec:
     axes: tuple[int, ...] = ()
     attribute: str = "kernel"
     lookup: Callable[[Array, Array], Array] | None = None
+    tied: bool = False
 
     @property
     def contracted(self) -> str:
