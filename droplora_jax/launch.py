@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from droplora_jax.program import in_background
 from droplora_jax.quantized import Quantized, leaves
 from droplora_jax.sharding import described, make_mesh
 from droplora_jax.surgery import inject, split
+from droplora_jax.tokenizer import load_tokenizer
 from droplora_jax.train import Run, total_steps, train
 
 CONFIG_FILE = "config.yaml"
@@ -209,19 +209,6 @@ def changed_keys(new: Any, old: Any, path: str = "") -> list[str]:
 def _last_step(folder: Path) -> int:
     checkpoints = folder / CHECKPOINTS
     return Checkpoints(checkpoints, read_only=True).latest or 0 if checkpoints.is_dir() else 0
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer in a folder."""
-    # transformers warns that it found no PyTorch; the tokenizers need none.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"{folder}: no tokenizer could be loaded from it ({reason})") from error
 
 
 def _read_data(config: run.RunConfig, console: Console) -> reading.Read:

@@ -24,7 +24,6 @@ from droplora_jax.launch import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG_FILE,
-    load_tokenizer,
     what_to_record,
 )
 from droplora_jax.models import Decoder, ModelConfig
@@ -33,6 +32,7 @@ from droplora_jax.several import combine
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import init_state
 from droplora_jax.surgery import initial_of, inject, split
+from droplora_jax.tokenizer import load_tokenizer
 
 # Of a model's folder, an adapter's or a run's: what its completions depend on.
 MARKS = (

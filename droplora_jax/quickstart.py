@@ -26,6 +26,7 @@ from droplora_jax.files import check_free
 from droplora_jax.generate import Generator, Sampling
 from droplora_jax.optim import OptimConfig
 from droplora_jax.sharding import make_mesh
+from droplora_jax.tokenizer import load_tokenizer
 from droplora_jax.train import TrainConfig
 
 BASE = Path(__file__).with_name("quickstart_base")
@@ -44,7 +45,7 @@ def quickstart(folder: Path, console: Console) -> None:
     if not Path(config.output).exists():
         check_free(folder)
     questions = write_data(folder / "data")
-    tokenizer = launch.load_tokenizer(BASE)
+    tokenizer = load_tokenizer(BASE)
     mesh = make_mesh(config.mesh)
     base = hub.load(BASE, mesh=mesh, dtype=jnp.float32)
     before = answers(base, tokenizer, questions)

@@ -76,19 +76,37 @@ class Terminated(BaseException):
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in the block, so that what is half-written is taken away."""
+    """In the block SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`, never unseen.
+
+    So what is half-written is taken away. A signal that is ignored stays so.
+    """
+    errors = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    pending: list[type[BaseException]] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
-            # JAX's, called while garbage is collected: what is raised in it is ignored.
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            raise Terminated
+        if number in errors:
+            pending.append(errors[signal.Signals(number)])
+        if _ignores_errors(frame):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)  # then try again
+        elif pending:
+            error = pending[-1]
+            pending.clear()
+            raise error
 
-    numbers = (signal.SIGTERM, signal.SIGALRM)
-    handlers = {number: signal.signal(number, receive) for number in numbers}
+    numbers = [n for n in errors if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, receive) for number in (*numbers, signal.SIGALRM)}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _ignores_errors(frame: FrameType | None) -> bool:
+    """Whether what is raised at a frame goes nowhere: into JAX's part of a garbage collection, or
+    the end of an object's life."""
+    while frame is not None:
+        if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
+            return True
+        frame = frame.f_back
+    return False

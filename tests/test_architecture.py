@@ -68,6 +68,7 @@ FLOORS = {
     "evaluate": 4,
     "validation": 4,
     "program": 4,
+    "tokenizer": 1,
     "watch": 4,
     "train": 5,
     "run": 6,

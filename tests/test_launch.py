@@ -33,6 +33,7 @@ import droplora_jax as dl
 from droplora_jax import cli, data, launch, run
 from droplora_jax.data import load as load_rows
 from droplora_jax.errors import InputError
+from droplora_jax.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -338,15 +339,29 @@ def test_dora_from_the_command_line(base, droplora, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_export_that_is_stopped_leaves_nothing(folder, tmp_path, number, code):
-    """While the base is being written, and with JAX's threads at work."""
-    export = process("export", folder, "--to", tmp_path / "out", "--format", "merged")
-    while export.poll() is None and not list(tmp_path.iterdir()):
-        time.sleep(0.01)
+    """When all is written but not yet checked, and with JAX's threads at work."""
+    checking = tmp_path / "checking.py"
+    checking.write_text(
+        "from droplora_jax import cli\n"
+        "from droplora_jax.export import merged\n"
+        "probe = merged.probe\n"
+        "def forever(*arguments):\n"
+        "    print('checking', flush=True)\n"
+        "    while True:\n"
+        "        probe(*arguments)\n"
+        "merged.probe = forever\n"
+        "cli.command()\n"
+    )
+    out = tmp_path / "new" / "out"
+    arguments = ("export", folder, "--to", out, "--format", "merged")
+    export = process(*arguments, program=[str(checking)])
+    assert any("checking" in line for line in export.stdout)
+    assert len(list(out.parent.iterdir())) == 1
     export.send_signal(number)
     _, error = export.communicate()
     assert export.returncode == code, error
     assert error.splitlines()[-1] in ("droplora: interrupted", "droplora: terminated")
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.parent.iterdir()) == []
 
 
 # --- a dry run ------------------------------------------------------------------------------------
@@ -365,7 +380,7 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(base, droplora, tmp_path, m
     assert f"40 rows from {train} (alpaca, template alpaca)\n40 rows to train on; 0 cut" in out
     found = re.search(r"\n(\d+) lines of 128 tokens an epoch, ([\d.]+)% full \(first_fit\)\n", out)
     rows, report = load_rows(
-        train, launch.load_tokenizer(base), data.DataConfig(str(train), max_length=128)
+        train, load_tokenizer(base), data.DataConfig(str(train), max_length=128)
     )
     lines = int(found[1])
     assert -(-report.tokens // 128) <= lines < len(rows)

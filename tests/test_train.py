@@ -28,11 +28,12 @@ from run_fixtures import (
     write_run,
 )
 
-from droplora_jax import cli, launch, run
+from droplora_jax import cli, run
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.data import Batches, load
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import MeshConfig, make_mesh
+from droplora_jax.tokenizer import load_tokenizer
 from droplora_jax.train import Run, TrainConfig, total_steps
 
 STEPS = 40
@@ -358,7 +359,7 @@ def test_a_checkpoint_says_where_in_which_data_the_run_is(finished, base):
     data = Checkpoints(finished / "run" / "checkpoints", read_only=True).record(STEPS)["data"]
     assert data["next_batch"] == STEPS
     config = run.read(finished / "run" / "config.yaml").data
-    tokenizer = launch.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     loaded = [load(places, tokenizer, config)[0] for places in (config.train, config.valid)]
     assert data["rows"] == sum(len(rows) for rows in loaded)
     assert data["tokens"] == sum(int(rows.lengths.sum()) for rows in loaded)
