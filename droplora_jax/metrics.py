@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, step: int) -> None:
         """Carry on at `step`: rows beyond it, of steps that will run again, are cut."""
-        from tensorboardX import SummaryWriter
-
+        self.folder, self.step = folder, step
         self.file = folder / "metrics.jsonl"
         self.plot_file = folder / "loss.png"
         self._cut(step)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @cached_property
+    def _board(self) -> Any:
+        """Not there before the first step: where PyTorch is, tensorboardX imports it."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def write(self, row: Mapping[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as file:
@@ -41,7 +47,8 @@ class MetricsLog:
             plot_losses(rows, self.plot_file)
 
     def close(self) -> None:
-        self._board.close()
+        if "_board" in self.__dict__:
+            self._board.close()
 
     def _cut(self, step: int) -> None:
         rows = [row for row in read_rows(self.file) if row["step"] <= step]

@@ -89,8 +89,8 @@ class Watch:
             self._since += time.perf_counter() - start
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
         self.show(row["step"], row)
+        self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
         if "loss" not in row:  # an evaluation
             self.log.plot()
 

@@ -86,7 +86,9 @@ def test_the_same_numbers_are_on_the_board(folder):
 def test_the_board_is_told_which_steps_run_again(folder):
     (first,) = (folder / "tensorboard").iterdir()
     first.rename(first.with_name("another day"))  # files are named by the second
-    MetricsLog(folder, step=2).close()
+    log = MetricsLog(folder, step=2)
+    log.write({"step": 3, "loss": 1.0})
+    log.close()
     starts = [event.step for event in events(folder / "tensorboard") if event.session_log.status]
     assert starts == [3]
 
