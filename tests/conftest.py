@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Before jax is imported. The count is a default: a run on real accelerators may say otherwise.
+# Before jax is imported. The flags are a default: a run on real accelerators may say otherwise.
+# Most of the time goes into compiling small programs, so LLVM leaves them as they are.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -48,6 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Those of one file are of no use to the next, and there are thousands."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
