@@ -35,7 +35,8 @@ def dealt_attention(
         positions_T = jnp.arange(length, dtype=jnp.int32)
         segments = (segment_ids_BT, segment_ids_BT)
         arguments = (q_BTNH, k_BTKH, v_BTKH, positions_T, *segments, window)
-        return blockwise_attention(Layout(devices), *arguments)
+        apart = mesh is not None and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        return blockwise_attention(Layout(devices, apart=apart), *arguments)
     split = PartitionSpec(None, "context")
     dealt = jax.shard_map(
         partial(_dealt, Layout(devices, runs=mesh.shape["context"])),

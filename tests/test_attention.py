@@ -60,14 +60,20 @@ def test_values_and_gradients_equal_pytorch(kv_heads, packed, length):
 
 @pytest.mark.parametrize("length", [9, 64])
 @pytest.mark.parametrize("windowed", [False, True])
-def test_portions_change_nothing(monkeypatch, length, windowed):
-    """Long rows take the scores of a block of queries in portions."""
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_portions_and_spans_change_nothing(monkeypatch, length, windowed, packed, apart):
+    """Long rows take their queries in portions, each with some of the keys, together or apart."""
     *qkv, dy = map(jnp.asarray, inputs(2, length))
     segments = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (2, length))))
     window = jnp.int32(5) if windowed else None
+    mesh = make_mesh(devices=jax.devices()[:1]) if apart else None
 
     def both():
-        y, pullback = jax.vjp(lambda *qkv: attention(*qkv, segments, window), *qkv)
+        def run(*qkv):
+            return attention(*qkv, segments if packed else None, window, mesh=mesh)
+
+        y, pullback = jax.vjp(run, *qkv)
         return y, *pullback(dy)
 
     at_once = both()
@@ -75,6 +81,28 @@ def test_portions_change_nothing(monkeypatch, length, windowed):
     monkeypatch.setattr(blockwise, "ROWS", 4)  # two rows of two heads a portion
     for one, other in zip(both(), at_once, strict=True):
         assert relative(one, other) < 1e-6
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_keys_that_a_portion_can_not_see_are_not_read(monkeypatch, windowed, apart):
+    """Of a document's, or within a window: what is not a number elsewhere does not come in."""
+    monkeypatch.setattr(blockwise, "ROWS", 4)
+    q, k, v, dy = map(jnp.asarray, inputs(2, 64))
+    segments = jnp.asarray(np.repeat([[1, 2], [5, 7]], 32, axis=1).astype(np.int32))
+    window = jnp.int32(9) if windowed else None
+    mesh = make_mesh(devices=jax.devices()[:1]) if apart else None
+    k, v = (x.at[:, :24].set(jnp.nan) for x in (k, v))
+
+    def run(*qkv):
+        return attention(*qkv, None if windowed else segments, window, mesh=mesh)[:, 32:]
+
+    y, pullback = jax.vjp(run, q, k, v)
+    assert jnp.isfinite(y).all()
+    dq, dk, dv = pullback(dy[:, 32:])
+    assert jnp.isfinite(dq[:, 32:]).all()
+    assert jnp.isfinite(dk[:, 32:]).all()
+    assert jnp.isfinite(dv[:, 32:]).all()
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -135,13 +163,14 @@ def test_no_scores_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize(("policy", "products"), [("attention", 5), ("dots", 7)])
-def test_a_policy_that_saves_the_name_runs_the_forward_pass_once(policy, products):
-    """For each of 4 blocks: 2 products forwards, 5 backwards, and 2 more if it is run again."""
+def test_a_policy_that_saves_the_name_runs_the_forward_pass_once(monkeypatch, policy, products):
+    """For each of 8 spans: 2 products forwards, 5 backwards, and 2 more if it is run again."""
+    monkeypatch.setattr(blockwise, "ROWS", 4)
     save = jax.checkpoint_policies.save_only_these_names(policy)
     q, k, v, dy = map(jnp.asarray, inputs(2, 64))
     _, pullback = jax.vjp(jax.checkpoint(attention, policy=save), q, k, v)
     jaxpr = str(jax.make_jaxpr(pullback)(dy))
-    assert jaxpr.count("dot_general[") == 4 * products
+    assert jaxpr.count("dot_general[") == 8 * products
 
 
 # Which kernel.
