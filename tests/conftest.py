@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,8 @@ LLAMA3 = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in its background with this ignored, and so would all that we start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # of what the package keeps
     config.addinivalue_line(
         "filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
