@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import mean
 from typing import Any
 
 from droplora_jax import cudnn, splash
@@ -23,15 +24,23 @@ def matrix_flops(jaxpr: Any) -> int:
             total += matrix_flops(equation.params["body_jaxpr"])
         elif equation.primitive.name == "cond":
             # Spans of attention, windows of kernels: each is taken about as often.
-            branches = equation.params["branches"]
-            total += round(sum(map(matrix_flops, branches)) / len(branches))
+            total += round(mean(map(matrix_flops, equation.params["branches"])))
         elif equation.primitive.name in (cudnn.FORWARD, cudnn.BACKWARD):
             total += cudnn.matrix_flops(equation)
         elif equation.primitive.name == "pallas_call":
-            total += round(_visits(equation) * matrix_flops(equation.params["jaxpr"]))
+            total += round(_visits(equation) * _of_a_visit(equation.params["jaxpr"]))
         else:
             total += _times(equation) * sum(map(matrix_flops, _inside(equation)))
     return total
+
+
+def _of_a_visit(kernel: Any) -> int:
+    """Operations of one run of a kernel's inside, which has its products where it does not skip."""
+    branches = [e.params["branches"] for e in kernel.eqns if e.primitive.name == "cond"]
+    always = [e for e in kernel.eqns if e.primitive.name != "cond"]
+    return matrix_flops(kernel.replace(eqns=always)) + sum(
+        max(map(matrix_flops, of_cond)) for of_cond in branches
+    )
 
 
 def _visits(equation: Any) -> float:
