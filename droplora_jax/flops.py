@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from statistics import mean
 from typing import Any
 
 from droplora_jax import cudnn, splash
 
 
-def matrix_flops(jaxpr: Any) -> int:
+def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mean) -> int:
     """Operations of all products (2 for a multiplication and an addition) in one run.
 
     Nothing is taken on trust about which gradients are needed: what is not in the program is not
     counted, and what is computed again for the backward pass is. Elementwise work is left out.
+
+    Args:
+      of_branches: what counts of several of which one is run. Spans of attention, and windows of
+        kernels, are each taken about as often.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0
@@ -21,26 +26,19 @@ def matrix_flops(jaxpr: Any) -> int:
         if equation.primitive.name == "dot_general":
             total += _product(equation)
         elif equation.primitive.name == "while":
-            total += matrix_flops(equation.params["body_jaxpr"])
+            total += matrix_flops(equation.params["body_jaxpr"], of_branches)
         elif equation.primitive.name == "cond":
-            # Spans of attention, windows of kernels: each is taken about as often.
-            total += round(mean(map(matrix_flops, equation.params["branches"])))
+            branches = equation.params["branches"]
+            total += round(of_branches([matrix_flops(b, of_branches) for b in branches]))
         elif equation.primitive.name in (cudnn.FORWARD, cudnn.BACKWARD):
             total += cudnn.matrix_flops(equation)
         elif equation.primitive.name == "pallas_call":
-            total += round(_visits(equation) * _of_a_visit(equation.params["jaxpr"]))
+            # A branch without products is that of a block that is skipped, and no visit.
+            total += round(_visits(equation) * matrix_flops(equation.params["jaxpr"], max))
         else:
-            total += _times(equation) * sum(map(matrix_flops, _inside(equation)))
+            inside = (matrix_flops(part, of_branches) for part in _inside(equation))
+            total += _times(equation) * sum(inside)
     return total
-
-
-def _of_a_visit(kernel: Any) -> int:
-    """Operations of one run of a kernel's inside, which has its products where it does not skip."""
-    branches = [e.params["branches"] for e in kernel.eqns if e.primitive.name == "cond"]
-    always = [e for e in kernel.eqns if e.primitive.name != "cond"]
-    return matrix_flops(kernel.replace(eqns=always)) + sum(
-        max(map(matrix_flops, of_cond)) for of_cond in branches
-    )
 
 
 def _visits(equation: Any) -> float:

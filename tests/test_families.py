@@ -107,7 +107,7 @@ def test_padded_rows_equal_transformers(folder, side):
     assert relative(logits[real], expected[real]) < 1e-5
 
 
-def test_adapter_gradients_equal_peft_through_a_rematerialisation(folder):
+def test_adapter_gradients_equal_peft_through_every_rematerialisation(folder):
     tokens = random_tokens(2, 24)
     config = dl.DropLoRA(rank=4, alpha=6.0, targets="all-linear")
     model = randomized(dl.inject(load(folder), config, key=dl.root_key(0)))
@@ -122,18 +122,19 @@ def test_adapter_gradients_equal_peft_through_a_rematerialisation(folder):
     expected_loss.backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
 
-    model.remat = "dots"  # all others: tests/test_models.py
-    loss, gradients = loss_and_gradients(model, tokens)
-    assert relative(loss, expected_loss.detach()) < 1e-5
-    compared = 0
-    for (*path, factor), gradient in gradients.items():
-        module = NAMES[f"{'.'.join(path)}.kernel"].module
-        letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
-        for layer in range(3):
-            name = f"base_model.model.{module.format(layer=layer)}.{letter}.default.weight"
-            assert relative(gradient[layer].T, expected[name]) < 1e-4, name
-            compared += 1
-    assert compared == len(expected) == 2 * 7 * 3
+    for remat in ("everything", "dots", "nothing"):
+        model.remat = remat
+        loss, gradients = loss_and_gradients(model, tokens)
+        assert relative(loss, expected_loss.detach()) < 1e-5
+        compared = 0
+        for (*path, factor), gradient in gradients.items():
+            module = NAMES[f"{'.'.join(path)}.kernel"].module
+            letter = {"lora_a": "lora_A", "lora_b": "lora_B"}[factor]
+            for layer in range(3):
+                name = f"base_model.model.{module.format(layer=layer)}.{letter}.default.weight"
+                assert relative(gradient[layer].T, expected[name]) < 1e-4, name
+                compared += 1
+        assert compared == len(expected) == 2 * 7 * 3
 
 
 def test_there_and_back_bit_for_bit(folder, tmp_path):
