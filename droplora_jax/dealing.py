@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from droplora_jax.blockwise import Layout, blockwise_attention
+from droplora_jax.blockwise import blockwise_attention
+from droplora_jax.portions import Layout
 from droplora_jax.sharding import axis_size
 
 

@@ -11,7 +11,7 @@ import torch
 from jax.sharding import Mesh
 from oracles import relative
 
-from droplora_jax import blockwise
+from droplora_jax import portions
 from droplora_jax.attention import attention, choose
 from droplora_jax.dealing import deals
 from droplora_jax.errors import InputError
@@ -77,8 +77,8 @@ def test_portions_and_spans_change_nothing(monkeypatch, length, windowed, packed
         return y, *pullback(dy)
 
     at_once = both()
-    monkeypatch.setattr(blockwise, "SCORES", 1)
-    monkeypatch.setattr(blockwise, "ROWS", 4)  # two rows of two heads a portion
+    monkeypatch.setattr(portions, "SCORES", 1)
+    monkeypatch.setattr(portions, "ROWS", 4)  # two rows of two heads a portion
     for one, other in zip(both(), at_once, strict=True):
         assert relative(one, other) < 1e-6
 
@@ -87,7 +87,7 @@ def test_portions_and_spans_change_nothing(monkeypatch, length, windowed, packed
 @pytest.mark.parametrize("apart", [False, True])
 def test_keys_that_a_portion_can_not_see_are_not_read(monkeypatch, windowed, apart):
     """Of a document's, or within a window: what is not a number elsewhere does not come in."""
-    monkeypatch.setattr(blockwise, "ROWS", 4)
+    monkeypatch.setattr(portions, "ROWS", 4)
     q, k, v, dy = map(jnp.asarray, inputs(2, 64))
     segments = jnp.asarray(np.repeat([[1, 2], [5, 7]], 32, axis=1).astype(np.int32))
     window = jnp.int32(9) if windowed else None
@@ -165,7 +165,7 @@ def test_no_scores_are_kept_for_the_backward_pass():
 @pytest.mark.parametrize(("policy", "products"), [("attention", 5), ("dots", 7)])
 def test_a_policy_that_saves_the_name_runs_the_forward_pass_once(monkeypatch, policy, products):
     """For each of 8 spans: 2 products forwards, 5 backwards, and 2 more if it is run again."""
-    monkeypatch.setattr(blockwise, "ROWS", 4)
+    monkeypatch.setattr(portions, "ROWS", 4)
     save = jax.checkpoint_policies.save_only_these_names(policy)
     q, k, v, dy = map(jnp.asarray, inputs(2, 64))
     _, pullback = jax.vjp(jax.checkpoint(attention, policy=save), q, k, v)
