@@ -70,7 +70,8 @@ def traced_step(
         _batch(config, mesh),
         everywhere(prng.root_key(0)),
     )
-    step: Any = compile_train_step(graphdef, tx, adapters, config.adapter.share(steps))
+    share, packed = config.adapter.share(steps), config.data.fit is not None
+    step: Any = compile_train_step(graphdef, tx, adapters, share, packed=packed)
     return step.trace(*arguments), arguments
 
 

@@ -85,10 +85,17 @@ def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> An
     return TrainState(replicated, of_adapters, of_moments)
 
 
-def loss_sum(model: Decoder, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
+def loss_sum(
+    model: Decoder, batch: Batch, *, packed: bool = True
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets.
+
+    Args:
+      packed: see `Decoder.hidden`.
+    """
     with jax.numpy_dtype_promotion("strict"):
-        x_BTD = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
+        segment_ids = batch["segment_ids"]
+        x_BTD = model.hidden(batch["tokens"], segment_ids=segment_ids, packed=packed)
         x_BTE, project = model.projection(x_BTD)
         return projected_cross_entropy(project, x_BTE, batch["targets"], mesh=model.mesh)
 
@@ -101,12 +108,14 @@ def loss_and_gradients(
     batch: Batch,
     step_key: Key[Array, ""],
     share: Float[Array, ""] | None = None,
+    *,
+    packed: bool = True,
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over the targets of k microbatches [k, m, T], and its gradient for the adapters."""
 
     def microbatch_loss(adapters: nnx.State, rows: Array, part: Batch):
         keys = draw(mask_keys, step_key, rows=rows, documents=part["segment_ids"], share=share)
-        return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part)
+        return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part, packed=packed)
 
     def accumulate(sums, microbatch):
         (loss, count), gradients = jax.value_and_grad(microbatch_loss, has_aux=True)(
@@ -133,17 +142,19 @@ def train_step(
     mask_root: Key[Array, ""],
     *,
     share: optax.Schedule | None = None,
+    packed: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step.
 
     Args:
       mask_root: the run's mask key; the step is folded into it here.
       share: of the drop rates, by step, for adapters whose rates change.
+      packed: False if every row is one document; see `Decoder.hidden`.
     """
     step_key = jax.random.fold_in(mask_root, state.step)
     now = None if share is None else jnp.asarray(share(state.step), jnp.float32)
     loss, gradients = loss_and_gradients(
-        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now
+        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now, packed=packed
     )
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
@@ -162,9 +173,11 @@ def eval_step(
     mask_keys: nnx.State,
     frozen: nnx.State,
     batch: Batch,
+    *,
+    packed: bool = True,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed loss and number of targets of one batch [m, T], without masks."""
-    return loss_sum(nnx.merge(graphdef, adapters, mask_keys, frozen), batch)
+    return loss_sum(nnx.merge(graphdef, adapters, mask_keys, frozen), batch, packed=packed)
 
 
 def compile_train_step(
@@ -172,11 +185,13 @@ def compile_train_step(
     tx: optax.GradientTransformation,
     adapters: nnx.State,
     share: optax.Schedule | None = None,
+    *,
+    packed: bool = True,
 ) -> TrainStep:
     """`train_step` jitted, its state donated: `(state, mask_keys, frozen, batch, mask_root)`."""
     shardings = state_shardings(adapters, tx)
     return jax.jit(
-        partial(train_step, graphdef, tx, share=share),
+        partial(train_step, graphdef, tx, share=share, packed=packed),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
     )

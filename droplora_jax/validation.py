@@ -54,7 +54,9 @@ class Measured:
         """
         if self.best is None:
             return None
-        step = jax.jit(partial(eval_step, graphdef), out_shardings=named_sharding(mesh))
+        packed = self.valid is not None and self.valid.packed
+        evaluated = partial(eval_step, graphdef, packed=packed)
+        step = jax.jit(evaluated, out_shardings=named_sharding(mesh))
 
         def measure(adapters: Any) -> dict[str, float]:
             found = {}

@@ -23,6 +23,7 @@ from oracles import (
 
 import droplora_jax as dl
 from droplora_jax.lowrank import rank_mask
+from droplora_jax.models import layer
 from droplora_jax.sharding import MeshConfig, make_mesh, put
 from droplora_jax.step import (
     compile_train_step,
@@ -306,6 +307,29 @@ def test_a_packed_document_computes_what_it_does_alone_with_its_own_masks(sequen
         np.testing.assert_allclose(packed[g, at], alone[0], rtol=1e-5, atol=1e-5)
         other = logits(*mine, jnp.full((1, len(at)), number + 1, jnp.int32))
         assert np.abs(other - alone).max() > 1e-2
+
+
+def test_rows_of_one_document_are_the_same_without_segments_in_attention(each, monkeypatch):
+    arguments = (each.adapters, each.mask_keys, each.frozen, micro(ragged(), 2, each.mesh), ROOT)
+    plain, given = layer.attention, []
+
+    def watched(q, k, v, segment_ids, *others, **options):
+        given.append(segment_ids is not None)
+        return plain(q, k, v, segment_ids, *others, **options)
+
+    monkeypatch.setattr(layer, "attention", watched)
+
+    def found(packed):
+        given.clear()
+        run = jax.jit(partial(loss_and_gradients, each.graphdef, packed=packed))
+        loss, gradients = run(*arguments)
+        assert set(given) == {packed}
+        return float(loss), flat(gradients)
+
+    loss, gradients = found(packed=True)
+    same, as_well = found(packed=False)
+    assert same == pytest.approx(loss, rel=1e-6)
+    assert np.linalg.norm(as_well - gradients) < 1e-5 * np.linalg.norm(gradients)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

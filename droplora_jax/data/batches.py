@@ -47,6 +47,7 @@ class Batches:
       lines_per_epoch: lines that hold all rows once: as many as rows, or fewer with packing.
       utilisation: the part of their positions that holds a token.
       max_length: T, the tokens of a line.
+      packed: whether a line may hold several rows.
       numbers: the numbers of every batch's lines, [G] each.
     """
 
@@ -77,6 +78,7 @@ class Batches:
         lengths = rows.lengths if isinstance(rows, Rows) else np.array([len(r) for r in rows], int)
         _check(lengths, rows_per_batch, seed, max_length)
         self._rows, self.max_length, self._rows_per_batch = rows, max_length, rows_per_batch
+        self.packed = packing is not None
         counts = rows.counts if weights and isinstance(rows, Rows) else [len(rows)]
         # Through SeedSequence, since grain takes seed + epoch: run 1 would repeat run 0.
         seeds = np.random.SeedSequence(seed).generate_state(2 * len(counts)).reshape(-1, 2).tolist()

@@ -86,12 +86,22 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        packed: bool = True,
     ) -> Float[Array, "B T D"]:
-        """What the head projects to logits: the last layer's output, normed."""
+        """What the head projects to logits: the last layer's output, normed.
+
+        Args:
+          packed: False if every row is one segment with nothing but padding after it. Then no
+            token has one of another segment before it, and attention, which is causal, does not
+            have to look; what becomes of padding is of no use in either case.
+        """
         if positions is None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
-        return self._run(tokens, positions, segment_ids, [None] * len(self.stacks), self.remat)[0]
+        x_BTD = self._embedded(tokens, segment_ids)
+        alone = [None] * len(self.stacks)
+        of_attention = segment_ids if packed else None
+        return self._run(x_BTD, positions, of_attention, alone, self.remat)[0]
 
     def extend(
         self,
@@ -111,7 +121,8 @@ class Decoder(nnx.Module):
         positions_BT = before_B1 + jnp.cumsum(segment_ids_BT, axis=1) - 1
         positions_BT = jnp.maximum(positions_BT, 0)
         opened = [cache.opened(segment_ids_BT) for cache in caches]
-        x_BTD, kept = self._run(tokens_BT, positions_BT, segment_ids_BT, opened, "everything")
+        x_BTD = self._embedded(tokens_BT, segment_ids_BT)
+        x_BTD, kept = self._run(x_BTD, positions_BT, segment_ids_BT, opened, "everything")
         return x_BTD, [cache.closed(tokens_BT.shape[1]) for cache in kept]
 
     def empty_caches(self, rows: int, slots: int) -> list[Cache]:
@@ -125,13 +136,15 @@ class Decoder(nnx.Module):
     def stacks(self) -> Sequence[Layer]:
         return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
 
-    def _run(self, tokens, positions, segment_ids, caches, remat):
-        rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
+    def _embedded(self, tokens, segment_ids):
         x_BTD = self.embed(tokens)
         if self.noise is not None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             x_BTD = self.noise(x_BTD, segments)
-        x_BTD = constrain(x_BTD, ("batch", "position", None), self.mesh)
+        return constrain(x_BTD, ("batch", "position", None), self.mesh)
+
+    def _run(self, x_BTD, positions, segment_ids, caches, remat):
+        rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
         stacks, windows_L = self.stacks, self.config.windows_L
         parts = [None] * len(stacks) if windows_L is None else jnp.split(windows_L, len(stacks))
         kept = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,8 @@ class Training:
         self.graphdef, adapters, self.mask_keys, self.frozen = dl.split(model)
         settings = optim.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
         tx = optim.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
-        self.step = step.compile_train_step(self.graphdef, tx, adapters)
+        self.packed = work.line > 0
+        self.step = step.compile_train_step(self.graphdef, tx, adapters, packed=self.packed)
         self.state = step.init_state(adapters, tx)
         self.key = dl.root_key(0)
 
@@ -68,7 +70,8 @@ class Training:
         with self._batches(self.work.rows[: self.work.first]) as batches:
             batch = {name: array[0] for name, array in next(batches).items()}
         arguments = (self.state.adapters, self.mask_keys, self.frozen, batch)
-        loss, count = jax.jit(eval_step, static_argnums=0)(self.graphdef, *arguments)
+        run = jax.jit(partial(eval_step, self.graphdef, packed=self.packed))
+        loss, count = run(*arguments)
         return float(loss) / float(count)
 
     def first(self) -> Done:

@@ -40,7 +40,7 @@ class Training:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         base = _base(work, self.device)
         if side.checkpointed:
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            _checkpoint(base)
         folder = work.factors(side.rank)
         self.model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -106,6 +106,12 @@ def _base(work: Work, device: str) -> Any:
             index = torch.arange(parameter.numel(), dtype=torch.int32).view(parameter.shape)
             parameter.data.copy_(scaled(value_bits(index, name).float()))
     return model
+
+
+def _checkpoint(base: Any) -> None:
+    """By layer; `transformers` had another name for it before 5.23."""
+    new = getattr(base, "activation_checkpointing_enable", None)
+    (new or base.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _tally(batch: Padded) -> Tally:
