@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from droplora_jax import cudnn, splash
+from droplora_jax import cudnn, splash, tokamax_gpu
 from droplora_jax.blockwise import attend
 from droplora_jax.dealing import dealt_attention
 from droplora_jax.errors import InputError
 from droplora_jax.sharding import divides, partition_spec
 
-Kernel = Literal["auto", "blockwise", "splash", "cudnn"]
+Kernel = Literal["auto", "blockwise", "splash", "tokamax", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,20 @@ class OfPlatform:
     Attributes:
       refusal: why it can't be taken on a device of it, with a dtype and heads of a width.
       run: `attention` of what one device has, with a window that is an int.
+      skips: keys of other segments, and so is ahead where a row has several.
     """
 
     platform: str
     refusal: Callable[[Any, Any, int], str | None]
     run: Callable[..., Array]
+    skips: bool = False
 
 
+# Of a platform's, `auto` takes the first that it can.
 KERNELS: Mapping[Kernel, OfPlatform] = MappingProxyType(
     {
         "splash": OfPlatform("tpu", splash.refusal, splash.splash_attention),
+        "tokamax": OfPlatform("cuda", tokamax_gpu.refusal, tokamax_gpu.tokamax_attention, True),
         "cudnn": OfPlatform("cuda", cudnn.refusal, cudnn.cudnn_attention),
     }
 )
@@ -62,8 +66,13 @@ class Choice:
         return f"{self.kernel} ({self.why})"
 
 
-def choose(asked: Kernel, *, mesh: Mesh | None, dtype: Any, head_dim: int) -> Choice:
+def choose(
+    asked: Kernel, *, mesh: Mesh | None, dtype: Any, head_dim: int, packed: bool = True
+) -> Choice:
     """The kernel for activations of a dtype and heads of a width on the devices of a mesh.
+
+    Args:
+      packed: whether rows have segments.
 
     Raises:
       InputError: the kernel that is asked for can't be had there.
@@ -74,22 +83,25 @@ def choose(asked: Kernel, *, mesh: Mesh | None, dtype: Any, head_dim: int) -> Ch
     platform, split = _platform(device), 1 if mesh is None else mesh.shape["context"]
     if asked == "blockwise":
         return Choice(asked, "asked for")
-    made = (name for name, own in KERNELS.items() if own.platform == platform)
-    name: Kernel | None = asked if asked != "auto" else next(made, None)
-    if name is None:
-        return Choice("blockwise", f"auto: no other is made for {platform}")
-    own = KERNELS[name]
-    if own.platform != platform:
-        reason: str | None = f"it is made for {own.platform}, and the devices are {platform}"
-    elif split > 1:
-        reason = f"it takes whole rows, and positions are split over mesh.context={split}"
-    else:
-        reason = own.refusal(device, dtype, head_dim)
-    if reason is None:
-        return Choice(name, f"auto: made for {platform}" if asked == "auto" else "asked for")
-    if asked == "auto":
-        return Choice("blockwise", f"auto: not {name}, as {reason}")
-    raise InputError(f"model.attention={asked!r}: {reason}; use auto, or blockwise")
+
+    def refusal(own: OfPlatform) -> str | None:
+        if own.platform != platform:
+            return f"it is made for {own.platform}, and the devices are {platform}"
+        if split > 1:
+            return f"it takes whole rows, and positions are split over mesh.context={split}"
+        return own.refusal(device, dtype, head_dim)
+
+    if asked != "auto":
+        if (reason := refusal(KERNELS[asked])) is not None:
+            raise InputError(f"model.attention={asked!r}: {reason}; use auto, or blockwise")
+        return Choice(asked, "asked for")
+    reasons = {name: refusal(own) for name, own in KERNELS.items() if own.platform == platform}
+    for name, reason in reasons.items():
+        if reason is None and (packed or not KERNELS[name].skips):
+            return Choice(name, f"auto: made for {platform}")
+    refused = "; not ".join(f"{name}, as {reason}" for name, reason in reasons.items())
+    why = f"not {refused}" if refused else f"no other is made for {platform}"
+    return Choice("blockwise", f"auto: {why}")
 
 
 def attention(
@@ -113,7 +125,8 @@ def attention(
       windows: all that `window` may be: kernels other than `blockwise` are made for each.
       kernel: see `choose`.
     """
-    chosen = choose(kernel, mesh=mesh, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3]).kernel
+    packed, head_dim = segment_ids_BT is not None, q_BTNH.shape[3]
+    chosen = choose(kernel, mesh=mesh, dtype=q_BTNH.dtype, head_dim=head_dim, packed=packed).kernel
     arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
     if chosen == "blockwise":
         return dealt_attention(*arguments, mesh=mesh)

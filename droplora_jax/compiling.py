@@ -15,6 +15,7 @@ from droplora_jax import hub, optim, prng, run
 from droplora_jax.errors import InputError
 from droplora_jax.memory import GIB, compiled
 from droplora_jax.models import Remat, with_noise
+from droplora_jax.profiling import COMPILER_OPTIONS
 from droplora_jax.program import Program
 from droplora_jax.sharding import named_sharding
 from droplora_jax.step import TrainState, compile_train_step, state_shardings
@@ -99,11 +100,12 @@ def program(config: run.RunConfig, mesh: Mesh, steps: int, limit: int | None) ->
     begin = time.perf_counter()
     remat = config.train.remat
     platform = mesh.devices.flat[0].platform
+    options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
     tried: list[str] = []
     for policy in AUTO if remat == "auto" else (remat,):
         tried_config = replace(config, train=replace(config.train, remat=policy))
         traced, _ = traced_step(tried_config, mesh, platform, steps)
-        step, needed = compiled(traced.lower(), platform)
+        step, needed = compiled(traced.lower(), platform, options)
         if step is not None and (remat != "auto" or limit is None or needed <= limit):
             why = _why(policy, needed, limit, platform, tried) if remat == "auto" else None
             return Program(step, policy, why, time.perf_counter() - begin)

@@ -68,11 +68,3 @@ def _visible(segment_ids_BT: Int[Array, "B T"], window: int | None) -> Bool[Arra
 def is_forward(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: what the kernel's forward pass found is saved."""
     return primitive.name == FORWARD
-
-
-def matrix_flops(equation: Any) -> int:
-    """Of the kernel's call in a jaxpr: two products of the causal half forwards, five backwards."""
-    batch, queries, heads, head_dim = equation.invars[0].aval.shape
-    pairs = queries * (queries + 1) // 2
-    products = 2 if equation.primitive.name == FORWARD else 5
-    return products * 2 * batch * heads * pairs * head_dim

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable
 from statistics import mean
 from typing import Any
 
-from droplora_jax import cudnn, splash
+from droplora_jax import cudnn, splash, tokamax_gpu
+
+# Of kernels whose inside says nothing: products of queries and keys, of the causal half.
+_PRODUCTS = {
+    cudnn.FORWARD: 2,
+    cudnn.BACKWARD: 5,
+    tokamax_gpu.FORWARD: 2,
+    tokamax_gpu.BACKWARD: 7,  # two passes
+}
 
 
 def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mean) -> int:
@@ -30,8 +38,8 @@ def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mea
         elif equation.primitive.name == "cond":
             branches = equation.params["branches"]
             total += round(of_branches([matrix_flops(b, of_branches) for b in branches]))
-        elif equation.primitive.name in (cudnn.FORWARD, cudnn.BACKWARD):
-            total += cudnn.matrix_flops(equation)
+        elif (products := _PRODUCTS.get(_name(equation))) is not None:
+            total += products * _causal_product(equation)
         elif equation.primitive.name == "pallas_call":
             # A branch without products is that of a block that is skipped, and no visit.
             total += round(_visits(equation) * matrix_flops(equation.params["jaxpr"], max))
@@ -39,6 +47,17 @@ def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mea
             inside = (matrix_flops(part, of_branches) for part in _inside(equation))
             total += _times(equation) * sum(inside)
     return total
+
+
+def _name(equation: Any) -> str:
+    """Of the primitive, or of the function that is called."""
+    return equation.params.get("name") or equation.primitive.name
+
+
+def _causal_product(equation: Any) -> int:
+    """One product for every pair of a query, the first argument, and a key not after it."""
+    batch, queries, heads, head_dim = equation.invars[0].aval.shape
+    return 2 * batch * heads * head_dim * (queries * (queries + 1) // 2)
 
 
 def _visits(equation: Any) -> float:

@@ -53,7 +53,7 @@ def load(
       mesh: where the weights go; default: all local devices along `fsdp`.
       dtype: of the weights and the activations.
       remat: what a layer's forward pass saves for its backward pass.
-      attention: the kernel that attends: `auto`, `blockwise`, `splash` or `cudnn`.
+      attention: the kernel that attends: `auto`, `blockwise`, `splash`, `cudnn` or `tokamax`.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` known to change nothing.
       quantize: store the linear layers in fewer bits: `int8`, `int4`, `nf4`, or a `Quantization`.

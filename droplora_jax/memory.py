@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,10 +32,12 @@ class Compiled(NamedTuple):
     bytes: int
 
 
-def compiled(lowered: Any, platform: str) -> Compiled:
-    """A program, compiled, and what it takes."""
+def compiled(
+    lowered: Any, platform: str, options: Mapping[str, str] = MappingProxyType({})
+) -> Compiled:
+    """A program, compiled with some of the compiler's options, and what it takes."""
     try:
-        executable = lowered.compile()
+        executable = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         used = _used(str(error))
         if used is None:

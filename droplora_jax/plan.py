@@ -170,8 +170,13 @@ def _described(
 def _attention(config: run.RunConfig, mesh: Mesh, platform: str) -> Choice:
     folder = hub.resolve(config.model.path, config.model.revision)
     _, shape = hub.read_config(folder, config.model.ignore_config_keys)
-    dtype = config.model.jax_dtype(platform)
-    return choose(config.model.attention, mesh=mesh, dtype=dtype, head_dim=shape.head_dim)
+    return choose(
+        config.model.attention,
+        mesh=mesh,
+        dtype=config.model.jax_dtype(platform),
+        head_dim=shape.head_dim,
+        packed=config.data.fit is not None,
+    )
 
 
 def _sending(sent: tuple[Collective, ...], where: Topology) -> dict[str, float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +24,12 @@ PARTS = (
     "mask",
     "loss",
     "optimizer",
+)
+
+# Of the compiler, by platform, for a program that is traced: a GPU runs what is in a command buffer
+# as one, and then a trace does not say what each kernel is of.
+COMPILER_OPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {"gpu": MappingProxyType({"xla_gpu_enable_command_buffer": ""})}
 )
 
 _PART = re.compile(rf"\b({'|'.join(PARTS)})\b")

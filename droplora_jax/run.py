@@ -41,8 +41,8 @@ class LoadConfig:
       ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
       adapter: an adapter in PEFT's format to start from; what it adapts, its ranks and its scales
         are its own, and the run's `adapter` says how its ranks are dropped.
-      attention: the kernel that attends: `splash` (TPU), `cudnn` (NVIDIA GPU), `blockwise` (any),
-        or `auto`: the platform's own where it can be taken, else `blockwise`.
+      attention: the kernel that attends: `splash` (TPU), `cudnn` or `tokamax` (NVIDIA GPU),
+        `blockwise` (any), or `auto`: the platform's best that can be taken, else `blockwise`.
       quantize: store the linear layers of the frozen base as `int8`, `int4` or `nf4`; or `none`.
       quantize_tile: inputs of a layer that share a scale.
       quantize_pattern: other kinds by pattern, searched in the layers' paths (`layers.down_proj`),

@@ -11,7 +11,7 @@ import torch
 from jax.sharding import Mesh
 from oracles import relative
 
-from droplora_jax import portions
+from droplora_jax import portions, tokamax_gpu
 from droplora_jax.attention import attention, choose
 from droplora_jax.dealing import deals
 from droplora_jax.errors import InputError
@@ -191,7 +191,14 @@ def fake_mesh(platform: str, context: int = 1) -> Mesh:
     [
         ("auto", "tpu", "bfloat16", 1, "splash", "auto: made for tpu"),
         ("auto", "cuda", "bfloat16", 1, "cudnn", "auto: made for cuda"),
-        ("auto", "cuda", "float32", 1, "blockwise", "auto: not cudnn, as it takes bfloat16"),
+        (
+            "auto",
+            "cuda",
+            "float32",
+            1,
+            "blockwise",
+            "auto: not tokamax.*; not cudnn, as it takes bf",
+        ),
         ("auto", "rocm", "bfloat16", 1, "blockwise", "auto: no other is made for rocm"),
         ("auto", "cpu", "float32", 1, "blockwise", "auto: no other is made for cpu"),
         ("auto", "tpu", "bfloat16", 4, "blockwise", "auto: not splash.*over mesh.context=4"),
@@ -219,6 +226,22 @@ def test_what_is_asked_for_is_had_or_an_error(asked, platform, dtype, context, r
     words = rf"model.attention='{asked}': .*{reason}; use auto, or blockwise"
     with pytest.raises(InputError, match=words):
         choose(asked, mesh=fake_mesh(platform, context), dtype=dtype, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    ("packed", "installed", "kernel"),
+    [(True, True, "tokamax"), (True, False, "cudnn"), (False, True, "cudnn")],
+)
+def test_what_skips_other_segments_is_taken_where_there_are_some(
+    monkeypatch, packed, installed, kernel
+):
+    there = tokamax_gpu.VERSION if installed else None
+    monkeypatch.setattr(tokamax_gpu, "_installed", lambda: there)
+    of = {"mesh": fake_mesh("cuda"), "dtype": "bfloat16", "head_dim": 128}
+    assert choose("auto", **of, packed=packed).kernel == kernel
+    assert choose("cudnn", **of, packed=packed).kernel == "cudnn"
+    if installed:
+        assert choose("tokamax", **of, packed=packed).kernel == "tokamax"
 
 
 def test_without_a_mesh_the_devices_are_those_here():

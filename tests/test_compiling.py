@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from oracles import relative
 from run_fixtures import CommandLine, adapter_bytes, factors, make_base, metrics, process, write_run
 
@@ -148,6 +149,25 @@ def test_when_nothing_fits(planned, monkeypatch):
     assert "train.remat='auto': a step takes more memory than a device has" in str(error.value)
     for name in AUTO:
         assert f"{name} 3.00 GiB" in str(error.value)
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_a_program_to_be_traced_is_compiled_for_that(planned, monkeypatch, profiled):
+    """On a GPU, whose compiler's options every platform's knows."""
+    config, _ = planned
+    given = mock.Mock(return_value=Compiled(object(), GIB))
+    monkeypatch.setattr(compiling, "compiled", given)
+    monkeypatch.setattr(compiling, "traced_step", lambda *_: (mock.Mock(), None))
+    train = dataclasses.replace(config.train, profile_steps=(2, 3) if profiled else None)
+    mesh = mock.Mock(spec=Mesh, devices=np.asarray([mock.Mock(platform="gpu")]))
+    program(dataclasses.replace(config, train=train), mesh, STEPS, None)
+    _, platform, options = given.call_args.args
+    assert platform == "gpu"
+    assert (options != {}) is profiled
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert memory.compiled(lowered, "cpu", options).executable(1.0) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        memory.compiled(lowered, "cpu", {"xla_gpu_not_one": "1"})
 
 
 def test_auto_without_a_limit_says_so(base, tmp_path, droplora):

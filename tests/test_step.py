@@ -23,7 +23,7 @@ from oracles import (
 
 import droplora_jax as dl
 from droplora_jax.lowrank import rank_mask
-from droplora_jax.models import layer
+from droplora_jax.models import layer as models_layer
 from droplora_jax.sharding import MeshConfig, make_mesh, put
 from droplora_jax.step import (
     compile_train_step,
@@ -311,13 +311,13 @@ def test_a_packed_document_computes_what_it_does_alone_with_its_own_masks(sequen
 
 def test_rows_of_one_document_are_the_same_without_segments_in_attention(each, monkeypatch):
     arguments = (each.adapters, each.mask_keys, each.frozen, micro(ragged(), 2, each.mesh), ROOT)
-    plain, given = layer.attention, []
+    plain, given = models_layer.attention, []
 
     def watched(q, k, v, segment_ids, *others, **options):
         given.append(segment_ids is not None)
         return plain(q, k, v, segment_ids, *others, **options)
 
-    monkeypatch.setattr(layer, "attention", watched)
+    monkeypatch.setattr(models_layer, "attention", watched)
 
     def found(packed):
         given.clear()

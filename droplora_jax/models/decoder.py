@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax import ops, rope
-from droplora_jax.attention import Kernel, choose
+from droplora_jax.attention import Choice, Kernel, choose
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.ends import Embedding, Head, Noise, normal
@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
     Attributes:
       layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
-      attention: the kernel that attends, and why it does.
+      asked: the kernel of attention that was asked for; `attention()` is what is taken.
       source: where the weights came from, for the exporters.
       noise: on the vectors of tokens while training; None (the default) for none.
     """
@@ -47,15 +47,14 @@ class Decoder(nnx.Module):
         attention: Kernel = "auto",
         source: Source | None = None,
     ) -> None:
-        chosen = choose(attention, mesh=mesh, dtype=dtype, head_dim=config.head_dim)
-
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, attention=chosen.kernel)
+            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, attention=attention)
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
-        self.dtype, self.attention = jnp.dtype(dtype), chosen
+        self.dtype, self.asked = jnp.dtype(dtype), attention
+        self.attention()  # an error, if it can't be had
         vocab_size, width = config.vocab_size, config.width
         table_VD = normal(rngs, vocab_size, width, width, dtype)
         self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh, tied=config.tie_embeddings)
@@ -131,6 +130,13 @@ class Decoder(nnx.Module):
         layers = c.layers // len(self.stacks)
         shape = (layers, rows, c.kv_heads, slots, c.head_dim)
         return [Cache.empty(*shape, dtype=self.dtype, mesh=self.mesh) for _ in self.stacks]
+
+    def attention(self, *, packed: bool = True) -> Choice:
+        """The kernel that attends, and why; `packed`: where a row may have several segments."""
+        head_dim = self.config.head_dim
+        return choose(
+            self.asked, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
+        )
 
     @property
     def stacks(self) -> Sequence[Layer]:
