@@ -114,8 +114,8 @@ def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]
 
     # There is no TPU here: no machine is asked for its metadata, several plans may run at once, and
     # what the library has to say of missing hardware is no news.
-    for name, value in _COMPILER_ALONE.items():
-        os.environ.setdefault(name, value)
+    for variable, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(variable, value)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=full, **options).devices
     except Exception as error:
@@ -127,8 +127,9 @@ def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX has started: what there is has to do
-        jax.config.update("jax_num_cpu_devices", count)
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started: what there is has to do
+            jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(

@@ -230,3 +230,31 @@ def test_a_side_that_is_late_is_left_out():
     with pytest.raises(Failed) as caught:
         Worker(Peak("jax", 8), None, Place(chosen_cores(0)), deadline=0.0)
     assert caught.value.kind == "time"
+
+
+def test_rows_of_documents_are_other_work_than_rows_of_one(tmp_path: Path):
+    from sides.ours import Ours
+    from work import SHAPES, Work, dense_rows, write_config, write_factors
+
+    shape = SHAPES["tiny"]
+    write_config(tmp_path, shape)
+    write_factors(tmp_path, shape, [4])
+    rows = dense_rows(shape, 2, 64)
+    work = Work(shape, rows, 2, 2, dtype="float32", device="cpu", folder=tmp_path)
+    alone = Ours(rank=4, attention="blockwise").prepare(work)
+    several = Ours(rank=4, attention="blockwise", document=8).prepare(work)
+    segments = {}
+    for name, side in {"alone": alone, "several": several}.items():
+        with side._batches(rows) as batches:
+            segments[name] = np.asarray(next(batches)["segment_ids"])[0]
+    assert (segments["alone"] == 1).all()
+    assert set(np.diff(segments["several"]).flat) == {0, 1}
+    assert 4 < segments["several"].max() < 16
+    assert abs(alone.plain_loss() - several.plain_loss()) > 1e-4
+
+
+def test_a_kernel_that_can_not_be_had_is_skipped(tmp_path: Path):
+    ran = suite("gpu-packed", "--shape", "tiny", "--batch", "2", "--output", str(tmp_path))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for kernel in ("cudnn", "tokamax"):
+        assert f"{kernel}: skipped: model.attention='{kernel}': it is made for cuda" in ran.stdout

@@ -306,4 +306,5 @@ def test_the_compiler_says_how_much_is_too_much(words, number):
 def test_no_tpu_compiler_is_said(file, droplora):
     result = droplora("plan", file, "--topology", "v5e:4x4")
     assert result.code == 2
+    assert "droplora: --topology v5e:4x4: the TPU compiler can't make it (" in result.err
     assert "needs libtpu (pip install 'jax[tpu]')" in result.err

@@ -19,6 +19,8 @@ CHECKPOINTED = "PEFT eager, checkpointed"
 COMPILED_CHECKPOINTED = "PEFT + torch.compile, checkpointed"
 LORA, TOKEN = "LoRA (drop_rate=0)", "DropLoRA token"
 LEAN = "DropLoRA token, remat=nothing"
+DOCUMENT = 250  # tokens, on average
+CUDNN, TOKAMAX = "DropLoRA token, cudnn", "DropLoRA token, tokamax"
 WIDE_LORA, WIDE_EXACT = f"LoRA, rank {WIDE}", f"DropLoRA step exact, rank {WIDE}"
 
 
@@ -94,6 +96,13 @@ def _gpu(rank: int, remat: str) -> Sides:
     }
 
 
+def _gpu_packed(rank: int, remat: str) -> Sides:
+    return {
+        name: Ours(rank=rank, remat=remat, attention=kernel, document=DOCUMENT)
+        for name, kernel in ((CUDNN, "cudnn"), (TOKAMAX, "tokamax"))
+    }
+
+
 PARTS = {
     "dense": Part(
         "full rows, every position trained",
@@ -146,5 +155,10 @@ PARTS = {
             Pair(TOKEN, CHECKPOINTED, "memory", 0.7),
             Pair(LEAN, CHECKPOINTED, "memory", 0.7),
         ),
+    ),
+    "gpu-packed": Part(
+        f"one GPU, rows of documents of {DOCUMENT} tokens on average, every position trained",
+        _gpu_packed,
+        (Pair(TOKAMAX, CUDNN, "speed"), Pair(TOKAMAX, CUDNN, "memory")),
     ),
 }

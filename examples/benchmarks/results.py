@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,7 +225,8 @@ def plot(file: Path, title: str, sides: Mapping[str, Mapping[str, Any]], work: W
     where = "peak on the GPU" if work.device == "gpu" else "resident above the base weights"
     memory.set(xlabel=f"MiB {where}")
     for axes in (speed, memory):
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 140), fontsize=10)
     figure.savefig(file, dpi=120)

@@ -3,6 +3,7 @@
     python examples/benchmarks/suite.py                      # dense, masks, wide, startup
     python examples/benchmarks/suite.py real --data FILE     # instruction, input, output
     python examples/benchmarks/suite.py gpu                  # one GPU, LLaMA 3.1 8B, < 8 minutes
+    python examples/benchmarks/suite.py gpu-packed           # its attention kernels, packed rows
 
 Every side has the same weights, factors, tokens, precision, optimizer and cores, and a process of
 its own; on a CPU they take turns. Ratios are taken round by round: their median, and extremes.
@@ -41,6 +42,7 @@ from work import SHAPES, TARGETS, Work, dense_rows, write_config, write_factors
 from workers import Failed, Place, Worker, chosen_cores, cpu_model
 
 ON_CPU = ("dense", "masks", "wide", "startup")
+ON_GPU = ("gpu", "gpu-packed")
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    names = (*ON_CPU, "real", "gpu")
+    names = (*ON_CPU, "real", *ON_GPU)
     add("parts", nargs="*", metavar="PART", help=f"{', '.join(names)}; none: {', '.join(ON_CPU)}")
     add("--data", type=Path, metavar="FILE", help="of `real`: JSON rows as Alpaca has them")
     add("--output", type=Path, metavar="DIR", default=Path("benchmark-results"))
@@ -122,7 +124,7 @@ def run_part(name: str, folder: Path, args: argparse.Namespace) -> None:
 
 
 def make_plan(part: str, args: argparse.Namespace) -> Plan:
-    gpu, few = part == "gpu", 1 if part == "real" else 2
+    gpu, few = part in ON_GPU, 1 if part == "real" else 2
     plan = Plan(
         rounds=args.rounds or (3 if gpu else 5),
         turns=args.turns or few,
@@ -135,7 +137,7 @@ def make_plan(part: str, args: argparse.Namespace) -> Plan:
 
 
 def make_work(part: str, folder: Path, args: argparse.Namespace) -> Work:
-    gpu = part == "gpu"
+    gpu = part in ON_GPU
     shape = SHAPES[args.shape or ("8b" if gpu else "dense")]
     on_gpu = gpu and args.shape != "tiny"  # so that all of it can be tried where there is none
     batch, length = args.batch or (4 if gpu else 8), args.length or (4096 if gpu else 256)

@@ -16,11 +16,18 @@ from workers import Unavailable
 
 @dataclass(frozen=True)
 class Ours:
+    """
+    Attributes:
+      document: tokens on average of the documents that a full row is made of; 0: it is one.
+    """
+
     drop_rate: float = 0.5
     granularity: str = "token"
     sampler: str = "bernoulli"
     rank: int = 32
     remat: str = "dots"
+    attention: str = "auto"
+    document: int = 0
 
     packages = ("droplora-jax", "jax", "flax")
 
@@ -40,10 +47,10 @@ class Training:
         import droplora_jax as dl
         from droplora_jax import optim, step
 
-        self.work = work
+        self.side, self.work = side, work
         self.mesh = dl.make_mesh(devices=jax.devices()[:1])
         model = dl.load_adapter(
-            _base(work, side.remat, self.mesh),
+            _base(side, work, self.mesh),
             work.factors(side.rank),
             config=dl.DropLoRA(
                 rank=side.rank,
@@ -56,7 +63,7 @@ class Training:
         self.graphdef, adapters, self.mask_keys, self.frozen = dl.split(model)
         settings = optim.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
         tx = optim.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
-        self.packed = work.line > 0
+        self.packed = work.line > 0 or side.document > 0
         self.step = step.compile_train_step(self.graphdef, tx, adapters, packed=self.packed)
         self.state = step.init_state(adapters, tx)
         self.key = dl.root_key(0)
@@ -109,7 +116,10 @@ class Training:
             return
         padded = pad(rows)
         tokens, targets = (x.astype(np.int32)[None] for x in (padded.tokens, padded.targets))
-        batch = {"tokens": tokens, "targets": targets, "segment_ids": np.ones_like(tokens)}
+        segment_ids = np.ones_like(tokens)
+        if self.side.document:
+            segment_ids[0] = _documents(*tokens.shape[1:], self.side.document)
+        batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids}
         yield iter([put(batch, (None, "batch"), self.mesh)])
 
 
@@ -124,7 +134,7 @@ def _jax_on(device: str) -> Any:
     return jax
 
 
-def _base(work: Work, remat: str, mesh: Any) -> Any:
+def _base(side: Ours, work: Work, mesh: Any) -> Any:
     """The model with `weights.py`'s values, made on the device layer by layer."""
     import jax
     import jax.numpy as jnp
@@ -132,10 +142,15 @@ def _base(work: Work, remat: str, mesh: Any) -> Any:
 
     from droplora_jax import hub
     from droplora_jax.adapters.targets import dotted
+    from droplora_jax.errors import InputError
 
     family, config = hub.read_config(work.folder)
     source = hub.source(work.folder)
-    model = hub.abstract_model(config, mesh=mesh, dtype=work.dtype, remat=remat, source=source)
+    options: dict[str, Any] = {"remat": side.remat, "attention": side.attention}
+    try:
+        model = hub.abstract_model(config, mesh=mesh, dtype=work.dtype, source=source, **options)
+    except InputError as refused:  # no such kernel here
+        raise Unavailable(str(refused)) from refused
     names = family.tensor_names(config)
 
     def make(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
@@ -157,6 +172,12 @@ def _base(work: Work, remat: str, mesh: Any) -> Any:
 
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.block_until_ready(nnx.map_state(make, state)))
+
+
+def _documents(rows: int, length: int, mean: int) -> np.ndarray:
+    """Segments [rows, length] of random lengths, without a gap."""
+    starts = np.random.default_rng(0).random((rows, length)) < 1 / mean
+    return 1 + np.cumsum(starts, axis=1, dtype=np.int32)
 
 
 def _packed(work: Work, rows: tuple[Row, ...], mesh: Any) -> Any:
