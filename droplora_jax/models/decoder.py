@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
     Attributes:
       layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
-      asked: the kernel of attention that was asked for; `attention()` is what is taken.
+      kernel: of attention, as it was asked for; `attention()` says what is taken.
       source: where the weights came from, for the exporters.
       noise: on the vectors of tokens while training; None (the default) for none.
     """
@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
             return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, attention=attention)
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
-        self.dtype, self.asked = jnp.dtype(dtype), attention
+        self.dtype, self.kernel = jnp.dtype(dtype), attention
         self.attention()  # an error, if it can't be had
         vocab_size, width = config.vocab_size, config.width
         table_VD = normal(rngs, vocab_size, width, width, dtype)
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
         """The kernel that attends, and why; `packed`: where a row may have several segments."""
         head_dim = self.config.head_dim
         return choose(
-            self.asked, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
+            self.kernel, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
         )
 
     @property
