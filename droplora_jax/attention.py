@@ -42,11 +42,13 @@ class OfPlatform:
     skips: bool = False
 
 
-# Of a platform's, `auto` takes the first that it can.
+# Of a platform's, `auto` takes the first that it can, and of rows of one segment last what skips.
 KERNELS: Mapping[Kernel, OfPlatform] = MappingProxyType(
     {
         "splash": OfPlatform("tpu", splash.refusal, splash.splash_attention),
-        "tokamax": OfPlatform("cuda", tokamax_gpu.refusal, tokamax_gpu.tokamax_attention, True),
+        "tokamax": OfPlatform(
+            "cuda", tokamax_gpu.refusal, tokamax_gpu.tokamax_attention, skips=True
+        ),
         "cudnn": OfPlatform("cuda", cudnn.refusal, cudnn.cudnn_attention),
     }
 )
@@ -95,13 +97,14 @@ def choose(
         if (reason := refusal(KERNELS[asked])) is not None:
             raise InputError(f"model.attention={asked!r}: {reason}; use auto, or blockwise")
         return Choice(asked, "asked for")
-    reasons = {name: refusal(own) for name, own in KERNELS.items() if own.platform == platform}
-    for name, reason in reasons.items():
-        if reason is None and (packed or not KERNELS[name].skips):
+    made = [name for name, own in KERNELS.items() if own.platform == platform]
+    refused: dict[str, list[str]] = {}
+    for name in sorted(made, key=lambda name: KERNELS[name].skips and not packed):
+        if (reason := refusal(KERNELS[name])) is None:
             return Choice(name, f"auto: made for {platform}")
-    refused = "; not ".join(f"{name}, as {reason}" for name, reason in reasons.items())
-    why = f"not {refused}" if refused else f"no other is made for {platform}"
-    return Choice("blockwise", f"auto: {why}")
+        refused.setdefault(reason, []).append(f"not {name}")
+    why = "; ".join(f"{', '.join(names)}, as {reason}" for reason, names in refused.items())
+    return Choice("blockwise", f"auto: {why or f'no other is made for {platform}'}")
 
 
 def attention(

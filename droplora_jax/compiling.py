@@ -71,7 +71,7 @@ def traced_step(
         _batch(config, mesh),
         everywhere(prng.root_key(0)),
     )
-    share, packed = config.adapter.share(steps), config.data.fit is not None
+    share, packed = config.adapter.share(steps), config.data.packed
     step: Any = compile_train_step(graphdef, tx, adapters, share, packed=packed)
     return step.trace(*arguments), arguments
 

@@ -127,6 +127,7 @@ def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:
+    # It holds for the whole process: a number that somebody asked for stays.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started: what there is has to do
             jax.config.update("jax_num_cpu_devices", count)

@@ -259,7 +259,7 @@ def _describe(prepared: Run) -> str:
     device = prepared.mesh.devices.flat[0]
     mesh = f" as {described(prepared.mesh.shape)}" if prepared.mesh.size > 1 else ""
     joined = f" in {jax.process_count()} processes" if processes.several() else ""
-    kernel = prepared.model.attention(packed=prepared.train.packed)
+    kernel = prepared.model.attention_kernel(packed=prepared.train.packed)
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
         f"{base}{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; "

@@ -175,7 +175,7 @@ def _attention(config: run.RunConfig, mesh: Mesh, platform: str) -> Choice:
         mesh=mesh,
         dtype=config.model.jax_dtype(platform),
         head_dim=shape.head_dim,
-        packed=config.data.fit is not None,
+        packed=config.data.packed,
     )
 
 

@@ -25,10 +25,6 @@ FORWARD, BACKWARD = "tokamax_forward", "tokamax_backward"
 
 def refusal(device: Any, dtype: Any, head_dim: int) -> str | None:
     """Why the kernel can't be taken on an NVIDIA GPU; None if it can."""
-    found = _installed()
-    if found != VERSION:
-        there = "it is not installed" if found is None else f"it is of version {found}"
-        return f"{there}: pip install 'droplora-jax[tokamax]' (Python 3.12 or later)"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_dim not in (64, 128):
@@ -38,6 +34,10 @@ def refusal(device: Any, dtype: Any, head_dim: int) -> str | None:
             "it takes GPUs of compute capability 9 and 10, not of "
             f"{float(device.compute_capability):g}"
         )
+    found = _installed()
+    if found != VERSION:
+        there = "it is not installed" if found is None else f"it is of version {found}"
+        return f"{there}: pip install 'droplora-jax[tokamax]' (Python 3.12 or later)"
     return None
 
 
@@ -91,31 +91,39 @@ def _gradients(saved, dy_BTNH):
 _attend.defvjp(_attended, _gradients)
 
 
+# Without a configuration tokamax looks for one among those that were measured on some GPUs for some
+# shapes, warns that there is none for this one, and takes what is taken here at once.
+
+
 @jax.jit
 def tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT):
     """The result, and of every softmax the greatest score and the sum."""
-    kernel, options = _kernel(q_BTNH, k_BTKH, v_BTKH, first_BT)
-    bound = kernel.bind(q_BTNH, k_BTKH, v_BTKH, **options, return_residuals=True)
-    kernel = kernel.replace(config=bound.heuristics_config)
-    return kernel(q_BTNH, k_BTKH, v_BTKH, **options, return_residuals=True)
+    kernel = _kernel()
+    arguments, mask = (q_BTNH, k_BTKH, v_BTKH), _mask(first_BT)
+    bound = kernel.bind(*arguments, mask=mask, return_residuals=True)
+    configured = kernel.replace(config=bound.heuristics_config)
+    return configured(*arguments, mask=mask, return_residuals=True)
 
 
 @jax.jit
 def tokamax_backward(q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax, dy_BTNH):
-    kernel, options = _kernel(q_BTNH, k_BTKH, v_BTKH, first_BT)
-    bound = kernel.bind(q_BTNH, k_BTKH, v_BTKH, **options)
-    options = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    """Gradients of q, k and v, from what the forward pass found."""
+    kernel = _kernel()
+    options = kernel.bind(q_BTNH, k_BTKH, v_BTKH, mask=_mask(first_BT)).kwargs
+    options = {name: value for name, value in options.items() if name != "return_residuals"}
     arguments = (softmax, y_BTNH, dy_BTNH, q_BTNH, k_BTKH, v_BTKH)
-    backward = kernel.vjp
-    config = backward.bind(*arguments, **options).heuristics_config
-    found = backward.replace(config=config)(*arguments, **options)
+    bound = kernel.vjp.bind(*arguments, **options)
+    found = kernel.vjp.replace(config=bound.heuristics_config)(*arguments, **options)
     return found["q"], found["k"], found["v"]
 
 
-def _kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, first_BT: Array | None) -> Any:
-    """The kernel, and its options."""
-    from tokamax._src.ops.attention.base import Mask
+def _kernel() -> Any:
     from tokamax._src.ops.attention.pallas_mosaic_gpu import PallasMosaicGpuFlashAttention
 
-    first_B1T = None if first_BT is None else first_BT[:, None]
-    return PallasMosaicGpuFlashAttention(), {"mask": Mask(is_causal=True, k_start=first_B1T)}
+    return PallasMosaicGpuFlashAttention()
+
+
+def _mask(first_BT: Array | None) -> Any:
+    from tokamax._src.ops.attention.base import Mask
+
+    return Mask(is_causal=True, k_start=None if first_BT is None else first_BT[:, None])

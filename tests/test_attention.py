@@ -197,7 +197,15 @@ def fake_mesh(platform: str, context: int = 1) -> Mesh:
             "float32",
             1,
             "blockwise",
-            "auto: not tokamax.*; not cudnn, as it takes bf",
+            "auto: not tokamax, not cudnn, as it takes bfloat16 and float16, not float32",
+        ),
+        (
+            "auto",
+            "cuda",
+            "bfloat16",
+            4,
+            "blockwise",
+            "auto: not tokamax, not cudnn, as it takes whole",
         ),
         ("auto", "rocm", "bfloat16", 1, "blockwise", "auto: no other is made for rocm"),
         ("auto", "cpu", "float32", 1, "blockwise", "auto: no other is made for cpu"),
@@ -206,7 +214,8 @@ def fake_mesh(platform: str, context: int = 1) -> Mesh:
         ("splash", "tpu", "float32", 1, "splash", "asked for"),
     ],
 )
-def test_the_choice_and_why(asked, platform, dtype, context, kernel, why):
+def test_the_choice_and_why(monkeypatch, asked, platform, dtype, context, kernel, why):
+    monkeypatch.setattr(tokamax_gpu, "_installed", lambda: None)
     found = choose(asked, mesh=fake_mesh(platform, context), dtype=dtype, head_dim=128)
     assert found.kernel == kernel
     assert re.fullmatch(rf"{kernel} \({why}.*\)", str(found))

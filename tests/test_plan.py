@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +111,18 @@ def test_more_cpu_devices_than_there_are():
     assert len(topology("cpu:4").devices) == 4
     with pytest.raises(InputError, match=r"cpu:64: 8 CPU device\(s\) here.*XLA_FLAGS"):
         topology("cpu:64")
+
+
+def test_cpu_devices_are_made_where_nobody_asked_for_a_number():
+    code = (
+        "from droplora_jax.hardware import topology\n"
+        "print([len(topology(f'cpu:{n}').devices) for n in (3, 2)])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True)
+    assert run(env=environment, check=True).stdout == "[3, 2]\n"
+    two = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    assert "--topology cpu:3: 2 CPU device(s) here" in run(env=two, check=False).stderr
 
 
 # A run's step.

@@ -68,8 +68,8 @@ def says_nothing(out: str) -> bool:
     """But whole messages of Gloo's."""
     counts = {out.count(piece) for piece in GLOO}
     rest = re.sub("|".join(map(re.escape, GLOO)), "", out)
-    beside_numbers = re.sub(r"\d", "", rest, count=3 * min(counts))
-    return len(counts) == 1 and not beside_numbers.strip()
+    rest, digits = re.subn(r"\d", "", rest)
+    return len(counts) == 1 and digits == 3 * min(counts) and not rest.strip()
 
 
 def good(running) -> str:

@@ -208,7 +208,7 @@ def test_a_decoder(here):
 
     def found(kernel):
         model = Decoder(config, rngs=nnx.Rngs(0), remat="dots", attention=kernel)
-        assert model.attention().kernel == kernel
+        assert model.attention_kernel().kernel == kernel
 
         def loss(model):
             return jnp.square(model(tokens, segment_ids=ids)).mean()

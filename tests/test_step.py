@@ -22,7 +22,9 @@ from oracles import (
 )
 
 import droplora_jax as dl
+from droplora_jax.attention import Choice
 from droplora_jax.lowrank import rank_mask
+from droplora_jax.models import decoder
 from droplora_jax.models import layer as models_layer
 from droplora_jax.sharding import MeshConfig, make_mesh, put
 from droplora_jax.step import (
@@ -310,6 +312,7 @@ def test_a_packed_document_computes_what_it_does_alone_with_its_own_masks(sequen
 
 
 def test_rows_of_one_document_are_the_same_without_segments_in_attention(each, monkeypatch):
+    """Which are kept for `blockwise` alone: another kernel is said to be there."""
     arguments = (each.adapters, each.mask_keys, each.frozen, micro(ragged(), 2, each.mesh), ROOT)
     plain, given = models_layer.attention, []
 
@@ -327,6 +330,7 @@ def test_rows_of_one_document_are_the_same_without_segments_in_attention(each, m
         return float(loss), flat(gradients)
 
     loss, gradients = found(packed=True)
+    monkeypatch.setattr(decoder, "choose", lambda *_, **__: Choice("cudnn", "for a test"))
     same, as_well = found(packed=False)
     assert same == pytest.approx(loss, rel=1e-6)
     assert np.linalg.norm(as_well - gradients) < 1e-5 * np.linalg.norm(gradients)

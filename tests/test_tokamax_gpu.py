@@ -119,3 +119,19 @@ def test_what_it_refuses(monkeypatch, installed, capability, dtype, head_dim, wo
     device = SimpleNamespace(compute_capability=capability)
     reason = tokamax_gpu.refusal(device, dtype, head_dim)
     assert reason is words is None or re.search(words, reason)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_tokamax_takes_what_it_is_given(monkeypatch, segmented, window):
+    """Traced as for a Hopper GPU, of which there is none."""
+    pytest.importorskip("tokamax", tokamax_gpu.VERSION)
+    from tokamax._src import gpu_utils
+
+    monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
+    monkeypatch.setattr(gpu_utils, "_cc_between", lambda low, high, *_: low <= 9 < high)
+    *qkv, dy = (x.astype(jnp.bfloat16) for x in inputs(256, head_dim=64))
+    ids = packed(256) if segmented else None
+    run = partial(both, lambda *qkv: tokamax_attention(*qkv, ids, window))
+    found = jax.eval_shape(run, *qkv, dy)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (dy, *qkv)]

@@ -146,6 +146,11 @@ class DataConfig:
         """How rows are put into lines; None for a line each."""
         return "first_fit" if self.packing is True else self.packing or None
 
+    @property
+    def packed(self) -> bool:
+        """Whether a line may hold several rows."""
+        return self.fit is not None
+
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     choices = tuple(choices)

@@ -185,7 +185,7 @@ def continuation_scores(
     The logits are made for `BLOCK` positions at a time.
     """
     model = nnx.merge(graphdef, state)
-    x_BTD = model.hidden(tokens_BT, segment_ids=segment_ids_BT)
+    x_BTD = model.hidden(tokens_BT, segment_ids=segment_ids_BT, packed=False)
 
     def of_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x_BCD, targets_BC, scored_BC = block

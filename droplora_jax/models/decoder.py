@@ -31,7 +31,7 @@ class Decoder(nnx.Module):
     Attributes:
       layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
-      kernel: of attention, as it was asked for; `attention()` says what is taken.
+      asked_kernel: of attention; `attention_kernel()` says what is taken.
       source: where the weights came from, for the exporters.
       noise: on the vectors of tokens while training; None (the default) for none.
     """
@@ -50,11 +50,11 @@ class Decoder(nnx.Module):
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, attention=attention)
+            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, kernel=attention)
 
         self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
-        self.dtype, self.kernel = jnp.dtype(dtype), attention
-        self.attention()  # an error, if it can't be had
+        self.dtype, self.asked_kernel = jnp.dtype(dtype), attention
+        self.attention_kernel()  # an error, if it can't be had
         vocab_size, width = config.vocab_size, config.width
         table_VD = normal(rngs, vocab_size, width, width, dtype)
         self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh, tied=config.tie_embeddings)
@@ -99,7 +99,9 @@ class Decoder(nnx.Module):
             positions = ops.positions_in_segments(segments)
         x_BTD = self._embedded(tokens, segment_ids)
         alone = [None] * len(self.stacks)
-        of_attention = segment_ids if packed else None
+        # To `blockwise` they say what padding need not see; to other kernels they are a cost.
+        looks = packed or self.attention_kernel(packed=False).kernel == "blockwise"
+        of_attention = segment_ids if looks else None
         return self._run(x_BTD, positions, of_attention, alone, self.remat)[0]
 
     def extend(
@@ -131,11 +133,11 @@ class Decoder(nnx.Module):
         shape = (layers, rows, c.kv_heads, slots, c.head_dim)
         return [Cache.empty(*shape, dtype=self.dtype, mesh=self.mesh) for _ in self.stacks]
 
-    def attention(self, *, packed: bool = True) -> Choice:
+    def attention_kernel(self, *, packed: bool = True) -> Choice:
         """The kernel that attends, and why; `packed`: where a row may have several segments."""
         head_dim = self.config.head_dim
         return choose(
-            self.kernel, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
+            self.asked_kernel, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
         )
 
     @property

@@ -81,7 +81,7 @@ class Layer(nnx.Module):
         dtype: Any,
         mesh: Mesh | None,
         rngs: nnx.Rngs,
-        attention: Kernel,
+        kernel: Kernel,
     ) -> None:
         def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
             return nnx.Linear(
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
             )
 
         c = config
-        self.config, self.mesh, self.attention = config, mesh, attention
+        self.config, self.mesh, self.asked_kernel = config, mesh, kernel
         self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
         self.q_proj = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -136,7 +136,7 @@ class Layer(nnx.Module):
             attention,
             windows=self.config.distinct_windows,
             mesh=self.mesh,
-            kernel=self.attention,
+            kernel=self.asked_kernel,
         )
         arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
         if cache is None:

@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup", type=int, help="untimed turns; default: 2, of `real` 1")
     add("--threads", type=int, default=0, help="of each side; 0: every core")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu goes with --threads 1")
-    add("--seconds", type=float, default=465, help="of `gpu`: sides not done by then are left out")
+    add("--seconds", type=float, default=465, help="on a GPU: sides not done by then are left out")
     add(
         "--python",
         action="append",

@@ -29,7 +29,10 @@ class Ours:
     attention: str = "auto"
     document: int = 0
 
-    packages = ("droplora-jax", "jax", "flax")
+    @property
+    def packages(self) -> tuple[str, ...]:
+        own = ("droplora-jax", "jax", "flax")
+        return (*own, "tokamax") if self.attention == "tokamax" else own
 
     @property
     def masked(self) -> bool:
