@@ -29,7 +29,8 @@ class Training:
         self.base = dl.load(folder.path, mesh=self.mesh, dtype=jnp.float32, remat=remat)
         self.model = dl.inject(self.base, config, key=dl.root_key(1))
         self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(self.model)
-        self.tx = optax.adam(0.02)
+        # What is small beside `eps` is not blown up to a whole step, with the rounding that is in it.
+        self.tx = optax.adam(0.02, eps=1e-4)
         share = config.share(STEPS)
         self.compiled = compile_train_step(self.graphdef, self.tx, self.adapters, share)
 
