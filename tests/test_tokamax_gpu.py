@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_inputs import both, inputs, padded_first
 from oracles import relative
 
 from droplora_jax import tokamax_gpu
@@ -47,30 +48,12 @@ def plain_kernel(monkeypatch):
         monkeypatch.setattr(tokamax_gpu, function.__name__, jax.jit(function))
 
 
-def inputs(length: int, kv_heads: int = 2, head_dim: int = 8):
-    """q, k, v, and a gradient of the result."""
-    draw = np.random.default_rng(0).normal
-    shapes = [(2, length, n, head_dim) for n in (4, kv_heads, kv_heads, 4)]
-    return [jnp.asarray(draw(size=shape), jnp.float32) for shape in shapes]
-
-
-def packed(length: int) -> jax.Array:
-    """Documents of a third of the row and padding; padding and one document."""
-    third = np.arange(length) * 3 // length
-    return jnp.asarray(np.stack([(third + 1) % 3, third > 0]), jnp.int32)
-
-
-def both(f, q, k, v, dy):
-    y, pullback = jax.vjp(f, q, k, v)
-    return y, *pullback(dy)
-
-
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize(("length", "kv_heads"), [(9, 2), (24, 4), (15, 1)])
 def test_what_is_asked_is_the_plain_path(plain_kernel, length, kv_heads, segmented, window):
     *qkv, dy = inputs(length, kv_heads)
-    ids = packed(length) if segmented else None
+    ids = padded_first(length) if segmented else None
     seen = None if window is None else jnp.int32(window)
     ours = both(lambda *qkv: tokamax_attention(*qkv, ids, window), *qkv, dy)
     plain = both(lambda *qkv: attention(*qkv, ids, seen, kernel="blockwise"), *qkv, dy)
@@ -81,7 +64,7 @@ def test_what_is_asked_is_the_plain_path(plain_kernel, length, kv_heads, segment
 @pytest.mark.parametrize(("policy", "forward"), [("dots", 1), ("attention", 1), ("nothing", 2)])
 def test_a_policy_that_saves_its_result_runs_the_forward_pass_once(plain_kernel, policy, forward):
     *qkv, dy = inputs(24)
-    run = partial(tokamax_attention, segment_ids_BT=packed(24), window=None)
+    run = partial(tokamax_attention, segment_ids_BT=padded_first(24), window=None)
     program = jax.make_jaxpr(partial(both, jax.checkpoint(run, policy=REMAT_POLICIES[policy])))
     calls = re.findall(r"name=(tokamax_\w+)", str(program(*qkv, dy)))
     assert sorted(calls) == ["tokamax_backward", *["tokamax_forward"] * forward]
@@ -90,7 +73,7 @@ def test_a_policy_that_saves_its_result_runs_the_forward_pass_once(plain_kernel,
 def test_operations_are_those_of_the_causal_half(plain_kernel):
     *qkv, dy = inputs(64)
     half = 2 * 2 * 4 * 8 * (64 * 65 // 2)
-    run = partial(tokamax_attention, segment_ids_BT=packed(64), window=None)
+    run = partial(tokamax_attention, segment_ids_BT=padded_first(64), window=None)
     assert matrix_flops(jax.make_jaxpr(run)(*qkv)) == 2 * half
     assert matrix_flops(jax.make_jaxpr(partial(both, run))(*qkv, dy)) == 9 * half
 
@@ -130,8 +113,8 @@ def test_tokamax_takes_what_it_is_given(monkeypatch, segmented, window):
 
     monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda *_: True)
     monkeypatch.setattr(gpu_utils, "_cc_between", lambda low, high, *_: low <= 9 < high)
-    *qkv, dy = (x.astype(jnp.bfloat16) for x in inputs(256, head_dim=64))
-    ids = packed(256) if segmented else None
+    *qkv, dy = inputs(256, head_dim=64, dtype=jnp.bfloat16)
+    ids = padded_first(256) if segmented else None
     run = partial(both, lambda *qkv: tokamax_attention(*qkv, ids, window))
     found = jax.eval_shape(run, *qkv, dy)
     assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (dy, *qkv)]
