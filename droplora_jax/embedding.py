@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
 
 from droplora_jax.sharding import divides, partition_spec
 
@@ -23,27 +24,39 @@ class Lookup:
     mesh: Mesh | None
 
     def __call__(
-        self, table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]
+        self,
+        table_VD: Float[Array, "V D"],
+        tokens_BT: Int[Array, "B T"],
+        dtype: DTypeLike | None = None,
     ) -> Float[Array, "B T D"]:
-        return embed(table_VD, tokens_BT, self.mesh)
+        return embed(table_VD, tokens_BT, self.mesh, dtype)
 
 
 @jax.named_scope("embedding")
 def embed(
-    table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], mesh: Mesh | None
+    table_VD: Float[Array, "V D"],
+    tokens_BT: Int[Array, "B T"],
+    mesh: Mesh | None,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "B T D"]:
-    """`table[tokens]`, which sends rows that were asked for instead of the table.
+    """`table[tokens]` in `dtype` (default: the table's).
+
+    On a mesh it sends rows that were asked for instead of the table.
 
     Every device looks up its part of the width for all tokens of its group, and the parts change
     places with the tokens. (Left to the compiler, each device would gather the whole table.)
+
+    Vectors are cast where they are looked up: what moves is in `dtype`, and the gradient of the
+    table is summed over positions in the table's own.
     """
+    dtype = jnp.dtype(table_VD.dtype if dtype is None else dtype)
     if mesh is None or mesh.size == 1 or not _splits(table_VD, tokens_BT, mesh):
-        return jnp.take(table_VD, tokens_BT, axis=0)
+        return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
     width = partition_spec(("width",), mesh)[0]
     table = partition_spec(("vocab", "width"), mesh, table_VD.shape)
     tokens = partition_spec(("batch", "position"), mesh)
     lookup = jax.shard_map(
-        partial(_lookup, width=width, vocab=table[0]),
+        partial(_lookup, width=width, vocab=table[0], dtype=dtype),
         mesh=mesh,
         in_specs=(table, tokens),
         out_specs=tokens,
@@ -56,15 +69,21 @@ def _splits(table_VD: Array, tokens_BT: Array, mesh: Mesh) -> bool:
     return all(divides(mesh, axis, size) for axis, size in sizes)
 
 
-def _lookup(table_VD: Array, tokens_BT: Array, width: tuple[str, ...], vocab: str | tuple | None):
+def _lookup(
+    table_VD: Array,
+    tokens_BT: Array,
+    width: tuple[str, ...],
+    vocab: str | tuple | None,
+    dtype: jnp.dtype,
+) -> Array:
     """On one device: its part of the table, its tokens."""
     tokens = jax.lax.all_gather(tokens_BT, width)  # [group, B, T]
     if vocab is None:
-        found = jnp.take(table_VD, tokens, axis=0)
+        found = jnp.take(table_VD, tokens, axis=0).astype(dtype)
     else:
         local = tokens - jax.lax.axis_index(vocab) * table_VD.shape[0]
         here = (local >= 0) & (local < table_VD.shape[0])
-        found = jnp.take(table_VD, jnp.where(here, local, 0), axis=0)
+        found = jnp.take(table_VD, jnp.where(here, local, 0), axis=0).astype(dtype)
         found = jnp.where(here[..., None], found, 0)
     x_BTD = jax.lax.all_to_all(found, width, split_axis=0, concat_axis=3, tiled=True)[0]
     return x_BTD if vocab is None else jax.lax.psum(x_BTD, vocab)

@@ -24,6 +24,7 @@ class Device:
     Attributes:
       platform: as JAX calls it.
       topology: the name of its kind for the compiler.
+      chip_config: how the compiler divides a chip into devices; None for its default.
       flops: bfloat16 operations a second in the matrix units.
       memory: bytes.
       bandwidth: bytes a second between memory and the units.
@@ -42,13 +43,16 @@ class Device:
     network: float | None = None
     per_chip: int = 1
     dimensions: int = 2
+    chip_config: str | None = None
 
 
 # Cloud TPU documentation, "TPU architecture" and the pages of each version; the network's is a
-# pod's by its chips. A v4's and a 7x's figures are halved, as two devices make a chip. CPU: no
-# figures, only shapes and collectives.
+# pod's by its chips. The two cores of a v4 chip are one device, as JAX has them on a v4 machine. A
+# 7x's figures are halved, as two devices make a chip. CPU: no figures, only shapes and collectives.
 KINDS = {
-    "v4": Device("tpu", "v4", 137.5e12, 16 * GIB, 614e9, 300e9, per_chip=2, dimensions=3),
+    "v4": Device(
+        "tpu", "v4", 275e12, 32 * GIB, 1228e9, 600e9, dimensions=3, chip_config="megacore"
+    ),
     "v5e": Device("tpu", "v5e", 197e12, 16 * GIB, 819e9, 400e9, 3.125e9),
     "v5p": Device("tpu", "v5p", 459e12, 95 * GIB, 2765e9, 1200e9, 6.25e9, dimensions=3),
     "v6e": Device("tpu", "v6e", 918e12, 32 * GIB, 1640e9, 800e9, 12.5e9),
@@ -101,6 +105,8 @@ def topology(name: str) -> Topology:
     slices, kind_name, shape = found.groups()
     kind = KINDS[kind_name]
     options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    if kind.chip_config is not None:
+        options["chip_config_name"] = kind.chip_config
     if math.prod(map(int, shape.split("x"))) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     sizes = shape.split("x")

@@ -18,7 +18,7 @@ def rms_norm(
     """Root-mean-square norm (arXiv 1910.07467), computed in float32, in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return (x32 * inverse).astype(x.dtype) * scale_D.astype(x.dtype)
+    return times((x32 * inverse).astype(x.dtype), scale_D)
 
 
 def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -82,3 +82,72 @@ def _product_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+# Trained parameters are float32 beside activations that may be narrower. They are used in the dtype
+# of the activations, and their gradients, which are sums over positions, are summed in their own.
+
+
+def matmul(x: Float[Array, "... I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """`x @ kernel` in the dtype of `x`; the gradient of a wider kernel is summed in its own."""
+    if kernel_IO.dtype == x.dtype:
+        return x @ kernel_IO
+    return product("...i,io->...o", x, kernel_IO)
+
+
+def times(x: Float[Array, "..."], gain: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x * gain` in the dtype and shape of `x`; the gradient of a wider gain is summed in its own.
+
+    `gain` broadcasts against `x`.
+    """
+    return x * gain if gain.dtype == x.dtype else _times(x, gain)
+
+
+def plus(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x + bias` in the dtype and shape of `x`; the gradient of a wider bias is summed in its own.
+
+    `bias` broadcasts against `x`.
+    """
+    return x + bias if bias.dtype == x.dtype else _plus(x, bias)
+
+
+@jax.custom_vjp
+def _times(x: Array, gain: Array) -> Array:
+    return x * gain.astype(x.dtype)
+
+
+def _times_forward(x: Array, gain: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _times(x, gain), (x, gain)
+
+
+def _times_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, gain = saved
+    dx = dy * gain.astype(dy.dtype)
+    return dx, _summed_as(gain, x.astype(gain.dtype) * dy.astype(gain.dtype))
+
+
+_times.defvjp(_times_forward, _times_backward)
+
+
+@jax.custom_vjp
+def _plus(x: Array, bias: Array) -> Array:
+    return x + bias.astype(x.dtype)
+
+
+def _plus_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return _plus(x, bias), bias
+
+
+def _plus_backward(bias: Array, dy: Array) -> tuple[Array, Array]:
+    return dy, _summed_as(bias, dy.astype(bias.dtype))
+
+
+_plus.defvjp(_plus_forward, _plus_backward)
+
+
+def _summed_as(like: Array, x: Array) -> Array:
+    """The sum of `x` over all that `like` was broadcast along."""
+    leading = x.ndim - like.ndim
+    sizes = (1,) * leading + like.shape
+    axes = [i for i, size in enumerate(sizes) if i < leading or size != x.shape[i]]
+    return jnp.sum(x, axis=axes).reshape(like.shape)

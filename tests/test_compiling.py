@@ -17,6 +17,7 @@ from oracles import relative
 from run_fixtures import CommandLine, adapter_bytes, factors, make_base, metrics, process, write_run
 
 from droplora_jax import cli, compiling, launch, memory, run
+from droplora_jax.adapters.initial import INITS, OF_KERNEL
 from droplora_jax.compiling import AUTO, program, traced_step
 from droplora_jax.errors import InputError
 from droplora_jax.hardware import topology
@@ -46,6 +47,10 @@ ADAPTERS = {
     "ranks": {"rank_pattern": {r"\.0\.q": 2}, "targets": "all-linear"},
     "dora": {"kind": "dora", "train_whole": ["final_norm"]},
     "ends": {"targets": ["paper", "embed", "lm_head"]},
+    **{init: {"init": init, "targets": ["paper", "embed", "lm_head"]} for init in INITS},
+    "pissa, ranks": {"init": "pissa", "rank_pattern": {r"\.0\.q": 2}},
+    "dora, olora": {"kind": "dora", "init": "olora"},
+    "learned, milora": {"kind": "learned", "init": "milora"},
 }
 
 
@@ -65,6 +70,35 @@ def test_the_shapes_are_those_of_the_loaded_model(base, tmp_path, adapter):
         assert (array.shape, array.dtype) == (shape.shape, shape.dtype)
         if array.committed:
             assert array.sharding.is_equivalent_to(shape.sharding, array.ndim)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("init", sorted(OF_KERNEL))
+def test_a_start_from_the_kernel_is_trained_resumed_and_planned(
+    base, tmp_path, droplora, init, quantize
+):
+    """And the branch is still measured from where it started, in the same bits."""
+    sections = {
+        "adapter": {"init": init},
+        "model": {"quantize": quantize},
+        "train": {"steps": 3},
+        "optim": {"warmup_steps": 1, "schedule": "constant"},
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    droplora.good("train", write_run(base, whole, **sections), "train.steps=5")
+    file = write_run(base, parts, **sections)
+    droplora.good("train", file)
+    out = droplora.good("train", file, "train.steps=5")
+    assert "carrying on from the checkpoint of step 3\n" in out
+    ours, theirs = (factors(folder / "run" / "adapter") for folder in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    planned = json.loads(droplora.good("plan", file, "--topology", "cpu:8", "--json"))
+    assert planned["devices"] == 8
+    assert planned["optimizer"] == pytest.approx(2 * planned["adapters"], rel=0.01)
 
 
 def test_the_step_is_compiled_once_and_nothing_after_the_second(base, tmp_path, monkeypatch):

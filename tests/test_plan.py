@@ -23,7 +23,7 @@ from droplora_jax.collectives import collectives
 from droplora_jax.compiling import traced_step
 from droplora_jax.errors import InputError
 from droplora_jax.flops import matrix_flops
-from droplora_jax.hardware import topology
+from droplora_jax.hardware import KINDS, topology
 from droplora_jax.memory import _used
 from droplora_jax.plan import changes, plan
 from droplora_jax.sharding import MeshConfig, described, make_mesh
@@ -295,6 +295,34 @@ def test_attention_on_a_slice(file, settings, words, kernels):
     mesh = make_mesh(config.mesh, where.devices)
     text = traced_step(config, mesh, where.platform, 10)[0].lower().as_text()
     assert set(re.findall(r'kernel_name = "splash_mha_(fwd|dkv|dq)', text)) == kernels
+
+
+# The smallest slice of every kind, its devices, and the memory of one in GiB.
+SMALLEST = {
+    "v4:1x1x1": (1, 32),
+    "v4:2x2x1": (4, 32),
+    "v5e:1x1": (1, 16),
+    "v5p:1x1x1": (1, 95),
+    "v6e:1x1": (1, 32),
+    "7x:1x1x1": (2, 96),
+}
+
+
+def test_every_kind_of_hardware_has_a_smallest_slice():
+    assert {name.split(":")[0] for name in SMALLEST} == KINDS.keys()
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_slice_of_every_kind_is_planned(name, base, tmp_path, droplora):
+    file = write_run(base, tmp_path, model={"dtype": "bfloat16"})
+    found = json.loads(droplora.good("plan", file, "--topology", name, "--json"))
+    devices, memory = SMALLEST[name]
+    assert found["fits"] is True
+    assert (found["devices"], found["hbm_limit_bytes"]) == (devices, memory * 2**30)
+    assert found["bound"] in found["seconds"]
+    assert 0 < found["mfu_at_most"] <= 1
 
 
 @needs_libtpu

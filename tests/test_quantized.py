@@ -19,7 +19,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.base import Adapter
 from droplora_jax.flops import matrix_flops
 from droplora_jax.models import FAMILIES
-from droplora_jax.models.layer import REMAT_POLICIES
+from droplora_jax.models.layer import REMAT_POLICIES, Linear
 from droplora_jax.quantized import NF4_LEVELS, Quantized, dense, leaves, quantize
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import eval_step, loss_and_gradients
@@ -321,7 +321,7 @@ def test_merged_in_memory_it_is_a_plain_model(config, untied):
     model = adapted(load(untied), config, targets="paper")
     merged = dl.merge(model)
     assert {path.split(".")[1] for path in kernels(merged)} == {"o_proj", "gate_proj"}
-    assert type(merged.layers.q_proj) is nnx.Linear
+    assert type(merged.layers.q_proj) is Linear
     assert merged.layers.q_proj.kernel[...].dtype == jnp.float32
     tokens = jnp.asarray(random_tokens(2, 16))
     assert relative(merged(tokens), model(tokens)) < 1e-5

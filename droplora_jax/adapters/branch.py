@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from droplora_jax import lowrank, prng
+from droplora_jax import lowrank, ops, prng
 from droplora_jax.adapters import base, initial, placing
 from droplora_jax.adapters.options import Branch
 from droplora_jax.linear import LinearSpec, linear_spec
@@ -54,10 +54,13 @@ class LowRankLinear(base.Adapter):
         a, b = self._first_factors(key)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
         measured = config.init in initial.OF_KERNEL
-        # (Of their own memory: a step writes over what it trains.)
-        self.first_a = Initial(jax.tree.map(jnp.copy, a)) if measured else None
-        self.first_b = Initial(jax.tree.map(jnp.copy, b)) if measured else None
+        self.first_a = self._initial(a) if measured else None
+        self.first_b = self._initial(b) if measured else None
         self.input_key = self.mask_key_of("token") if config.input_dropout else None
+
+    def _initial(self, factor: Any) -> Initial:
+        """A factor as the branch starts, in memory that no step writes over; or its shape."""
+        return Initial(factor if self.abstract else jnp.copy(factor))
 
     def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
         kernel = self.base_kernel.get_value()  # an array, or only its shape and sharding
@@ -134,7 +137,7 @@ class LowRankLinear(base.Adapter):
         if mask is None:
             mask = self.mask(h)
         if mask is not None:
-            h = h * mask
+            h = ops.times(h, mask)
         return h if self.first_a is None else jnp.concatenate([h, h0], axis=-1)
 
     def ending(self) -> Callable[[Array, Array], Array]:
@@ -214,7 +217,7 @@ class LowRankLinear(base.Adapter):
         return self.lora_a[...], self.lora_b[...], None
 
     def mask(self, h: Array) -> Array | None:
-        """What multiplies `h = x @ A`; None for nothing."""
+        """What multiplies `h = x @ A`, of any dtype; None for nothing."""
         return None
 
     def factors(self, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:

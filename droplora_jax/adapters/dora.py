@@ -75,9 +75,9 @@ class DoRALinear(DropLoRALinear):
         bias = getattr(self.base, "bias", None)
 
         def end(y: Array, h: Array) -> Array:
-            own = y if bias is None else y - bias[...].astype(y.dtype)
-            g = gain.astype(y.dtype)
-            return y + own * (g - 1) + delta(h) * g
+            own = y if bias is None else ops.plus(y, -bias[...])
+            less_one = (gain.astype(y.dtype) - 1).astype(gain.dtype)
+            return y + ops.times(own, less_one) + ops.times(delta(h), gain)
 
         return end
 

@@ -55,7 +55,7 @@ class LearnedLinear(LowRankLinear):
 
     def mask(self, h: Array) -> Array:
         ranks = None if self.ranks is None else self.ranks[...]
-        return lowrank.learned_mask(self.mask_logits[...], ranks).astype(h.dtype)
+        return lowrank.learned_mask(self.mask_logits[...], ranks)
 
     def fill(self, stored: Mapping[str, Array]) -> None:
         """As `LowRankLinear.fill`, with every rank kept: what was not kept is zero in B."""

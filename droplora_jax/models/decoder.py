@@ -210,11 +210,11 @@ class Decoder(nnx.Module):
             batch, vocab = "rows", "split_vocab"
         else:
             batch, vocab = "batch", "vocab"
-        kernel_DV = constrain(head.kernel[...].astype(self.dtype), (None, vocab), self.mesh)
+        kernel_DV = constrain(head.kernel[...], (None, vocab), self.mesh)
 
         def project(x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
             x_BTD = constrain(x_BTD, (batch, "position", None), self.mesh)
-            return constrain(x_BTD @ kernel_DV, (batch, "position", vocab), self.mesh)
+            return constrain(ops.matmul(x_BTD, kernel_DV), (batch, "position", vocab), self.mesh)
 
         return project
 

@@ -27,7 +27,7 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(kernel_DV)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return x_BTD @ self.kernel[...].astype(x_BTD.dtype)
+        return ops.matmul(x_BTD, self.kernel[...])
 
 
 class Embedding(nnx.Module):
@@ -43,7 +43,7 @@ class Embedding(nnx.Module):
         self.dtype, self.lookup, self.tied = jnp.dtype(dtype), Lookup(mesh), tied
 
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.lookup(self.embedding[...].astype(self.dtype), tokens_BT)
+        return self.lookup(self.embedding[...], tokens_BT, self.dtype)
 
     def transposed(self) -> Head:
         """The head of a model that ties it to the table."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from droplora_jax import ops, rope
 from droplora_jax.attention import Kernel, attention, saved_of_kernels
 from droplora_jax.models.cache import Cache
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.quantized import dot_general
+from droplora_jax.quantized import Quantized, dot_general
 from droplora_jax.sharding import constrain
 from droplora_jax.shared import apply_all
 
@@ -65,10 +65,17 @@ class RMSNorm(nnx.Module):
         return ops.rms_norm(x, self.scale[...], self.epsilon)
 
 
-def _as_input(arrays: tuple[Any, ...], **_: Any) -> Any:
-    """The computation is in the dtype of the activations, whatever that of a trained parameter."""
-    x, *rest = arrays
-    return (x, *(None if y is None else y.astype(x.dtype) for y in rest))
+class Linear(nnx.Linear):
+    """A linear layer in the dtype of its input, whatever that of a trained or quantised kernel."""
+
+    def __call__(self, x: Float[Array, "*x I"], out_sharding: Any = None) -> Float[Array, "*x O"]:
+        kernel = self.kernel[...]
+        if isinstance(kernel, Quantized) or kernel.dtype == x.dtype:
+            last_and_first = (((x.ndim - 1,), (0,)), ((), ()))
+            y = dot_general(x, kernel.astype(x.dtype), last_and_first)
+        else:
+            y = ops.matmul(x, kernel)
+        return y if self.bias is None else ops.plus(y, self.bias[...])
 
 
 class Layer(nnx.Module):
@@ -83,16 +90,8 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
         kernel: Kernel,
     ) -> None:
-        def linear(features_in: int, features_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                features_in,
-                features_out,
-                use_bias=bias,
-                param_dtype=dtype,
-                promote_dtype=cast(Any, _as_input),
-                dot_general=cast(Any, dot_general),
-                rngs=rngs,
-            )
+        def linear(features_in: int, features_out: int, bias: bool) -> Linear:
+            return Linear(features_in, features_out, use_bias=bias, param_dtype=dtype, rngs=rngs)
 
         c = config
         self.config, self.mesh, self.asked_kernel = config, mesh, kernel
