@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +17,15 @@ from orbax.checkpoint import checkpoint_managers as policies
 from droplora_jax import processes
 from droplora_jax.digests import digests
 from droplora_jax.errors import InputError
+from droplora_jax.finite import not_finite
 from droplora_jax.step import TrainState
 
 TEMPORARY = ".orbax-checkpoint-tmp"
+_SCORE = "worth"  # the name of the score on disk
 
 
 class Corrupt(InputError):
-    """A checkpoint that can't be read, or is not what was saved."""
+    """A checkpoint that can't be read, is not what was saved, or is not finite."""
 
 
 class Checkpoints:
@@ -38,9 +41,9 @@ class Checkpoints:
         self.folder = folder
         self.unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
-        best = policies.BestN(get_metric_fn=_worth, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_worth,
+            best_fn=_score,
             best_mode="max",
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             cleanup_tmp_directories=not read_only,
@@ -66,13 +69,20 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step of the highest worth, if any was evaluated."""
-        return self._manager.best_step() if self.best_worth is not None else None
+        """The step of the highest finite score, the newest of several; None without any."""
+        scores = self._scores()
+        return max(scores, key=lambda step: (scores[step], step), default=None)
 
     @property
-    def best_worth(self) -> float | None:
-        metrics = [self._manager.metrics(step) for step in self.steps]
-        return max((_worth(of_step) for of_step in metrics if of_step), default=None)
+    def best_score(self) -> float | None:
+        """The highest finite score of the checkpoints; None without any."""
+        return max(self._scores().values(), default=None)
+
+    def _scores(self) -> dict[int, float]:
+        """The finite scores of the checkpoints that were evaluated, by step."""
+        metrics = {step: self._manager.metrics(step) for step in self.steps}
+        scores = {step: _score(of_step) for step, of_step in metrics.items() if of_step}
+        return {step: score for step, score in scores.items() if math.isfinite(score)}
 
     def choose(self, which: str) -> int:
         """The step that `last`, `best` or a number stands for."""
@@ -95,18 +105,17 @@ class Checkpoints:
         return int(which)
 
     def save(
-        self, state: TrainState, record: Mapping[str, Any], worth: float | None = None
+        self, state: TrainState, record: Mapping[str, Any], score: float | None = None
     ) -> None:
         """Start saving `state` under its step, with a JSON `record` of the run.
 
         Args:
-          worth: of two checkpoints of the run, the one of more is the better; None if it was not
-            evaluated.
+          score: the higher, the better the checkpoint; None if it was not evaluated.
 
         Raises what went wrong with the save before.
         """
         step = int(state.step)
-        flat = _flatten(state)
+        flat = flatten(state)
         self._check_space(sum(leaf.nbytes for leaf in flat.values()))
         run = {**record, "digests": digests(flat)}
         run["data"] = {**record.get("data", {}), "next_batch": step}
@@ -116,14 +125,14 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(run)
                 ),
-                metrics=None if worth is None else {"worth": worth},
+                metrics=None if score is None else {_SCORE: score},
                 force=True,
             )
 
     def restore_newest(self, state: TrainState, say: Callable[[str], None]) -> TrainState:
         """The newest good checkpoint's state, laid out as `state` is; `state` if none is good.
 
-        One that can't be read, or is not what was saved, is set aside under another name.
+        A checkpoint that is `Corrupt` is set aside under another name.
 
         Raises:
           InputError: a checkpoint of something else.
@@ -150,10 +159,10 @@ class Checkpoints:
         """The state saved at `step`, laid out as `like` is.
 
         Raises:
-          Corrupt: it can't be read, or is not what was saved.
+          Corrupt: it can't be read, is not what was saved, or holds a value that is not finite.
           InputError: it is a checkpoint of something else.
         """
-        flat = _flatten(like)
+        flat = flatten(like)
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flat
         )
@@ -178,6 +187,8 @@ class Checkpoints:
             raise Corrupt(f"{where}: is corrupt ({bad[0]} is not what was saved)")
         if (place := found["run"]["data"]["next_batch"]) != int(restored["step"]):
             raise Corrupt(f"{where}: is corrupt (batch {place} is next after so many steps)")
+        if names := not_finite(restored):
+            raise Corrupt(f"{where}: {names[0]} in it holds a value that is not finite")
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
 
@@ -286,11 +297,13 @@ def _complete(folder: Path) -> list[int]:
     return sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
 
 
-def _worth(metrics: Mapping[str, float]) -> float:
-    return metrics["worth"]
+def _score(metrics: Mapping[str, float]) -> float:
+    """The score by which checkpoints are ranked: one that is not finite is below all others."""
+    score = metrics[_SCORE]
+    return score if math.isfinite(score) else -math.inf
 
 
-def _flatten(state: TrainState) -> dict[str, jax.Array]:
+def flatten(state: TrainState) -> dict[str, jax.Array]:
     """Every leaf under its path, so that a checkpoint can be read without this code."""
     return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 

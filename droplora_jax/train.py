@@ -196,7 +196,7 @@ def train(run: Run) -> Decoder:
     """Train from the newest checkpoint, or from the start, to the last step.
 
     Raises:
-      NonFinite: the loss or the gradient is not a number; no later state was saved.
+      NonFinite: a loss, a gradient, an evaluation or the state is not finite; it was not saved.
       Stopped: SIGINT or SIGTERM; the state was saved.
       InputError: a file could not be written.
     """
@@ -272,18 +272,21 @@ def _look_and_save(
     `stop` is the signal's number, or 0.
     """
     config, checkpoints = run.config, watch.checkpoints
-    worth = None
+    score = None
     save = watch.due(step, config.save_every) or bool(stop)
-    if measure is not None and watch.due(step, config.eval_every):
+    evaluate = measure is not None and watch.due(step, config.eval_every)
+    if save or evaluate:
         watch.settle()
+        watch.check_state(step, state)
+    if measure is not None and evaluate:
         with watch.pause():
-            found = measure(state.adapters)
-        watch.write({"step": step, **found})
-        worth = run.measured.worth(found)
-        save |= checkpoints.best_worth is None or worth > checkpoints.best_worth
+            numbers = measure(state.adapters)
+        watch.check_numbers(step, numbers)
+        watch.write({"step": step, **numbers})
+        score = run.measured.score(numbers)
+        save |= checkpoints.best_score is None or score > checkpoints.best_score
     if save:
-        watch.settle()
-        checkpoints.save(state, run.record, worth)
+        checkpoints.save(state, run.record, score)
     if stop and step < run.steps:
         checkpoints.wait()
         raise Stopped(stop, step)

@@ -81,10 +81,10 @@ class Measured:
             found[key(task.name)] = result.accuracy
         return found
 
-    def worth(self, found: Mapping[str, float]) -> float:
-        """A number that is higher for better adapters."""
+    def score(self, numbers: Mapping[str, float]) -> float:
+        """The number of an evaluation that ranks checkpoints: higher for better adapters."""
         assert self.best is not None
-        return -found[LOSS] if self.best == LOSS else found[self.best]
+        return -numbers[LOSS] if self.best == LOSS else numbers[self.best]
 
 
 def key(task: str) -> str:

@@ -1,29 +1,36 @@
-"""Follows the steps of a run: stops it where the loss is no number, logs it, and times it."""
+"""Follows the steps of a run: stops it at a number that is not finite, logs it, and times it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 import optax
 
 from droplora_jax import display
-from droplora_jax.checkpoint import Checkpoints
+from droplora_jax.checkpoint import Checkpoints, flatten
+from droplora_jax.finite import not_finite
 from droplora_jax.metrics import MetricsLog
+from droplora_jax.step import TrainState
 
 
 class NonFinite(Exception):
-    """The loss or the gradient stopped being a number."""
+    """A loss, a gradient, an evaluation or the state of a run is not finite any more."""
 
-    def __init__(self, step: int, metrics: Mapping[str, float], good: int | None) -> None:
+    def __init__(self, step: int, what: str, good: int | None) -> None:
+        """
+        Args:
+          what: the numbers that are not finite, in words.
+          good: the step of the newest checkpoint, if there is one.
+        """
         kept = f"the last good checkpoint, step {good}, is kept" if good else "no checkpoint yet"
         super().__init__(
-            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: stopped; "
-            f"{kept}. A lower optim.learning_rate or a longer warm-up usually helps"
+            f"step {step}: {what}: stopped; {kept}. A lower optim.learning_rate or a longer "
+            "warm-up usually helps"
         )
         self.step = step
 
@@ -62,15 +69,13 @@ class Watch:
             self.settle()
 
     def settle(self) -> None:
-        """Read the last step's numbers, stop if they are no numbers, log them if it is time."""
+        """Read the last step's numbers, stop if one is not finite, log them if it is time."""
         if self._pending is None:
             return
         step, metrics = self._pending[0], jax.device_get(self._pending[1])
         self._pending = None
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            self.checkpoints.wait()
-            numbers = {name: float(value) for name, value in metrics.items()}
-            raise NonFinite(step, numbers, self.checkpoints.latest)
+            self._stop(step, f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
         self._tokens += int(metrics["tokens"])
         row = self._row(step, metrics) if self.due(step, self.every) else None
         if self._since is None:
@@ -79,6 +84,29 @@ class Watch:
             self.write(row)
         else:
             self.show(step, None)
+
+    def check_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Stop the run unless the numbers of an evaluation are all finite.
+
+        Raises:
+          NonFinite: names those that are not.
+        """
+        bad = [f"{name} {value}" for name, value in numbers.items() if not np.isfinite(value)]
+        if bad:
+            self._stop(step, ", ".join(bad))
+
+    def check_state(self, step: int, state: TrainState) -> None:
+        """Stop the run unless every value of the state is finite: before it is saved or judged.
+
+        Raises:
+          NonFinite: names an array that is not.
+        """
+        if names := not_finite(flatten(state)):
+            self._stop(step, f"{names[0]} is not finite ({len(names)} arrays in all)")
+
+    def _stop(self, step: int, what: str) -> NoReturn:
+        self.checkpoints.wait()  # a checkpoint that is still being saved is the last good one
+        raise NonFinite(step, what, self.checkpoints.latest)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

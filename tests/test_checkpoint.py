@@ -16,9 +16,10 @@ import pytest
 
 import droplora_jax as dl
 from droplora_jax import checkpoint
-from droplora_jax.checkpoint import Checkpoints, _flatten
+from droplora_jax.checkpoint import Checkpoints, flatten
 from droplora_jax.digests import digests
 from droplora_jax.errors import InputError
+from droplora_jax.finite import not_finite
 from droplora_jax.sharding import MeshConfig, make_mesh
 from droplora_jax.step import TrainState, init_state
 
@@ -53,8 +54,8 @@ def checkpoints(tmp_path):
     opened.close()
 
 
-def save(checkpoints, state, step, worth=None):
-    checkpoints.save(replace(state, step=jnp.int32(step)), CONFIG, worth)
+def save(checkpoints, state, step, score=None):
+    checkpoints.save(replace(state, step=jnp.int32(step)), CONFIG, score)
     checkpoints.wait()
 
 
@@ -67,17 +68,60 @@ def assert_same(one: TrainState, other: TrainState) -> None:
 
 def test_a_new_folder_holds_none(checkpoints):
     assert (checkpoints.steps, checkpoints.latest) == ([], None)
-    assert (checkpoints.best, checkpoints.best_worth) == (None, None)
+    assert (checkpoints.best, checkpoints.best_score) == (None, None)
 
 
 def test_the_newest_and_the_best_are_kept(checkpoints, state):
-    for step, worth in [(1, -3.0), (2, -1.0), (3, -2.0), (4, None), (5, -4.0)]:
-        save(checkpoints, state, step, worth)
+    for step, score in [(1, -3.0), (2, -1.0), (3, -2.0), (4, None), (5, -4.0)]:
+        save(checkpoints, state, step, score)
     assert checkpoints.steps == [2, 4, 5]
-    assert (checkpoints.latest, checkpoints.best, checkpoints.best_worth) == (5, 2, -1.0)
+    assert (checkpoints.latest, checkpoints.best, checkpoints.best_score) == (5, 2, -1.0)
     save(checkpoints, state, 6, -0.5)
     assert checkpoints.steps == [5, 6]
     assert checkpoints.best == 6
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_never_the_best(checkpoints, state, score):
+    save(checkpoints, state, 1, score)
+    assert (checkpoints.best, checkpoints.best_score) == (None, None)
+    with pytest.raises(InputError, match="--step best, but no checkpoint was evaluated"):
+        checkpoints.choose("best")
+    for step, other in [(2, -2.0), (3, score), (4, -3.0), (5, score)]:
+        save(checkpoints, state, step, other)
+    again = Checkpoints(checkpoints.folder, read_only=True)
+    for opened in (checkpoints, again):
+        assert opened.steps == [2, 4, 5]
+        assert (opened.best, opened.best_score, opened.choose("best")) == (2, -2.0, 2)
+
+
+@pytest.mark.parametrize("part", ["adapters", "opt_state"])
+def test_a_state_on_disk_that_is_not_finite_is_set_aside(checkpoints, state, part):
+    save(checkpoints, state, 1)
+    save(checkpoints, with_nan(state, part), 2)
+    with pytest.raises(checkpoint.Corrupt, match=rf"step_2: {part}\..* that is not finite"):
+        checkpoints.restore(2, state)
+    said = []
+    restored = checkpoints.restore_newest(state, said.append)
+    assert int(restored.step) == 1
+    assert "corrupt_2, and skipped" in said[0]
+    assert checkpoints.steps == [1]
+
+
+@pytest.mark.parametrize("part", ["adapters", "opt_state"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_named(state, part, value):
+    assert not_finite(flatten(state)) == []
+    (name,) = not_finite(flatten(with_nan(state, part, value)))
+    assert name.startswith(f"{part}.")
+
+
+def with_nan(state: TrainState, part: str, value: float = np.nan) -> TrainState:
+    """The state with one value in the largest array of `part` replaced."""
+    leaves, structure = jax.tree.flatten(getattr(state, part))
+    place = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[place] = leaves[place].at[(-1,) * leaves[place].ndim].set(value)
+    return replace(state, **{part: jax.tree.unflatten(structure, leaves)})
 
 
 def test_without_evaluations_only_the_newest_are_kept(checkpoints, state):
@@ -88,12 +132,12 @@ def test_without_evaluations_only_the_newest_are_kept(checkpoints, state):
 
 
 def test_another_process_sees_the_same(checkpoints, state):
-    for step, worth in [(1, 0.3), (2, 0.2), (3, 0.1)]:
-        save(checkpoints, state, step, worth)
+    for step, score in [(1, 0.3), (2, 0.2), (3, 0.1)]:
+        save(checkpoints, state, step, score)
     again = Checkpoints(checkpoints.folder, keep=2)
-    assert (again.steps, again.best, again.best_worth) == ([1, 2, 3], 1, 0.3)
+    assert (again.steps, again.best, again.best_score) == ([1, 2, 3], 1, 0.3)
     record = again.record(3)
-    assert record.pop("digests").keys() == _flatten(state).keys()
+    assert record.pop("digests").keys() == flatten(state).keys()
     assert record == {"data": {"next_batch": 3}, **CONFIG}
     again.close()
 
@@ -171,8 +215,8 @@ def test_an_older_one_is_found_beside_one_that_was_cut_short(checkpoints, state)
 
 
 def test_choose(checkpoints, state):
-    for step, worth in [(10, 0.3), (20, 0.2), (30, 0.1)]:
-        save(checkpoints, state, step, worth)
+    for step, score in [(10, 0.3), (20, 0.2), (30, 0.1)]:
+        save(checkpoints, state, step, score)
     assert [checkpoints.choose(which) for which in ("last", "best", "20")] == [30, 10, 20]
 
 
@@ -329,10 +373,10 @@ def test_digests_are_the_same_on_every_mesh_and_see_every_bit(untied):
     one, other = (
         state_on(untied, mesh, seed=3) for mesh in (MeshConfig(), MeshConfig(fsdp=2, tensor=4))
     )
-    found = digests(_flatten(one))
-    assert found == digests(_flatten(other))
+    found = digests(flatten(one))
+    assert found == digests(flatten(other))
     assert len(set(found.values())) > len(found) // 2
-    name, x = max(_flatten(one).items(), key=lambda item: item[1].size)
+    name, x = max(flatten(one).items(), key=lambda item: item[1].size)
     flat = np.asarray(x).copy().reshape(-1)
     swapped = flat.copy()
     swapped[[0, 1]] = swapped[[1, 0]]

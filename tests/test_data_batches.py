@@ -147,6 +147,22 @@ def test_batches_go_on_over_the_end_of_an_epoch_and_before_the_first_there_is_no
         batches[-1]
 
 
+@BOTH
+@pytest.mark.parametrize("count", [1, 23])
+def test_batches_of_one_line_are_the_lines_of_larger_ones_in_order(packing, count):
+    rows = random_rows(count, T, seed=3)
+    single, eight = (make(rows, rows_per_batch=g, packing=packing) for g in (1, 8))
+    for n in (0, 1, 5, 10**12):
+        expected = eight[n]
+        parts = [single[8 * n + g] for g in range(8)]
+        assert {part["tokens"].shape for part in parts} == {(1, T)}
+        for name in expected:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), expected[name])
+    assert single.steps(0.01) == 1
+    assert single.steps(1.0) == single.lines_per_epoch == len(single.lines_once())
+    assert len(single.numbers[: single.steps(3.0)]) == 3 * single.lines_per_epoch
+
+
 def test_steps():
     batches = make(random_rows(10, T, seed=7), rows_per_batch=4)
     assert batches.lines_per_epoch == 10

@@ -76,6 +76,13 @@ def test_a_mixture_takes_lines_by_weight_and_each_source_goes_through_its_own_ep
         assert len({source[token] for token in starts}) == 1
 
 
+def test_batches_of_one_line_of_a_mixture_are_the_lines_of_larger_ones():
+    rows = sources(9, 5)
+    single, five = (batches(rows, (3.0, 1.0), rows_per_batch=g) for g in (1, 5))
+    for n in range(12):
+        assert [int(single.lines(5 * n + g)[0]) for g in range(5)] == five.lines(n).tolist()
+
+
 def test_a_mixture_is_a_function_of_rows_seed_and_index():
     rows = sources(9, 5, 7)
     weights = (0.5, 0.2, 0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from data_fixtures import make_tokenizer, random_rows, write_jsonl
@@ -28,7 +31,8 @@ from run_fixtures import (
     write_run,
 )
 
-from droplora_jax import cli, run
+from droplora_jax import cli, run, validation
+from droplora_jax import train as training
 from droplora_jax.checkpoint import Checkpoints
 from droplora_jax.data import Batches, load
 from droplora_jax.errors import InputError
@@ -477,6 +481,49 @@ def test_a_loss_that_is_no_number(base, tmp_path, droplora, save_every, kept, sa
     assert [path.name for path in (folder / "checkpoints").iterdir()] == kept
     assert not (folder / "adapter").exists()
     assert [row["step"] for row in metrics(folder)] == [1]
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run_and_is_never_the_best(
+    base, tmp_path, droplora, monkeypatch
+):
+    losses = iter([0.5, 1.0, math.nan])
+    monkeypatch.setattr(validation, "_mean_loss", lambda *_: next(losses))
+    result = droplora("train", write_run(base, tmp_path, train={"keep": 1}))
+    assert result.code == 3
+    assert result.err.startswith("droplora: step 12: eval_loss nan: stopped; the last good ")
+    assert "the last good checkpoint, step 8, is kept" in result.err
+    folder = tmp_path / "run"
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    assert (checkpoints.steps, checkpoints.best, checkpoints.best_score) == ([4, 8], 4, -0.5)
+    assert [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row] == [0.5, 1.0]
+    assert not (folder / "adapter").exists()
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_state_that_is_not_finite_is_never_saved(
+    base, tmp_path, droplora, monkeypatch, evaluated
+):
+    """The loss of step 8 is still finite: it was computed before the state was updated."""
+    original = training._look_and_save
+
+    def spoil(run, watch, measure, state, step, stop):
+        if step == 8:
+            first = jax.tree.map(lambda x: x * math.nan if x.ndim else x, state.opt_state)
+            state = replace(state, opt_state=first)
+        measure = measure and (lambda _: {"eval_loss": 1.0 / step})
+        original(run, watch, measure, state, step, stop)
+
+    monkeypatch.setattr(training, "_look_and_save", spoil)
+    data = {} if evaluated else {"valid": None}
+    result = droplora("train", write_run(base, tmp_path, data=data))
+    assert result.code == 3
+    assert re.search(
+        r"step 8: opt_state\..* is not finite \(\d+ arrays in all\): stopped; the last good "
+        r"checkpoint, step 4, is kept",
+        result.err,
+    )
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps == [4]
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_lower_rate_after_a_loss_that_is_no_number(base, tmp_path, droplora):

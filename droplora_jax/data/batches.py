@@ -97,7 +97,10 @@ class Batches:
         mixed = numbers[0]
         if weights:
             mixed = grain.MapDataset.select_from_datasets(numbers, Schedule(weights))
-        self.numbers: grain.MapDataset[np.ndarray] = mixed.batch(rows_per_batch)
+        # What has no end has no remainder to drop; but only so is its length computed in whole
+        # numbers. As a float it is rounded up, beyond what a length may be in batches of one line.
+        batched = mixed.batch(rows_per_batch, drop_remainder=True)
+        self.numbers: grain.MapDataset[np.ndarray] = batched
 
     @property
     def lines_per_epoch(self) -> int:
