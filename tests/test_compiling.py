@@ -80,7 +80,7 @@ def test_a_start_from_the_kernel_is_trained_resumed_and_planned(
     """And the branch is still measured from where it started, in the same bits."""
     sections = {
         "adapter": {"init": init},
-        "model": {"quantize": quantize},
+        "model": {"quantize": quantize, "quantize_tile": 16},
         "train": {"steps": 3},
         "optim": {"warmup_steps": 1, "schedule": "constant"},
     }
