@@ -13,18 +13,21 @@ checkpoints (`checkpoint.py`), the loop (`train.py`), a run's configuration (`ru
 command line (`cli.py`).
 """
 
-from droplora_jax.adapters import DoRA, DropLoRA, Learned
-from droplora_jax.errors import InputError
-from droplora_jax.export import load_adapter, save_adapter, save_merged
-from droplora_jax.hub import load
-from droplora_jax.linear import LinearSpec, linear_spec
-from droplora_jax.mask_keys import MaskKey
-from droplora_jax.models import with_noise
-from droplora_jax.prng import root_key
-from droplora_jax.quantizing import Quantization
-from droplora_jax.several import combine
-from droplora_jax.sharding import MeshConfig, make_mesh
-from droplora_jax.surgery import draw, inject, masked, merge, split, without_adapters
+from droplora_jax.adapters.combine import combine
+from droplora_jax.adapters.dora import DoRA
+from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.adapters.learned import Learned
+from droplora_jax.adapters.surgery import draw, inject, masked, merge, split, without_adapters
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.prng import root_key
+from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.hf.load import load
+from droplora_jax.hf.merged import save_merged
+from droplora_jax.hf.peft.adapter import load_adapter, save_adapter
+from droplora_jax.models.decoder import with_noise
+from droplora_jax.models.quantization import Quantization
+from droplora_jax.nn.linear_spec import LinearSpec, linear_spec
+from droplora_jax.nn.mask_keys import MaskKey
 
 __all__ = [
     "DoRA",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from droplora_jax import signals
-from droplora_jax.arguments import command_line
-from droplora_jax.compile_cache import compile_cache
-from droplora_jax.errors import InputError
+from droplora_jax.commands.parser import command_line
+from droplora_jax.core import signals
+from droplora_jax.core.compile_cache import compile_cache
+from droplora_jax.core.errors import InputError
 
 DONE, BAD_INPUT, NON_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
@@ -48,9 +48,9 @@ def command() -> NoReturn:
     """`main` as a program."""
     code = main()
     if "jax" in sys.modules:
-        from droplora_jax import processes
+        from droplora_jax.core import distributed
 
-        processes.leave()
+        distributed.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     if code != DONE:
@@ -60,9 +60,9 @@ def command() -> NoReturn:
 
 
 def _fail(message: object, code: int) -> int:
-    from droplora_jax import processes
+    from droplora_jax.core import distributed
 
-    who = f"{processes.name()}: " if processes.several() else ""
+    who = f"{distributed.name()}: " if distributed.several() else ""
     print(f"droplora: {who}{message}", file=sys.stderr, flush=True)
     return code
 
@@ -72,18 +72,19 @@ def _fail(message: object, code: int) -> int:
 
 @compile_cache()
 def _quickstart(options: argparse.Namespace) -> int:
-    from droplora_jax.quickstart import quickstart
+    from droplora_jax.commands.quickstart import quickstart
 
     return _training(lambda console: quickstart(Path(options.output), console))
 
 
 @compile_cache()
 def _train(options: argparse.Namespace) -> int:
-    from droplora_jax import processes, run
-    from droplora_jax.launch import dry_run, train_run
+    from droplora_jax.core import distributed
+    from droplora_jax.runs import config_reader
+    from droplora_jax.runs.train_run import dry_run, train_run
 
-    config = run.read(options.file, options.overrides)
-    processes.join(config.distributed)
+    config = config_reader.read(options.file, options.overrides)
+    distributed.join(config.distributed)
     work = dry_run if options.dry_run else train_run
     return _training(lambda console: work(config, console))
 
@@ -91,11 +92,11 @@ def _train(options: argparse.Namespace) -> int:
 def _training(work) -> int:
     from rich.console import Console
 
-    from droplora_jax import processes
-    from droplora_jax.train import NonFinite, Stopped
+    from droplora_jax.core import distributed
+    from droplora_jax.training.loop import NonFinite, Stopped
 
     try:
-        work(Console(quiet=not processes.first()))
+        work(Console(quiet=not distributed.first()))
     except NonFinite as error:
         return _fail(error, NON_FINITE)
     except Stopped as error:
@@ -107,7 +108,7 @@ def _training(work) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from droplora_jax.exporting import export_folder
+    from droplora_jax.commands.export import export_folder
 
     export_folder(
         options.folders,
@@ -128,9 +129,9 @@ def _generate(options: argparse.Namespace) -> int:
         raise InputError("--prompts and --output go together; without both, it is a chat")
     from rich.console import Console
 
-    from droplora_jax.chatting import chat
-    from droplora_jax.generate import Sampling
-    from droplora_jax.generating import Request, generate_file
+    from droplora_jax.commands.chat import chat
+    from droplora_jax.commands.generate import Request, generate_file
+    from droplora_jax.inference.generator import Sampling
 
     request = Request(
         model=options.model,
@@ -160,7 +161,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from droplora_jax.evaluating import EvaluateConfig, evaluate_files
+    from droplora_jax.commands.evaluate import EvaluateConfig, evaluate_files
 
     config = EvaluateConfig(
         model=options.model,
@@ -183,7 +184,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     jax.config.update("jax_platforms", "cpu")  # the compiler alone is asked
-    from droplora_jax.planning import show_plan
+    from droplora_jax.commands.plan import show_plan
 
     show_plan(
         options.file,
@@ -198,7 +199,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from droplora_jax.inspection import inspect
+    from droplora_jax.commands.inspect import inspect
 
     inspect(options.folder, as_json=options.json, picture=options.png, console=Console())
     return DONE

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from droplora_jax import ops
+from droplora_jax.core import einsum
 
 Granularity = Literal["token", "sequence", "step"]
 Sampler = Literal["bernoulli", "exact"]
@@ -176,7 +176,7 @@ def compress(
     `down` is the product as an einsum, for kernels that are not a plain [I, O].
     """
     a = factors[0] if len(factors) == 1 else jnp.concatenate(factors, axis=-1)
-    h = checkpoint_name(ops.product(down, x, a), "dots")  # [..., sum of R]
+    h = checkpoint_name(einsum.product(down, x, a), "dots")  # [..., sum of R]
     ends = list(itertools.accumulate(factor.shape[-1] for factor in factors))
     return jnp.split(h, ends[:-1], axis=-1)
 
@@ -190,7 +190,7 @@ def lowrank_delta(
     up: str = "...r,ro->...o",
 ) -> Float[Array, "..."]:
     """The branch that is added to `x @ W`, from the masked `h = (x @ A) * m`: `scale * h @ B`."""
-    return ops.product(up, h * jnp.asarray(scale, h.dtype), b)
+    return einsum.product(up, h * jnp.asarray(scale, h.dtype), b)
 
 
 def merged_kernel(

@@ -12,7 +12,7 @@ from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 import droplora_jax as dl
-from droplora_jax.foreign.training import masked_loss, numbered
+from droplora_jax.adapters.interop.trainers import masked_loss, numbered
 
 key = dl.root_key(0)
 shape = llama3.ModelConfig(

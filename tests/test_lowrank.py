@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import relative, torch_lowrank
 
-from droplora_jax import prng
+from droplora_jax.core import prng
 from droplora_jax.lowrank import (
     compress,
     kept_ranks,

@@ -13,9 +13,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from droplora_jax.adapters.targets import Path, dotted
-from droplora_jax.linear import LinearSpec
-from droplora_jax.quantized import dense
+from droplora_jax.nn.layer_paths import Path, dotted
+from droplora_jax.nn.linear_spec import LinearSpec
+from droplora_jax.nn.quantized_kernel import dense
 
 # The root of initial values; or none: `later` for zeros, and None for shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None

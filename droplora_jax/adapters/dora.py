@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from droplora_jax import ops
-from droplora_jax.adapters import base, placing
-from droplora_jax.adapters.branch import LowRankLinear
+from droplora_jax.adapters import base, layout
+from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
-from droplora_jax.adapters.options import Branch
-from droplora_jax.errors import InputError
-from droplora_jax.linear import LinearSpec
-from droplora_jax.quantized import Quantized, dense
+from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.core import einsum
+from droplora_jax.core.errors import InputError
+from droplora_jax.nn import ops
+from droplora_jax.nn.linear_spec import LinearSpec
+from droplora_jax.nn.quantized_kernel import Quantized, dense
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class DoRALinear(DropLoRALinear):
         super().__init__(layer, spec, config, branches, key)
         kernel = self.base_kernel.get_value()
         letters = _columns(spec)
-        sharding = placing.letters_sharding(kernel, spec, letters)
+        sharding = layout.letters_sharding(kernel, spec, letters)
         if base.is_abstract(kernel) or not isinstance(key, jax.Array):
-            shape = placing.letters_shape(kernel, spec, letters)
+            shape = layout.letters_shape(kernel, spec, letters)
             self.magnitude = nnx.LoRAParam(
-                placing.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
+                layout.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
             )
         else:
-            norm = placing.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
+            norm = layout.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
             self.magnitude = nnx.LoRAParam(norm)
 
     def ending(self) -> Callable[[Array, Array], Array]:
@@ -110,7 +111,7 @@ class DoRALinear(DropLoRALinear):
         w, a, b = jax.lax.stop_gradient((self.dense_kernel(), *self.factors()))
         columns, other = _columns(spec), "z"
         b = b * self._scale()
-        aw = ops.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)
+        aw = einsum.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)
         aa = jnp.einsum(
             f"{spec.a},{spec.a.replace(spec.rank, other)}->{spec.batched}{spec.rank}{other}", a, a
         )

@@ -13,13 +13,13 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import base
-from droplora_jax.adapters.branch import LowRankLinear
-from droplora_jax.adapters.options import Branch, LowRank, option
-from droplora_jax.adapters.targets import Patterns
-from droplora_jax.errors import InputError
-from droplora_jax.linear import LinearSpec
-from droplora_jax.mask_keys import DropShare, checked_rows
-from droplora_jax.schedules import Schedule, schedule
+from droplora_jax.adapters.config import Branch, LowRank, option
+from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.schedules import Schedule, schedule
+from droplora_jax.nn.layer_paths import Patterns
+from droplora_jax.nn.linear_spec import LinearSpec
+from droplora_jax.nn.mask_keys import DropShare, checked_rows
 
 
 @dataclass(frozen=True)

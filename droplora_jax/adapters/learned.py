@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from droplora_jax import lowrank
-from droplora_jax.adapters import base, placing
-from droplora_jax.adapters.branch import LowRankLinear
-from droplora_jax.adapters.options import Branch, LowRank
-from droplora_jax.linear import LinearSpec
+from droplora_jax.adapters import base, layout
+from droplora_jax.adapters.config import Branch, LowRank
+from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.nn.linear_spec import LinearSpec
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class LearnedLinear(LowRankLinear):
         super().__init__(layer, spec, config, branches, key)
         kernel = self.base_kernel.get_value()
         shape = (*spec.stack(kernel), self.rank)
-        sharding = placing.letters_sharding(kernel, spec, spec.rank)
+        sharding = layout.letters_sharding(kernel, spec, spec.rank)
         self.mask_logits = nnx.LoRAParam(
-            placing.place(lambda: jnp.zeros(shape), sharding, abstract=self.abstract)
+            layout.place(lambda: jnp.zeros(shape), sharding, abstract=self.abstract)
         )
 
     def mask(self, h: Array) -> Array:

@@ -11,10 +11,10 @@ from typing import SupportsIndex, TypedDict
 import grain
 import numpy as np
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.mixing import Schedule
 from droplora_jax.data.packing import Fit, Lines, joined, one_row_a_line, packed
 from droplora_jax.data.rows import Row, Rows
-from droplora_jax.errors import InputError
 
 PADDING = -1
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from droplora_jax.data import flat
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import atomic_folder, cache_folder, locked
+from droplora_jax.data import row_store
 from droplora_jax.data.config import DataConfig
-from droplora_jax.data.files import File
+from droplora_jax.data.data_file import File
 from droplora_jax.data.rows import Flat
 from droplora_jax.data.templates.base import Tokenizer
-from droplora_jax.errors import InputError
-from droplora_jax.files import atomic_folder, cache_folder, locked
 
 # What of the configuration does not change the rows of a file. Whatever is not named here does.
 OTHERS = ("train", "valid", "valid_fraction", "packing", "cache")
@@ -46,35 +46,35 @@ class Cache:
         file: File,
         sha256: str,
         config: DataConfig,
-        write: Callable[[flat.FlatWriter], None],
-    ) -> tuple[Flat, flat.Info]:
+        write: Callable[[row_store.FlatWriter], None],
+    ) -> tuple[Flat, row_store.Info]:
         """The rows of a file: those that are kept, or what `write` makes of it now.
 
         Raises:
           InputError: the folder can't be written, the disk is full, the file changed meanwhile.
         """
         folder = self.folder / self._key(file, sha256, config)
-        if (kept := flat.read(folder)) is not None:
+        if (kept := row_store.read(folder)) is not None:
             return kept
         try:
             with locked(folder):
-                if (kept := flat.read(folder)) is None:  # no other process was faster
+                if (kept := row_store.read(folder)) is None:  # no other process was faster
                     self._clear(folder)
                     self._make(folder, file, sha256, write)
         except OSError as error:
             raise self._failed(error) from error
-        made = kept or flat.read(folder)
+        made = kept or row_store.read(folder)
         if made is None:
             raise InputError(f"{folder}: what was just written there is not whole")
         return made
 
     def _make(
-        self, folder: Path, file: File, sha256: str, write: Callable[[flat.FlatWriter], None]
+        self, folder: Path, file: File, sha256: str, write: Callable[[row_store.FlatWriter], None]
     ) -> None:
         with atomic_folder(folder) as temporary:
             try:
                 with ExitStack() as stack:
-                    write(flat.FlatWriter(temporary, stack))
+                    write(row_store.FlatWriter(temporary, stack))
             except OSError as error:  # of writing alone: what is read says so itself
                 raise self._failed(error) from error
             if file.sha256() != sha256:

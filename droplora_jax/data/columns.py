@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats import FORMATS
-from droplora_jax.errors import InputError
 
 Columns = Mapping[str, str]  # a format's key, and the column that holds it
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from typing import Any, Literal
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.columns import check_columns
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.templates import TEMPLATES, TRAIN_ON
-from droplora_jax.errors import InputError
 
 AUTO = "auto"
 TOO_LONG = ("cut", "drop", "error")

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from droplora_jax import rope
+from droplora_jax.nn import rope
 
 SEES_ALL = 2**30  # a window wider than any row
 

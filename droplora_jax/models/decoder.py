@@ -15,14 +15,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from droplora_jax import ops, rope
-from droplora_jax.attention import Choice, Kernel, choose
-from droplora_jax.models.cache import Cache
+from droplora_jax.core.sharding import axis_size, constrain, divides
 from droplora_jax.models.config import ModelConfig, Source
-from droplora_jax.models.ends import Embedding, Head, Noise, normal
+from droplora_jax.models.embed_and_head import Embedding, Head, Noise, normal
+from droplora_jax.models.kv_cache import Cache
 from droplora_jax.models.layer import Layer, Remat, RMSNorm, run_layers
-from droplora_jax.sharding import axis_size, constrain, divides
-from droplora_jax.shared import Halves
+from droplora_jax.nn import ops, rope
+from droplora_jax.nn.attention.dispatch import Choice, Kernel, choose
+from droplora_jax.nn.branches import Halves
 
 
 class Decoder(nnx.Module):

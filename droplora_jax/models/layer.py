@@ -17,13 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from droplora_jax import ops, rope
-from droplora_jax.attention import Kernel, attention, saved_of_kernels
-from droplora_jax.models.cache import Cache
+from droplora_jax.core.sharding import constrain
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.quantized import Quantized, dot_general
-from droplora_jax.sharding import constrain
-from droplora_jax.shared import apply_all
+from droplora_jax.models.kv_cache import Cache
+from droplora_jax.nn import ops, rope
+from droplora_jax.nn.attention.dispatch import Kernel, attention, saved_of_kernels
+from droplora_jax.nn.branches import apply_all
+from droplora_jax.nn.quantized_kernel import Quantized, dot_general
 
 # What the forward pass of a layer saves for its backward pass, beside its input: all of it; what
 # costs more to find again than to keep (products that are read again, and masks); the same, in the

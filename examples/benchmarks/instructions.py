@@ -36,10 +36,11 @@ def train_tokenizer(file: Path, vocab_size: int) -> Any:
 
 def real_rows(file: Path, tokenizer: Any, count: int, cache: Path) -> tuple[Row, ...]:
     """So many rows of the file, drawn once, in the order in which they are trained."""
-    from droplora_jax import data
+    from droplora_jax.data import load
+    from droplora_jax.data.config import DataConfig
 
-    config = data.DataConfig(train=str(file), max_length=LINE, cache=str(cache))
-    rows, _ = data.load(config.train, tokenizer, config)
+    config = DataConfig(train=str(file), max_length=LINE, cache=str(cache))
+    rows, _ = load.load(config.train, tokenizer, config)
     chosen = np.random.default_rng(0).permutation(len(rows))[:count]
     return tuple(Row(rows[int(i)].ids, rows[int(i)].trained) for i in chosen)
 
@@ -51,11 +52,12 @@ def lines_a_step(rows: tuple[Row, ...], batch: int) -> int:
 
 def first_rows(rows: tuple[Row, ...], batch: int, lines: int) -> int:
     """How many of the rows, up to a batch, fit into the lines of one step."""
-    from droplora_jax import data
+    from droplora_jax.data import batches
+    from droplora_jax.data import rows as examples
 
     def needed(count: int) -> int:
-        own = [data.Row(row.ids, row.trained) for row in rows[:count]]
-        return data.Batches(
+        own = [examples.Row(row.ids, row.trained) for row in rows[:count]]
+        return batches.Batches(
             own,
             rows_per_batch=lines,
             seed=0,

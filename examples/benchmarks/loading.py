@@ -114,11 +114,12 @@ def exporting(folder: Path) -> dict[str, float]:
     from flax import nnx
 
     import droplora_jax as dl
-    from droplora_jax import hub
+    from droplora_jax.hf import source
+    from droplora_jax.hf.load import abstract_model
 
     mesh = dl.make_mesh(devices=jax.devices()[:1])
-    _, config = hub.read_config(folder)
-    base = hub.abstract_model(config, mesh=mesh, dtype=jnp.bfloat16, source=hub.source(folder))
+    _, config = source.read_config(folder)
+    base = abstract_model(config, mesh=mesh, dtype=jnp.bfloat16, source=source.source(folder))
     model = dl.inject(base, dl.DropLoRA(rank=16, alpha=32), key=dl.root_key(0))
     for _, module in nnx.iter_graph(model):
         if hasattr(module, "lora_b"):

@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from droplora_jax.files import write_json
-from droplora_jax.models import FAMILIES, Decoder
-from droplora_jax.quickstart import random_number, random_word
-from droplora_jax.step import loss_sum
+from droplora_jax.commands.quickstart import random_number, random_word
+from droplora_jax.core.files import write_json
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.families import FAMILIES
+from droplora_jax.training.step import loss_sum
 
 LENGTH, ROWS = 64, 32
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

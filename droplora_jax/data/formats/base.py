@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from droplora_jax.errors import InputError
+from droplora_jax.core.errors import InputError
 
 USER, ASSISTANT, TOOL = "user", "assistant", "tool"
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import (
     ASSISTANT,
     TOOL,
@@ -15,7 +16,6 @@ from droplora_jax.data.formats.base import (
     Turn,
     check_unicode,
 )
-from droplora_jax.errors import InputError
 
 ROLES = ("system", "developer", USER, ASSISTANT, TOOL)
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
 from droplora_jax.data.formats.conversation import ROLES, calls_of, conversation
-from droplora_jax.errors import InputError
 
 _READ = ("role", "content", "tool_calls", "weight")
 

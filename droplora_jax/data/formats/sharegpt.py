@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, TOOL, USER, Example, Format, Turn, text_of
 from droplora_jax.data.formats.conversation import calls_of, conversation
-from droplora_jax.errors import InputError
 
 CALL = "function_call"
 ROLES = {

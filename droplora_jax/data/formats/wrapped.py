@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import Example, Format, exchange, text_of
-from droplora_jax.errors import InputError
 
 TASK = "Below is an instruction that describes a task"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import BATCH, Reader, Record
-from droplora_jax.errors import InputError
 
 _MAGIC = b"ARROW1"  # begins a file; a stream begins with the length of its schema
 

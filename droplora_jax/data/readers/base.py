@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any
 
-from droplora_jax.errors import InputError
+from droplora_jax.core.errors import InputError
 
 Record = tuple[str, Mapping[str, Any]]  # where it stands, for errors; and the object
 LONGEST = 64 * 2**20  # bytes of one line or row: a mistake in the file, not a text to learn

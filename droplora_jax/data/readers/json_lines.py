@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from io import BufferedIOBase
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import Reader, Record, as_object, lines
-from droplora_jax.errors import InputError
 
 
 def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:

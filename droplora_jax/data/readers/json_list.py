@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 from typing import Any
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import (
     LONGEST,
     Reader,
@@ -18,7 +19,6 @@ from droplora_jax.data.readers.base import (
     not_utf8,
     too_long,
 )
-from droplora_jax.errors import InputError
 
 _PART = 2**20  # bytes read at once
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BufferedIOBase
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.arrow import numbered
 from droplora_jax.data.readers.base import BATCH, Reader, Record
-from droplora_jax.errors import InputError
 
 
 def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from io import BufferedIOBase
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import LONGEST, Reader, Record, lines
-from droplora_jax.errors import InputError
 
 
 def _records(stream: BufferedIOBase, name: str, *, delimiter: str) -> Iterator[Record]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import Example
 from droplora_jax.data.formats.wrapped import TASK, is_wrapped
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer, one_exchange
-from droplora_jax.errors import InputError
 
 STEPS = " Let's think step by step."
 WITHOUT_INPUT = (

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, Example, Turn
-from droplora_jax.data.templates import learnt
+from droplora_jax.data.templates import assistant_spans
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer
-from droplora_jax.data.templates.rendering import Fails, Renderer
-from droplora_jax.errors import InputError
+from droplora_jax.data.templates.jinja import Fails, Renderer
 
 
 def render(example: Example, tokenizer: Tokenizer) -> Document:
@@ -25,7 +25,7 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
     """
     renderer = Renderer.of(tokenizer, example.tools)
     turns = _turns(example)
-    find = learnt.marked if renderer.has_marks else learnt.compared
+    find = assistant_spans.marked if renderer.has_marks else assistant_spans.compared
     try:
         text, spans = find(renderer, turns, example.first)
     except Fails as error:

@@ -48,7 +48,7 @@ class Training:
         import optax
 
         import droplora_jax as dl
-        from droplora_jax import optim, step
+        from droplora_jax.training import optimizer, step
 
         self.side, self.work = side, work
         self.mesh = dl.make_mesh(devices=jax.devices()[:1])
@@ -64,8 +64,8 @@ class Training:
             ),
         )
         self.graphdef, adapters, self.mask_keys, self.frozen = dl.split(model)
-        settings = optim.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
-        tx = optim.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
+        settings = optimizer.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+        tx = optimizer.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
         self.packed = work.line > 0 or side.document > 0
         self.step = step.compile_train_step(self.graphdef, tx, adapters, packed=self.packed)
         self.state = step.init_state(adapters, tx)
@@ -75,7 +75,7 @@ class Training:
         """The mean loss of the first rows before the first step, without masks."""
         import jax
 
-        from droplora_jax.step import eval_step
+        from droplora_jax.training.step import eval_step
 
         with self._batches(self.work.rows[: self.work.first]) as batches:
             batch = {name: array[0] for name, array in next(batches).items()}
@@ -111,7 +111,7 @@ class Training:
     @contextmanager
     def _batches(self, rows: tuple[Row, ...]) -> Iterator[Iterator[dict[str, Any]]]:
         """As one microbatch [1, G, T] each, on the device: packed, or as they are."""
-        from droplora_jax.sharding import put
+        from droplora_jax.core.sharding import put
 
         if self.work.line:
             with closing(_packed(self.work, rows, self.mesh)) as batches:
@@ -143,15 +143,16 @@ def _base(side: Ours, work: Work, mesh: Any) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    from droplora_jax import hub
-    from droplora_jax.adapters.targets import dotted
-    from droplora_jax.errors import InputError
+    from droplora_jax.core.errors import InputError
+    from droplora_jax.hf import load
+    from droplora_jax.hf.source import read_config, source
+    from droplora_jax.nn.layer_paths import dotted
 
-    family, config = hub.read_config(work.folder)
-    source = hub.source(work.folder)
+    family, config = read_config(work.folder)
+    origin = source(work.folder)
     options: dict[str, Any] = {"remat": side.remat, "attention": side.attention}
     try:
-        model = hub.abstract_model(config, mesh=mesh, dtype=work.dtype, source=source, **options)
+        model = load.abstract_model(config, mesh=mesh, dtype=work.dtype, source=origin, **options)
     except InputError as refused:  # no such kernel here
         raise Unavailable(str(refused)) from refused
     names = family.tensor_names(config)
@@ -187,17 +188,19 @@ def _packed(work: Work, rows: tuple[Row, ...], mesh: Any) -> Any:
     """Every row once, through the pipeline that a run has."""
     import grain
 
-    from droplora_jax import data
+    from droplora_jax.data import device_feed
+    from droplora_jax.data import rows as examples
+    from droplora_jax.data.batches import Batches
 
-    batches = data.Batches(
-        [data.Row(row.ids, row.trained) for row in rows],
+    batches = Batches(
+        [examples.Row(row.ids, row.trained) for row in rows],
         rows_per_batch=work.lines,
         seed=0,
         shuffle=False,
         max_length=work.line,
         packing="best_fit",
     )
-    return data.fed(batches, grain.MapDataset.source(batches.lines_once()[:, None]), mesh)
+    return device_feed.fed(batches, grain.MapDataset.source(batches.lines_once()[:, None]), mesh)
 
 
 def _tally(batch: dict[str, Any]) -> Tally:

@@ -1,0 +1,259 @@
+"""A low-rank branch beside a linear layer: what all kinds of adapter have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from droplora_jax import lowrank
+from droplora_jax.adapters import base, initializers, layout
+from droplora_jax.adapters.config import Branch
+from droplora_jax.core import prng
+from droplora_jax.nn import ops
+from droplora_jax.nn.linear_spec import LinearSpec, linear_spec
+from droplora_jax.nn.mask_keys import MaskKey, checked_rows
+
+
+class PerLayer(nnx.Variable):
+    """A number for every layer of a stack, [*stack], that runs through its scan with the layer."""
+
+
+class Initial(nnx.Variable):
+    """A factor that a branch started from, of a branch that is measured from its start."""
+
+
+class LowRankLinear(base.Adapter):
+    """`y = base(x) + scale * (((x @ A) * m) @ B - (x @ A0) @ B0)`: kinds differ in the mask m.
+
+    A [*stack, *in, R] and B [*stack, R, *out] are float32 and lie as the kernel does. A0 and B0
+    are what they started from, where that is a part of the kernel, and else are not there: the
+    model is unchanged at first. Where the layers of a stack differ in rank, R is the largest, and
+    the factors are zero beyond a layer's own: so are their gradients.
+    """
+
+    def __init__(
+        self,
+        layer: nnx.Module,
+        spec: LinearSpec,
+        config: Any,
+        branches: tuple[Branch, ...],
+        key: base.InitKey,
+    ) -> None:
+        self.base = layer
+        self.spec = spec
+        self.config = config
+        self.branches = branches
+        self.abstract = key is None
+        self.scales = self.per_layer([b.scale for b in branches], "float32")
+        self.ranks = self.per_layer([b.rank for b in branches], "int32")
+        a, b = self._first_factors(key)
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+        measured = config.init in initializers.OF_KERNEL
+        self.first_a = self._initial(a) if measured else None
+        self.first_b = self._initial(b) if measured else None
+        self.input_key = self.mask_key_of("token") if config.input_dropout else None
+
+    def _initial(self, factor: Any) -> Initial:
+        """A factor as the branch starts, in memory that no step writes over; or its shape."""
+        return Initial(factor if self.abstract else jnp.copy(factor))
+
+    def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
+        kernel = self.base_kernel.get_value()  # an array, or only its shape and sharding
+        make = partial(
+            initializers.first_factors,
+            self.config.init,
+            key if isinstance(key, jax.Array) else None,
+            self.spec,
+            self.branches,
+            kernel.shape,
+        )
+        known = not base.is_abstract(kernel)
+        shardings = layout.factor_shardings(kernel, self.spec)
+        return layout.place(make, shardings, kernel if known else None, abstract=self.abstract)
+
+    def per_layer(self, values: Sequence[Any], dtype: str) -> PerLayer | None:
+        """Numbers of the layers of a stack; None where they are one: a number costs nothing."""
+        if len(set(values)) == 1:
+            return None
+        kernel = self.base_kernel.get_value()
+        shape, sharding = self.spec.stack(kernel), layout.letters_sharding(kernel, self.spec, "")
+
+        def make() -> Array:
+            return jnp.asarray(values, dtype=dtype).reshape(shape)
+
+        return PerLayer(layout.place(make, sharding, abstract=self.abstract))
+
+    def mask_key_of(self, granularity: str | None) -> MaskKey:
+        """Keys that `draw` fills, none at first."""
+        stack = self.spec.stack(self.base_kernel.get_value())
+        keys = jnp.broadcast_to(prng.root_key(0), (*stack, 0))
+        return MaskKey(keys, stack=stack, granularity=granularity)
+
+    @property
+    def rank(self) -> int:
+        """R of the factors: the largest of the layers' ranks."""
+        return max(branch.rank for branch in self.branches)
+
+    @property
+    def adapted(self) -> Sequence[bool]:
+        return [branch.rank > 0 for branch in self.branches]
+
+    def _scale(self, index: tuple[Any, ...] = (), letters: str = "") -> float | Array:
+        """The scale, to multiply what has `letters` after the axes of the stack."""
+        if self.scales is None:
+            return self.branches[0].scale
+        scales = self.scales[index or ...]
+        return scales.reshape(scales.shape + (1,) * len(letters))
+
+    def own_rank(self) -> int | Array:
+        """The rank of this layer of a stack."""
+        return self.rank if self.ranks is None else self.ranks[...]
+
+    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
+        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
+        y = self.base(x, *args, **kwargs)
+        return self.ending()(y, self.hidden(x, y.dtype, h))
+
+    def hidden(self, x: Array, dtype: Any, h: Array | None = None) -> Array:
+        """The first half of the branch: `(x @ A) * m`, and `x @ A0` after it, in `dtype`.
+
+        All that depends on a position's place is in it, so what comes after may be done for some
+        positions only.
+        """
+        down, _, mask = self._products(dtype)
+        if h is None and self.spec.lookup is not None:
+            h = self.spec.lookup(down, x).astype(dtype)
+        elif h is None:
+            x = self._input(self.spec.arrange(x).astype(dtype))
+            (h,) = lowrank.compress(x, down, down=self.spec.down)
+        if self.first_a is not None:
+            first = self.first_a.shape[-1]
+            h, h0 = h[..., :-first], h[..., -first:]
+        if mask is None:
+            mask = self.mask(h)
+        if mask is not None:
+            h = ops.times(h, mask)
+        return h if self.first_a is None else jnp.concatenate([h, h0], axis=-1)
+
+    def ending(self) -> Callable[[Array, Array], Array]:
+        """The layer's output as a function of `base(x)` and `hidden(x)`.
+
+        What does not depend on them is made here, once for however many calls.
+        """
+        delta = self.delta()
+        return lambda y, h: y + delta(h)
+
+    def delta(self) -> Callable[[Array], Array]:
+        """The second half of the branch, as a function of `hidden(x)`."""
+        _, up, _ = self._products(None)
+        return partial(lowrank.lowrank_delta, b=up, scale=self._scale(), up=self.spec.up)
+
+    def transposed(self) -> LowRankLinear:
+        """The layer of the transposed kernel with the same branch and masks.
+
+        For a model whose head is its embedding: `base` says what its own transpose is.
+        """
+        layer = nnx.merge(*nnx.split(self))
+        layer.base = cast(Any, self.base).transposed()
+        layer.spec = linear_spec(layer.base)
+        layer.lora_a, layer.lora_b = (nnx.LoRAParam(f[...].T) for f in (self.lora_b, self.lora_a))
+        if self.first_a is not None and self.first_b is not None:
+            layer.first_a, layer.first_b = (
+                Initial(self.first_b[...].T),
+                Initial(self.first_a[...].T),
+            )
+        return layer
+
+    @property
+    def shared_factor(self) -> Array | None:
+        """A [I, R] of a plain layer, whose product with the input can be made with others'.
+
+        Or only the ranks that this step keeps, where they are the same for all positions. None
+        while a part of the input is dropped: it is another part for every layer.
+        """
+        dropping = self.input_key is not None and self.input_key[...].size
+        if dropping or self.spec.down != "...i,ir->...r":
+            return None
+        return self._products(None)[0]
+
+    def _products(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+        """The factors that the input goes through, and the mask of their ranks if it is known."""
+        a, b, mask = self.subspace(dtype)
+        return (*self._with_first(a, b), mask)
+
+    def _with_first(self, a: Array, b: Array, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
+        """[A, A0] and [B; -B0]: the branch less what it was at first."""
+        if self.first_a is None or self.first_b is None:
+            return a, b
+        first_a, first_b = self.first_a[index or ...], self.first_b[index or ...]
+        rank_axis = -1 - len(self.spec.produced)
+        return (
+            jnp.concatenate([a, first_a], axis=-1),
+            jnp.concatenate([b, -first_b], axis=rank_axis),
+        )
+
+    def _input(self, x: Array) -> Array:
+        """What the branch sees of its input."""
+        if self.input_key is None or not self.input_key[...].size:
+            return x
+        keys = checked_rows(self.input_key[...], x)
+        return x * lowrank.rank_mask(
+            keys,
+            x.shape,
+            drop_rate=self.config.input_dropout,
+            granularity="token",
+            sampler="bernoulli",
+            rescale=True,
+            dtype=x.dtype,
+        )
+
+    def subspace(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+        """A and B, or what of them is kept for all positions, with the mask that is left then."""
+        return self.lora_a[...], self.lora_b[...], None
+
+    def mask(self, h: Array) -> Array | None:
+        """What multiplies `h = x @ A`, of any dtype; None for nothing."""
+        return None
+
+    def factors(self, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
+        """A and B of the branch at evaluation, of one layer of a stack or of all of them.
+
+        Of a branch that is measured from its start they have twice the rank.
+        """
+        return self._with_first(self.lora_a[index or ...], self.evaluated_b(index), index)
+
+    def ranks_of(self, layer: int) -> np.ndarray:
+        """Which ranks of `factors` are a layer's own."""
+        own = np.arange(self.branches[layer].rank)
+        return own if self.first_a is None else np.concatenate([own, self.rank + own])
+
+    def stored(self) -> dict[str, Array]:
+        """What a file of the adapter has: by the names of PEFT's, `factors` and whatever else."""
+        a, b = self.factors()
+        return {"lora_a": a, "lora_b": b}
+
+    def fill(self, stored: Mapping[str, Array]) -> None:
+        """Take the place of what was `stored`, in place: the same at evaluation."""
+        a, b = stored["lora_a"], stored["lora_b"]
+        if self.first_a is not None and self.first_b is not None:
+            rank_axis = -1 - len(self.spec.produced)
+            a, first_a = jnp.split(a, 2, axis=-1)
+            b, first_b = jnp.split(b, 2, axis=rank_axis)
+            self.first_a, self.first_b = Initial(first_a), Initial(-first_b)
+        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+
+    def evaluated_b(self, index: tuple[Any, ...] = ()) -> Array:
+        """B with whatever multiplies `x @ A` at evaluation."""
+        return self.lora_b[index or ...]
+
+    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+        a, b = self.factors(index)
+        scale = self._scale(index, self.spec.kernel)
+        return lowrank.merged_kernel(kernel, a, b, scale=scale, product=self.spec.product)

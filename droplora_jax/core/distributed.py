@@ -1,0 +1,193 @@
+"""One run in several processes, joined by JAX's distributed runtime.
+
+Every process runs the same program on its own devices. The first one writes and speaks for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from droplora_jax.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other.
+
+    On a TPU slice, under SLURM, Open MPI and on Kubernetes JAX finds out by itself; elsewhere all
+    of the first three are needed, `process_id` best on the command line.
+
+    Attributes:
+      coordinator: host:port of process 0.
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
+      timeout: seconds after which a process that is silent counts as gone; JAX then ends the
+        others, and says so.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 60
+
+    def __post_init__(self) -> None:
+        by_hand = {
+            "coordinator": self.coordinator,
+            "num_processes": self.num_processes,
+            "process_id": self.process_id,
+        }
+        missing = [name for name, value in by_hand.items() if value is None]
+        if 0 < len(missing) < len(by_hand):
+            raise InputError(
+                f"distributed.{missing[0]} is missing: give coordinator, num_processes and "
+                "process_id, or none of them where JAX finds the cluster out by itself"
+            )
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise InputError(
+                f"distributed.coordinator={self.coordinator!r}: must be host:port of process 0"
+            )
+        count, number = self.num_processes or 1, self.process_id or 0
+        if count < 1:
+            raise InputError(f"distributed.num_processes={count}: must be at least 1")
+        if not 0 <= number < count:
+            raise InputError(
+                f"distributed.process_id={number}: must be from 0 to {count - 1}, below "
+                f"distributed.num_processes={count}"
+            )
+        if self.timeout < 10:
+            raise InputError(f"distributed.timeout={self.timeout}: must be at least 10 seconds")
+
+
+def join(config: DistributedConfig) -> None:
+    """Join the other processes, if this one is of several. To be called before JAX starts.
+
+    Raises:
+      InputError: the others could not be reached.
+    """
+    # The run looks after SIGTERM by itself, and together with SIGINT.
+    jax.config.update("jax_enable_preemption_service", False)
+    by_hand = config.coordinator is not None
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method="deactivate" if by_hand else None,
+            heartbeat_timeout_seconds=config.timeout,
+            shutdown_timeout_seconds=config.timeout,
+        )
+    except ValueError as error:
+        # Only where no cluster was found is it a process alone: not where one was found by half.
+        if by_hand or "coordinator_address" not in str(error):
+            raise InputError(
+                f"distributed: JAX found a cluster but not all of it ({error}); give "
+                "distributed.coordinator, num_processes and process_id"
+            ) from error
+    except RuntimeError as error:
+        if not by_hand and "must be called before" in str(error):
+            return  # from a program that has used JAX already, alone
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"distributed.coordinator={config.coordinator!r}: the processes of the run could not "
+            f"be joined ({reason}). All of them have to be started, and to reach process 0"
+        ) from error
+
+
+def leave() -> None:
+    """Wait for the others to leave as well, at most the run's `timeout`."""
+    if several():
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+
+
+def several() -> bool:
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process writes and speaks for all."""
+    return not several() or jax.process_index() == 0
+
+
+def name() -> str:
+    """This process, in a message."""
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def wait_for_all(point: str) -> None:
+    """Return when every process has come to this point."""
+    if several():
+        multihost_utils.sync_global_devices(point)
+
+
+def all_true(here: bool) -> bool:
+    """Whether it is true in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(here)))) if several() else here
+
+
+def same(here: bytes) -> bool:
+    """Whether it is the same in every process."""
+    if not several():
+        return True
+    digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    return bool((digests == digest).all())
+
+
+def of_first(here: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of the first process, in all of them: what has to be decided alike."""
+    if not several():
+        return dict(here)
+    halves = np.array(list(here.values()), np.float64).view(np.uint32)  # no 64 bits in JAX
+    numbers = np.asarray(multihost_utils.broadcast_one_to_all(halves)).view(np.float64)
+    return dict(zip(here, numbers.tolist(), strict=True))
+
+
+def sum_of_all(here: np.ndarray) -> np.ndarray:
+    """The sum over all processes of whole numbers below 2 ** 32."""
+    if not several():
+        return here
+    # JAX has no 64 bits by default.
+    halves = np.stack([here & 0xFFFF, here >> 16]).astype(np.uint32)
+    sums = np.asarray(multihost_utils.process_allgather(halves)).sum(axis=0, dtype=np.uint64)
+    return sums[0] + (sums[1] << np.uint64(16))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, in every process; all have to ask for it."""
+    if x.is_fully_addressable:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+class Agreement:
+    """The highest number that any process has said, learned by all at the same step.
+
+    With several processes it is known one step later, so that no device waits for it.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self._highest = jax.jit(jnp.max, out_shardings=replicated)
+        self._asked: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        if not several():
+            return number
+        before = 0 if self._asked is None else int(self._asked)
+        said = np.array([number], np.int32)
+        shape = (self._sharding.mesh.size,)
+        numbers = jax.make_array_from_callback(shape, self._sharding, lambda _: said)
+        self._asked = self._highest(numbers)
+        return before

@@ -1,0 +1,164 @@
+"""Files and folders on a bucket (`gs://`, `s3://`, and whatever else fsspec knows)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import cache_folder, locked, new_file, write_file
+
+URL_FILE = ".bucket"  # in a fetched folder: where its tensors are
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+SIGN_IN = {
+    "gs": "gcloud auth application-default login",
+    "gcs": "gcloud auth application-default login",
+    "s3": "aws configure",
+    "hf": "hf auth login",
+}
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def fetch(url: str, patterns: Sequence[str]) -> Path:
+    """A local folder with the bucket's small files (those that match); tensors stay where they are.
+
+    Raises:
+      InputError: no such folder, no access, or a package that is missing.
+    """
+    url = url.rstrip("/")
+    fs, root = _filesystem(url)
+    with _reading(url):
+        found = {Path(path).name: path for path in fs.ls(root, detail=False)}
+        small = {
+            name: fs.cat_file(path)
+            for name, path in found.items()
+            if any(fnmatch(name, pattern) for pattern in patterns)
+        }
+    if not small:
+        raise InputError(f"{url}: nothing of a model in it")
+    folder = _folder_of(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in small.items():
+        write_file(folder / name, content)
+    for old in folder.iterdir():
+        if old.name not in small and old.name != URL_FILE:
+            old.unlink()
+    write_file(folder / URL_FILE, url)
+    return folder
+
+
+def tensors_url(folder: Path) -> str | None:
+    """Where the tensors of a fetched folder are; None for a folder that has its own."""
+    file = folder / URL_FILE
+    return file.read_text() if file.exists() else None
+
+
+def exists(url: str) -> bool:
+    fs, path = _filesystem(url)
+    return fs.exists(path)
+
+
+def fetch_file(url: str) -> Path:
+    """A local copy of a file, taken again when the file has changed.
+
+    Raises:
+      InputError: no such file, no access, a package that is missing, or a disk that is full.
+    """
+    fs, path = _filesystem(url)
+    with _reading(url):
+        if not fs.isfile(path):
+            raise InputError(f"{url}: no such file on the bucket")
+        version = str(fs.ukey(path))
+    copy = _folder_of(f"{url} {version}") / Path(path).name
+    try:
+        with locked(copy):
+            if not copy.exists():
+                with new_file(copy) as local:
+                    for part in _parts(url, fs, path):
+                        local.write(part)
+    except OSError as error:
+        raise InputError(f"{copy}: the copy of {url} can't be written ({error})") from error
+    return copy
+
+
+def _parts(url: str, fs: Any, path: str) -> Iterator[bytes]:
+    with _reading(url), fs.open(path, "rb") as remote:
+        while part := remote.read(2**22):
+            yield part
+
+
+def matching(url: str) -> list[str]:
+    """The URLs of the files that match a glob, in order."""
+    fs, pattern = _filesystem(url)
+    with _reading(url):
+        return [fs.unstrip_protocol(path) for path in sorted(fs.glob(pattern)) if fs.isfile(path)]
+
+
+def names_in(url: str) -> list[str] | None:
+    """The names of the files in a folder; None if it is none."""
+    fs, path = _filesystem(url)
+    with _reading(url):
+        if not fs.isdir(path):
+            return None
+        return [Path(file["name"]).name for file in fs.ls(path) if file["type"] == "file"]
+
+
+class BucketFile:
+    """A file on a bucket; every range is one request."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._fs, self._path = _filesystem(url)
+        try:
+            self.size = int(self._fs.size(self._path))
+        except FileNotFoundError as error:
+            raise InputError(f"{url}: missing; upload it again") from error
+
+    def range(self, start: int, stop: int) -> bytes:
+        with _reading(self._url):
+            return self._fs.cat_file(self._path, start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        pass
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(url.split("://")[0], "the package that fsspec names")
+        raise InputError(f"{url}: needs {package}: pip install {package}") from error
+    except ValueError as error:
+        raise InputError(f"{url}: {error}") from error
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Whatever a filesystem raises in the block, of which each has its own, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        sign_in = SIGN_IN.get(url.split("://")[0])
+        hint = f". If you have access, sign in: {sign_in}" if sign_in else ""
+        raise InputError(f"{url}: can't be read ({reason(error)}){hint}") from error
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _folder_of(url: str) -> Path:
+    return cache_folder("buckets") / hashlib.sha256(url.encode()).hexdigest()[:32]

@@ -1,0 +1,178 @@
+"""The mesh, the rules from logical axes to mesh axes, and shardings made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from droplora_jax.core.errors import InputError
+
+# A logical axis that is not listed is an error; `None` means replicated. `replica` stands in no
+# weight's rule: only gradients of adapters cross it, so it may be a slow network.
+RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
+    {
+        "batch": ("replica", "data", "fsdp"),
+        "position": ("context",),
+        "layers": None,
+        "width": ("fsdp", "context"),
+        "heads": ("tensor",),
+        "ffn": ("tensor",),
+        "vocab": ("tensor",),
+        "norm": None,
+        # Of the loss: a batch that stays whole along `fsdp`, and a vocabulary that does not.
+        "rows": ("replica", "data"),
+        "split_vocab": ("tensor", "fsdp"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what is left.
+
+    Attributes:
+      replica: copies of the whole, in slices or hosts between which the network is slow.
+      data: copies of the weights, each for its own rows.
+      fsdp: rows, and weights that are gathered layer by layer.
+      tensor: heads, feed-forward width, vocabulary.
+      context: positions of a row; weights too, as over `fsdp`.
+    """
+
+    replica: int = 1
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if size < 1 and size != -1:
+                raise InputError(f"mesh.{field.name}={size}: must be positive, or -1 for the rest")
+        if self.sizes.count(-1) > 1:
+            raise InputError(f"mesh={self.sizes}: only one axis may be -1 (what is left)")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `MeshConfig`'s axes over `devices` (default: all), partitioned by the compiler.
+
+    Where the devices are in several slices, `replica` lies across them.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or do not fit the slices.
+    """
+    config = config or MeshConfig()
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = list(config.sizes)
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // known
+    names = tuple(field.name for field in fields(config))
+    if math.prod(sizes) != len(devices):
+        asked = described(dict(zip(names, config.sizes, strict=True)))
+        raise InputError(
+            f"mesh {asked} does not match the {len(devices)} device(s) here: the sizes must "
+            f"multiply to {len(devices)}; set one of them to -1 to take what is left"
+        )
+    return Mesh(_ordered(sizes, devices), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def _ordered(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices by mesh position, so that neighbours along the last axes are close."""
+    replicas, *within = sizes
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and replicas % slices == 0:
+        return mesh_utils.create_hybrid_device_mesh(
+            (replicas // slices, *within),
+            (slices, *[1] * len(within)),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    if slices > 1 and devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh.replica={replicas}: the {len(devices)} devices are in {slices} slices, and only "
+            f"replicas may lie across slices; set mesh.replica to a multiple of {slices}"
+        )
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+
+def partition_spec(
+    axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
+    """Logical axes to a PartitionSpec.
+
+    With `shape`, a dimension that its mesh axes do not divide is left replicated.
+
+    Raises:
+      InputError: an unknown logical axis, or two that share a mesh axis.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for i, axis in enumerate(axes):
+        if axis is not None and axis not in RULES:
+            raise InputError(f"logical axis {axis!r} has no rule; known: {', '.join(RULES)}")
+        mesh_axes = RULES[axis] if axis is not None else None
+        if mesh_axes and shape is not None and shape[i] % axis_size(mesh, mesh_axes):
+            mesh_axes = None
+        entries.append(mesh_axes)
+    used = [name for entry in entries if entry for name in entry]
+    if len(used) != len(set(used)):
+        raise InputError(f"logical axes {tuple(axes)} map to one mesh axis twice: {entries}")
+    return PartitionSpec(*entries)
+
+
+def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
+    """The number of devices along `names` together."""
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def described(shape: Mapping[str, int]) -> str:
+    """A mesh's shape in words, without the axes of one device."""
+    return " x ".join(f"{name}={size}" for name, size in shape.items() if size != 1) or "1 device"
+
+
+def divides(mesh: Mesh | None, axis: str, size: int) -> bool:
+    """Whether the mesh axes of a logical axis split a dimension of this size evenly."""
+    return mesh is not None and size % axis_size(mesh, RULES[axis] or ()) == 0
+
+
+def named_sharding(
+    mesh: Mesh, axes: Sequence[str | None] = (), shape: Sequence[int] | None = None
+) -> NamedSharding:
+    """The sharding of an array with these logical axes; replicated without any."""
+    return NamedSharding(mesh, partition_spec(axes, mesh, shape))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
+    """Tell the compiler how `x` lies on the mesh; no mesh, no constraint."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+
+def put(tree: Any, axes: Sequence[str | None], mesh: Mesh | None) -> Any:
+    """A tree of host arrays, the same on every process, to global ones with these leading axes.
+
+    No mesh, nothing to do: JAX takes the arrays as they are.
+    """
+    if mesh is None:
+        return tree
+
+    def place(x: np.ndarray) -> jax.Array:
+        sharding = named_sharding(mesh, [*axes, *[None] * (x.ndim - len(axes))])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

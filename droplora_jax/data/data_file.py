@@ -1,0 +1,120 @@
+"""Data files: what they hold, unpacked as it is read, and what tells one from another."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.readers import READERS, Reader, Record
+
+Unpack = Callable[..., Any]
+
+
+def _zstandard(stream: BufferedIOBase) -> Any:
+    import pyarrow
+
+    # Unlike the stream of the zstandard package, this one tells when the file was cut short.
+    unpacked: Any = pyarrow.CompressedInputStream(stream, "zstd")
+    return io.BufferedReader(unpacked, 2**20)
+
+
+UNPACKERS: dict[str, Unpack] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstandard,
+}
+KNOWN = f"{', '.join(READERS)}, or one of them packed as {', '.join(UNPACKERS)}"
+
+
+@dataclass(frozen=True)
+class File:
+    """A data file that is on this machine.
+
+    Attributes:
+      name: what the user calls it.
+      path: where it is.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    def suffix(self) -> str:
+        """The end of its name that says how it is read, such as `.jsonl`."""
+        return data_suffix(self.path.name)
+
+    def sha256(self) -> str:
+        """Of the bytes as they lie on disk."""
+        with self._open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def records(self) -> Iterator[Record]:
+        """Its objects, each with where it stands: "a.jsonl:17", "a.parquet, row 17".
+
+        Raises:
+          InputError: names the file, the line and the rule.
+        """
+        empty = True
+        with ExitStack() as stack:
+            try:
+                for record in self._reader.records(self._unpacked(stack), self.name):
+                    empty = False
+                    yield record
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                kind = self.path.suffix.lower()
+                what = f"not a whole {kind} file" if kind in UNPACKERS else "can't be read"
+                raise InputError(f"{self.name}: {what} ({error})") from error
+        if empty:
+            raise InputError(f"{self.name}: the file is empty")
+
+    @property
+    def _reader(self) -> Reader:
+        if self.suffix not in READERS:
+            raise InputError(f"{self.name}: must be one of {KNOWN}")
+        return READERS[self.suffix]
+
+    def _open(self) -> BufferedIOBase:
+        try:
+            return self.path.open("rb")
+        except FileNotFoundError as error:
+            raise InputError(f"{self.name}: no such file") from error
+        except OSError as error:
+            raise InputError(f"{self.name}: can't be read ({error.strerror})") from error
+
+    def _unpacked(self, stack: ExitStack) -> BufferedIOBase:
+        raw = stack.enter_context(self._open())
+        unpack = UNPACKERS.get(self.path.suffix.lower())
+        if unpack is None:
+            return raw
+        stream = stack.enter_context(unpack(raw))
+        if not self._reader.seeks:
+            return stream
+        whole: Any = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        shutil.copyfileobj(stream, whole, 2**20)
+        whole.seek(0)
+        return whole
+
+
+def data_suffix(name: str) -> str:
+    """The end of a file's name, that of a packed file left out."""
+    path = Path(name.lower())
+    return path.with_suffix("").suffix if path.suffix in UNPACKERS else path.suffix
+
+
+def local(path: str | Path) -> File:
+    """A file by its path."""
+    return File(str(path), Path(path).expanduser())

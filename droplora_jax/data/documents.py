@@ -1,0 +1,70 @@
+"""From the records of a file to documents, with errors that name the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.columns import described, recognised, renamed
+from droplora_jax.data.config import AUTO, DataConfig
+from droplora_jax.data.formats import FORMATS, Empty
+from droplora_jax.data.templates import TEMPLATES, Document
+from droplora_jax.data.templates.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What writes out the records of one file.
+
+    Attributes:
+      format: a name in `FORMATS`.
+      template: a name in `TEMPLATES`.
+    """
+
+    format: str
+    template: str
+    tokenizer: Tokenizer
+    config: DataConfig
+
+    @classmethod
+    def of(
+        cls, where: str, record: Mapping[str, Any], tokenizer: Tokenizer, config: DataConfig
+    ) -> Writer:
+        """The writer of a file whose first record this is.
+
+        Raises:
+          InputError: no format has its keys.
+        """
+        name = config.format
+        if name == AUTO:
+            try:
+                name = recognised(record, config.columns)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+        usual = FORMATS[name].template
+        return cls(name, usual if config.template == AUTO else config.template, tokenizer, config)
+
+    def __call__(self, where: str, record: Mapping[str, Any]) -> Document:
+        """The record, written out.
+
+        Raises:
+          Empty: a text that has to hold something does not.
+          InputError: names the place, and what is wrong.
+        """
+        format, columns = FORMATS[self.format], self.config.columns
+        try:
+            example = format.convert(renamed(record, columns))
+        except Empty:
+            raise
+        except InputError as error:
+            raise InputError(
+                f"{where}: {error}; the format {self.format} has the keys {format.keys}"
+                f"{described(columns)}"
+            ) from error
+        try:
+            document = TEMPLATES[self.template](example, self.tokenizer)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        return document.trained_on(self.config.train_on)

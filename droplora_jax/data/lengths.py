@@ -1,0 +1,117 @@
+"""Rows to the length of a line, and a count of what became of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.config import DataConfig
+from droplora_jax.data.formats import Empty
+from droplora_jax.data.report import Report, Source
+from droplora_jax.data.rows import Row, Rows
+
+_NAMED = 3  # empty records whose places are kept
+
+
+@dataclass
+class Tally:
+    """What became of the records so far.
+
+    Attributes:
+      counts: how many were cut, split, dropped.
+      lengths: how many records of each number of tokens there were, before all that.
+      empty: where the first of the records with an empty text stand.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """Records so far, kept or not."""
+        return self.lengths.total() + self.counts["dropped_empty"]
+
+    def add(self, other: Tally) -> None:
+        self.counts.update(other.counts)
+        self.lengths.update(other.lengths)
+        self.empty = [*self.empty, *other.empty][:_NAMED]
+
+    def report(self, rows: Rows, sources: tuple[Source, ...], limit: int) -> Report:
+        """The report of the rows that are kept.
+
+        Raises:
+          InputError: none is.
+        """
+        if not len(rows):
+            raise InputError(self._none_left(sources, limit))
+        counts = self.counts
+        return Report(
+            sources=sources,
+            max_length=limit,
+            read=self.read,
+            kept=len(rows),
+            cut=counts["cut"],
+            split=counts["split"],
+            pieces=counts["pieces"],
+            dropped_long=counts["dropped_long"],
+            dropped_unlabelled=counts["dropped_unlabelled"],
+            dropped_empty=counts["dropped_empty"],
+            empty=tuple(self.empty),
+            tokens=int(rows.lengths.sum()),
+            trained_tokens=rows.trained_tokens,
+            lengths=tuple(sorted(self.lengths.items())),
+        )
+
+    def _none_left(self, sources: Sequence[Source], limit: int) -> str:
+        counts = self.counts
+        paths = ", ".join(source.path for source in sources)
+        why = []
+        if counts["dropped_long"]:
+            why.append(f"{counts['dropped_long']:,} are longer than data.max_length={limit}")
+        if counts["dropped_unlabelled"]:
+            why.append(
+                f"{counts['dropped_unlabelled']:,} have nothing to learn within "
+                f"data.max_length={limit}"
+            )
+        if counts["dropped_empty"]:
+            why.append(f"{counts['dropped_empty']:,} are empty ({', '.join(self.empty)})")
+        fix = "" if counts["dropped_empty"] == self.read else "; raise data.max_length"
+        return f"{paths}: no row is left to train on: {', '.join(why)}{fix}"
+
+
+def fit(row: Row, where: str, splittable: bool, config: DataConfig, tally: Tally) -> list[Row]:
+    """The row as one or more of at most `max_length` tokens, or none; counts what it does."""
+    limit, counts = config.max_length, tally.counts
+    tally.lengths[len(row)] += 1
+    long = len(row) > limit
+    if long and splittable:
+        pieces = row.split(limit)
+        counts["split"] += 1
+        counts["pieces"] += len(pieces)
+        return pieces
+    if long and config.too_long == "error":
+        raise InputError(
+            f"{where}: {len(row):,} tokens are more than data.max_length={limit}; raise it, or set "
+            "data.too_long to cut or drop"
+        )
+    if long and config.too_long == "drop":
+        counts["dropped_long"] += 1
+        return []
+    row = row.first(limit)
+    if not row.trained.any():
+        counts["dropped_unlabelled"] += 1
+        return []
+    counts["cut"] += long
+    return [row]
+
+
+def drop_empty(where: str, error: Empty, config: DataConfig, tally: Tally) -> None:
+    """Count a record without a text, unless that is an error."""
+    if config.empty == "error":
+        raise InputError(f"{where}: {error}, or set data.empty=drop") from error
+    tally.counts["dropped_empty"] += 1
+    if len(tally.empty) < _NAMED:
+        tally.empty.append(f"{where}: {error.key}")

@@ -1,0 +1,100 @@
+"""Files to tokenised rows, each step of the way named where it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+from droplora_jax.data.cache import Cache
+from droplora_jax.data.config import DataConfig, Place, parts_of
+from droplora_jax.data.data_file import File
+from droplora_jax.data.documents import Writer
+from droplora_jax.data.formats import Empty
+from droplora_jax.data.lengths import Tally, drop_empty, fit
+from droplora_jax.data.readers import Record
+from droplora_jax.data.report import Report, Source
+from droplora_jax.data.row_store import Flat, FlatWriter
+from droplora_jax.data.rows import Rows
+from droplora_jax.data.sources import found
+from droplora_jax.data.templates import Document
+from droplora_jax.data.templates.base import Tokenizer
+from droplora_jax.data.tokenization import encode
+
+# Tokenised in one call, which is several times faster than one by one: at most so many records, or
+# fewer if they are long.
+_RECORDS, _CHARACTERS = 1024, 2**21
+
+Placed = tuple[str, Document]  # where a record stands, and the record written out
+
+
+def load(
+    paths: Place | Sequence[Place], tokenizer: Tokenizer, config: DataConfig
+) -> tuple[Rows, Report]:
+    """Read, write out, tokenise and shorten the rows of one file or several.
+
+    The rows are on disk, in the cache; what was made there before is used again. The sources of
+    `Rows` are the entries of `paths`.
+
+    Args:
+      paths: of the files, folders, ...; `config.train` or `config.valid`.
+      tokenizer: a Hugging Face tokenizer.
+      config: `train` and `valid` are not looked at.
+
+    Raises:
+      InputError: names the file, the line, and the rule; or says why no row is left.
+    """
+    cache = Cache.of(config, tokenizer)
+    groups: list[list[Flat]] = []
+    sources: list[Source] = []
+    total = Tally()
+    for part in parts_of(paths):
+        own = part.settings(config)
+        groups.append([])
+        for file in found(part.path):
+            sha256 = file.sha256()
+            write = partial(_write, file, config=own, tokenizer=tokenizer)
+            flat, info = cache.rows(file, sha256, own, write)
+            tally = info.tally(file.name)
+            groups[-1].append(flat)
+            sources.append(Source(file.name, info.format, info.template, tally.read, sha256))
+            total.add(tally)
+    rows = Rows(groups)
+    return rows, total.report(rows, tuple(sources), config.max_length)
+
+
+def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Write the rows of a file, a chunk of records at a time."""
+    records = file.records()
+    first = next(records)
+    write = Writer.of(*first, tokenizer, config)
+    tally = Tally()
+    for chunk in _chunks(_written(chain([first], records), write, tally)):
+        rows = encode([document for _, document in chunk], tokenizer)
+        flat.add(
+            fit(row, where, document.split, config, tally)
+            for (where, document), row in zip(chunk, rows, strict=True)
+        )
+    flat.finish(file.name, write.format, write.template, tally)
+
+
+def _written(records: Iterable[Record], write: Writer, tally: Tally) -> Iterator[Placed]:
+    """The records written out; empty ones are left out."""
+    for where, record in records:
+        try:
+            yield where, write(where, record)
+        except Empty as error:
+            drop_empty(where, error, write.config, tally)
+
+
+def _chunks(documents: Iterable[Placed]) -> Iterator[list[Placed]]:
+    chunk: list[Placed] = []
+    characters = 0
+    for where, document in documents:
+        chunk.append((where, document))
+        characters += sum(len(piece.text) for piece in document.pieces)
+        if len(chunk) == _RECORDS or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk

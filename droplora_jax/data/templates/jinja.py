@@ -1,0 +1,89 @@
+"""Renderings of a conversation by the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.formats.base import Turn
+from droplora_jax.data.templates.base import Tokenizer
+
+Span = tuple[int, int]  # characters of a rendering, the second left out
+
+# A row must not depend on the day. Llama 3 writes this date where it doesn't know today's.
+DATE = "26 Jul 2024"
+
+
+class Fails(InputError):
+    """The chat template raises an error."""
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """The chat template of a tokenizer, with the tools of one conversation.
+
+    Attributes:
+      template: the Jinja source.
+      markers: the tokens that no text is split into.
+    """
+
+    tokenizer: Tokenizer
+    tools: Sequence[Mapping[str, Any]]
+    template: str
+    markers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> Renderer:
+        if not tokenizer.chat_template:
+            raise InputError(
+                "data.template=chat: the tokenizer has no chat template; put a "
+                "chat_template.jinja into its folder, or set data.template to alpaca or none"
+            )
+        template = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
+        if "strftime_now" in template and "date_string" not in template:
+            raise InputError(
+                "data.template=chat: the chat template writes today's date (strftime_now), and "
+                "the rows would change from day to day; write a date into it"
+            )
+        markers = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        return cls(tokenizer, tools, template, markers)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template says what the assistant generates."""
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+
+    def text(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
+        return self._rendered(turns, add_generation_prompt=add_generation_prompt)[0]
+
+    def marked(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+        """The text, and where the assistant generates it."""
+        return self._rendered(turns, return_assistant_tokens_mask=True)
+
+    def _rendered(self, turns: Sequence[Turn], **options: bool) -> tuple[str, list[Span]]:
+        # What apply_chat_template calls; that itself gives no places in the text.
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template  # its annotation says otherwise
+        try:
+            (text,), spans = render(
+                [[message(turn) for turn in turns]],
+                tools=list(self.tools) or None,
+                chat_template=self.template,
+                **options,
+                **self.tokenizer.special_tokens_map,
+                date_string=DATE,
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise Fails(f"data.template=chat: the chat template fails ({error})") from error
+        return text, spans[0] if spans else []
+
+
+def message(turn: Turn) -> dict[str, Any]:
+    """A turn as chat templates read it."""
+    content = {} if turn.content is None else {"content": turn.content}
+    calls = {"tool_calls": list(turn.calls)} if turn.calls else {}
+    return {"role": turn.role, **content, **calls, **turn.keys}

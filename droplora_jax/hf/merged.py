@@ -1,0 +1,248 @@
+"""Base + adapters as a plain Hugging Face folder, written tensor by tensor and then verified."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import DTypeLike
+
+from droplora_jax.adapters.base import base_path
+from droplora_jax.adapters.fully_trained import wholes_of
+from droplora_jax.adapters.surgery import adapters_of
+from droplora_jax.core import distributed
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import atomic_folder, check_free, check_links, read_json, write_json
+from droplora_jax.hf.safetensors_file import is_finite, write_tensors
+from droplora_jax.hf.shards import INDEX_FILE, Each, TensorFiles, open_folder, turned
+from droplora_jax.hf.source import source_folder
+from droplora_jax.hf.verify import probe
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.families import FAMILIES
+
+# What is carried over from the base beside the weights.
+CARRIED = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*")
+REPORT_FILE = "droplora_merge.json"  # what the folder is, and what was verified
+WORST = 3  # tensors that are named
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written, and what casting the merge to the stored dtype took of the adapter.
+
+    Attributes:
+      tensors: number of tensors in the folder; `merged` of them hold an adapter.
+      rounding: per merged tensor, ||stored delta - delta|| / ||delta||, largest first.
+      difference: of the folder's float32 logits from base + adapter's, relative (see `probe`).
+    """
+
+    folder: Path
+    tensors: int
+    merged: int
+    rounding: tuple[tuple[str, float], ...]
+    difference: float
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.folder}: {self.merged} of {self.tensors} tensors merged; read back bit for "
+            f"bit; float32 logits differ from those of base + adapter by {self.difference:.1e}"
+        )
+        worst = [f"{name} {loss:.1e}" for name, loss in self.rounding[:WORST] if loss]
+        if worst:
+            median = float(np.median([loss for _, loss in self.rounding]))
+            text += (
+                f"\nrounding to the stored dtype took {median:.1e} of the adapter (relative, "
+                f"median of the tensors), at most: {', '.join(worst)}"
+            )
+        return text
+
+
+def save_merged(
+    model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None
+) -> MergeReport:
+    """Write the merged model as a Hugging Face folder.
+
+    The base's own shards are read again, one tensor in memory at a time, so `model` needs its
+    adapters but no base weights. The sum is made in float32 and cast once, to the base's stored
+    dtype or to `dtype`. The folder appears under its name only when complete, read back bit for
+    bit, and found to compute what base + adapter do (`probe`, which holds one layer in float32).
+    `droplora_merge.json` in it keeps the report.
+
+    Raises:
+      InputError: an output folder that holds something, a value that is not finite, no space;
+        or one of several processes, none of which has all of the adapters.
+    """
+    folder = Path(folder)
+    if distributed.several():
+        raise InputError(
+            f"{folder}: save_merged works in one process: save_adapter here, and then "
+            "`droplora export` anywhere"
+        )
+    check_free(folder)
+    base_folder = source_folder(model)
+    base, merges = open_folder(base_folder), merges_by_tensor(model)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_folder(folder) as temporary:
+        merge = _Merging(base, merges, dtype, pool.map)
+        for shard, names in base.shards().items():
+            merge.write(temporary / shard, names)
+        _carry_over(base_folder, temporary, dtype)
+        if (base_folder / INDEX_FILE).exists():
+            weight_map = {name: Path(file).name for name, file in base.files.items()}
+            index = {"metadata": {"total_size": merge.written}, "weight_map": weight_map}
+            write_json(temporary / INDEX_FILE, index)
+        report = MergeReport(
+            folder=folder,
+            tensors=len(base.files),
+            merged=len(merges),
+            rounding=tuple(sorted(merge.rounding.items(), key=lambda item: -item[1])),
+            difference=probe(model, merge.less_rounding, temporary, pool.map),
+        )
+        write_json(temporary / REPORT_FILE, _as_json(report, model))
+    return report
+
+
+def _as_json(report: MergeReport, model: Decoder) -> dict:
+    source = model.source
+    return {
+        "format_version": 1,
+        "base": source.path if source else None,
+        "base_revision": source.revision if source else None,
+        "logits_difference": report.difference,
+        "rounding": dict(report.rounding),
+    }
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What an adapter makes of one stored tensor.
+
+    Attributes:
+      run: the kernel as the model has it to the kernel with its adapter, in float32.
+      transposed: the kernel is the transpose of what is stored.
+      replaces: the base's value does not count.
+    """
+
+    run: Callable[[np.ndarray], np.ndarray]
+    transposed: bool
+    replaces: bool = False
+
+
+def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
+    """The merge of every stored tensor that has an adapter."""
+    names = FAMILIES[model.config.family].tensor_names(model.config)
+    merges: dict[str, Merge] = {}
+    for path, adapter in adapters_of(model).items():
+        name = names[f"{path}.{adapter.spec.attribute}"]
+        merger = adapter.merger()
+
+        def run(kernel, index, merger=merger):
+            return np.asarray(merger(kernel, *index))
+
+        for layer, adapted in enumerate(adapter.adapted):
+            if adapted:
+                own = partial(run, index=(layer,) if name.stacked else ())
+                merges[name.of_layer(layer)] = Merge(own, name.transposed)
+    for where, whole in wholes_of(model).items():
+        name, value = names[base_path(where)], whole.get_value()
+        for layer in range(model.config.layers if name.stacked else 1):
+            own = value[layer] if name.stacked else value
+            merges[name.of_layer(layer)] = Merge(
+                partial(_instead, own), name.transposed, replaces=True
+            )
+    return merges
+
+
+def _instead(value: jax.Array, kernel: np.ndarray) -> np.ndarray:
+    """What is trained whole takes the place of what was there."""
+    return np.asarray(value)
+
+
+@dataclass
+class _Merging:
+    """A base on its way into a merged folder; what is seen on the way is kept for the report."""
+
+    base: TensorFiles
+    merges: dict[str, Merge]
+    dtype: DTypeLike | None
+    each: Each
+    rounding: dict[str, float] = field(default_factory=dict)
+    written: int = 0  # bytes
+
+    def target(self, name: str) -> np.dtype:
+        return np.dtype(self.dtype or self.base.dtype(name))
+
+    def write(self, file: Path, names: list[str]) -> None:
+        """Write one shard."""
+        entries = {name: (self.target(name), self.base.shape(name)) for name in names}
+        write_tensors(file, entries, map(self._merged, names))
+
+    def _merged(self, name: str) -> np.ndarray:
+        target, merge = self.target(name), self.merges.get(name)
+        kernel = self._read(name, merge is not None and merge.transposed)
+        merged = kernel if merge is None else merge.run(kernel)
+        with np.errstate(over="ignore"):
+            out = merged.astype(target, copy=False)
+        if not is_finite(out):
+            raise InputError(
+                f"{self.base.files[name]}: {name} is not finite once the adapter is merged into "
+                f"{target.name}; the base or the adapter holds NaN, infinity or values too large"
+            )
+        if merge is not None:
+            self.rounding[name] = float(_rounding_loss(kernel, merged, out))
+            out = turned(out, self.each) if merge.transposed else out
+        self.written += out.nbytes
+        return out
+
+    def less_rounding(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray:
+        """A base tensor in float32, less what the cast of its merge takes: see `probe`."""
+        target, merge = self.target(name), self.merges.get(name)
+        if merge is None:
+            kernel = self._read(name, transposed, index)
+            return kernel.astype(target, copy=False).astype(np.float32, copy=False)
+        kernel = self._read(name, merge.transposed)
+        merged = merge.run(kernel)
+        out = merged.astype(target)
+        if not merge.replaces:
+            out = np.asarray(_less_rounding(kernel, merged, out))
+        out = out.astype(np.float32, copy=False)
+        return (out if merge.transposed == transposed else out.T)[index]
+
+    def _read(self, name: str, transposed: bool, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self.base.read(name, index, transposed=transposed, each=self.each)
+
+
+@jax.jit
+def _rounding_loss(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.Array:
+    """||stored delta - delta|| / ||delta||; 0 of an adapter that does nothing."""
+    size = jnp.linalg.norm(merged - kernel.astype(jnp.float32))
+    return jnp.linalg.norm(out.astype(jnp.float32) - merged) / jnp.where(size, size, 1.0)
+
+
+@jax.jit
+def _less_rounding(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.Array:
+    return kernel.astype(jnp.float32) + (out.astype(jnp.float32) - merged)
+
+
+def _carry_over(source: Path, target: Path, dtype: DTypeLike | None) -> None:
+    check_links(source, CARRIED)
+    for pattern in CARRIED:
+        for file in source.glob(pattern):
+            # An index names files; the merged folder has its own, or none.
+            # (And a merge report is of the folder that it stands in.)
+            own = file.name.endswith(".index.json") or file.name == REPORT_FILE
+            if file.is_file() and not own:
+                shutil.copyfile(file, target / file.name)
+    if dtype is not None:
+        config = read_json(target / "config.json")
+        config.pop("torch_dtype", None)
+        write_json(target / "config.json", {**config, "dtype": np.dtype(dtype).name})

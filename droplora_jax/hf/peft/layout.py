@@ -1,0 +1,159 @@
+"""Where in a PEFT folder the arrays of a model with adapters are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from droplora_jax.adapters.base import Adapter, base_path
+from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.surgery import adapters_of
+from droplora_jax.core import distributed
+from droplora_jax.core.errors import InputError
+from droplora_jax.hf import source
+from droplora_jax.hf.peft.names import (
+    EMBEDDING,
+    HEAD,
+    LINEAR,
+    MAGNITUDE,
+    PREFIX,
+    BaseNames,
+    is_copy,
+    split_key,
+    whole_key,
+)
+from droplora_jax.hf.shards import TensorFiles, open_folder
+from droplora_jax.models.decoder import Decoder
+
+Places = dict[str, tuple[int | None, tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The tensors that an array of the model is stored in.
+
+    Attributes:
+      places: each tensor's name, with the layer of the stack (None without a stack), and what of
+        that layer it is.
+      transposed: a tensor is the transpose of its place.
+    """
+
+    places: Places
+    transposed: bool
+
+    def stored(self, value: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of an array."""
+        tensors = {}
+        for key, (layer, index) in self.places.items():
+            own = (value if layer is None else value[layer])[index]
+            tensors[key] = np.ascontiguousarray(own.T if self.transposed else own)
+        return tensors
+
+    def filled(self, shape: tuple[int, ...], tensors: TensorFiles, file: Path) -> np.ndarray:
+        """The array of the tensors; zero where there is none."""
+        out = np.zeros(shape, np.float32)
+        for key, (layer, index) in self.places.items():
+            place = out if layer is None else out[layer]
+            own = place[index].shape[:: -1 if self.transposed else 1]
+            if key not in tensors.files:
+                raise InputError(f"{file}: lacks {key}")
+            if tensors.shape(key) != own:
+                raise InputError(
+                    f"{file}: {key} has shape {list(tensors.shape(key))}, the "
+                    f"model needs {list(own)}: the adapter was made for another base or rank"
+                )
+            place[index] = tensors.read(key, dtype=np.float32, transposed=self.transposed)
+        return out
+
+
+def slots_of(path: str, adapter: LowRankLinear, names: BaseNames) -> dict[str, Slot]:
+    """Where the arrays that an adapter stores are, by its own names for them."""
+    slots = {}
+    stacked = bool(adapter.spec.stack(adapter.base_kernel.get_value()))
+    for part, attribute in (EMBEDDING if adapter.spec.lookup else LINEAR).items():
+        places: Places = {}
+        for layer, there in enumerate(adapter.adapted):
+            ranks = adapter.ranks_of(layer)
+            index = {"lora_a": (slice(None), ranks), "lora_b": (ranks,)}.get(attribute, ())
+            if there:
+                key = f"{PREFIX}{names.module(path, layer)}{part}"
+                places[key] = (layer if stacked else None, index)
+        slots[attribute] = Slot(places, transposed=part != MAGNITUDE)
+    return slots
+
+
+def slot_of_whole(where: tuple[Any, ...], model: Decoder) -> Slot:
+    """Where a parameter that is trained whole is."""
+    path = base_path(where)
+    name = BaseNames(model.config).table[path]
+    owner: Any = adapters_of(model).get(path.rpartition(".")[0])
+    places: Places = {}
+    for layer in range(model.config.layers if name.stacked else 1):
+        adapted = owner is not None and owner.adapted[layer]
+        places[whole_key(name.of_layer(layer), adapted)] = (layer if name.stacked else None, ())
+    if model.config.tie_embeddings and path == "embed.embedding":
+        places[whole_key(HEAD, False)] = (None, ())
+    return Slot(places, name.transposed)
+
+
+def tied_factors(names: BaseNames, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The factors of a tied head, where those of the embedding are among the tensors."""
+    return {
+        key: np.ascontiguousarray(tensors[original].T)
+        for key, original in names.tied_factors.items()
+        if original in tensors
+    }
+
+
+def checked_copies(
+    model: Decoder, adapters: Mapping[str, Adapter], tensors: TensorFiles, file: Path
+) -> set[str]:
+    """The tensors that say again what the adapter or the base says.
+
+    Where the head is the embedding, the factors of the head; and of an embedding or a head with an
+    adapter, the weight beside it.
+
+    Raises:
+      InputError: they say something else.
+    """
+    names = BaseNames(model.config)
+    copies = set()
+    for key, original in names.tied_factors.items():
+        if key in tensors.files and original in tensors.files:
+            copies.add(key)
+            if not np.array_equal(tensors.read(key).T, tensors.read(original)):
+                raise InputError(
+                    f"{file}: {key} is not {original}, transposed: the head was trained apart from "
+                    "the embedding, but this base ties them. That can't be represented"
+                )
+    for key in filter(is_copy, tensors.files):
+        path, _ = names.tensors.get(split_key(key)[0], ("", 0))
+        if (adapter := adapters.get(path.rpartition(".")[0])) is not None:
+            copies.add(key)
+            _check_same(key, tensors, _base_value(model, adapter, path), file)
+    return copies
+
+
+def _base_value(model: Decoder, adapter: Adapter, path: str) -> np.ndarray:
+    """The base's tensor beside an adapter: the model's, or that of its folder if it has shapes."""
+    name, value = BaseNames(model.config).table[path], adapter.base_kernel.get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return open_folder(source.source_folder(model)).read(name.pattern)
+    kernel = distributed.to_host(value)
+    return kernel.T if name.transposed else kernel
+
+
+def _check_same(key: str, tensors: TensorFiles, base: np.ndarray, file: Path) -> None:
+    """Raise InputError unless a tensor is the base's, in the coarser of their dtypes."""
+    theirs = tensors.read(key)
+    coarser = min(theirs.dtype, base.dtype, key=lambda dtype: dtype.itemsize)
+    if theirs.shape != base.shape or (theirs.astype(coarser) != base.astype(coarser)).any():
+        raise InputError(
+            f"{file}: {key} is not what this base has there: the adapter was made for another "
+            "base, or for more tokens. That can't be represented"
+        )

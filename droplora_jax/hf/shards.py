@@ -1,0 +1,190 @@
+"""The tensors of a model, spread over safetensors files, as one table read slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from droplora_jax.core import remote
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import read_json
+from droplora_jax.hf.safetensors_file import MappedFile, TensorFile, is_finite
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+BLOCK_BYTES = 2**21  # read, checked, cast and turned while it is in a core's cache
+TURNED = 256  # columns that are turned at a time
+
+Each = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+
+
+def open_folder(folder: Path) -> TensorFiles:
+    """The tensors of `model.safetensors`, or of the shards that its index lists.
+
+    Raises:
+      InputError: no safetensors (pickled weights are not read), a broken index, or one that
+        does not say what its shards hold.
+    """
+    index, single = folder / INDEX_FILE, _beside(folder, SINGLE_FILE)
+    if index.exists():
+        return _of_index(folder, index)
+    if remote.exists(single) if isinstance(single, str) else single.exists():
+        return open_file(single)
+    if pickled := sorted(path.name for path in folder.glob("*.bin")):
+        raise InputError(
+            f"{folder}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
+            "loaded. Convert them once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it")
+
+
+def open_file(file: Path | str) -> TensorFiles:
+    """The tensors of one safetensors file, a path or a bucket's URL."""
+    opened = _open(file)
+    return TensorFiles(dict.fromkeys(opened.entries, file), {file: opened})
+
+
+def _of_index(folder: Path, index: Path) -> TensorFiles:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: no 'weight_map' in it; download the index again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise InputError(f"{index}: names the file {file!r}, which is not one of its folder")
+    opened = {file: _open(_beside(folder, file)) for file in sorted(set(weight_map.values()))}
+    for file, shard in opened.items():
+        for tensor in shard.entries:
+            if (listed := weight_map.get(tensor)) != file:
+                where = f"in {listed} by" if listed else "not listed in"
+                raise InputError(
+                    f"{shard.name}: holds {tensor}, which is {where} {index.name}: a tensor must "
+                    "be in one shard, the one that the index names; download both again"
+                )
+    of_paths = {_beside(folder, file): shard for file, shard in opened.items()}
+    return TensorFiles(
+        {tensor: _beside(folder, file) for tensor, file in weight_map.items()}, of_paths
+    )
+
+
+def _beside(folder: Path, file: str) -> Path | str:
+    """A file with tensors: in the folder, or on the bucket that the folder was fetched from."""
+    url = remote.tensors_url(folder)
+    return f"{url}/{file}" if url else folder / file
+
+
+def _open(file: Path | str) -> TensorFile:
+    if isinstance(file, str):
+        return TensorFile(remote.BucketFile(file), file)
+    try:
+        return TensorFile(MappedFile(file), file)
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; download it again") from error
+
+
+class TensorFiles:
+    """Tensors by name, each in a file of its own or with others, read slice by slice."""
+
+    def __init__(
+        self, files: Mapping[str, Path | str], opened: Mapping[Path | str, TensorFile]
+    ) -> None:
+        self.files = dict(files)
+        self._opened = opened
+
+    def shards(self) -> dict[str, list[str]]:
+        """The files' names, each with its tensors in the order that they lie in it."""
+        return {Path(file).name: list(opened.entries) for file, opened in self._opened.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).entries[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._file(name).dtype(name)
+
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        dtype: DTypeLike | None = None,
+        transposed: bool = False,
+        each: Each = map,
+    ) -> np.ndarray:
+        """One slice of a tensor as an array of its own; see `read_into`."""
+        lengths = [len(range(*s.indices(n))) for s, n in zip(index, self.shape(name), strict=False)]
+        shape = (*lengths, *self.shape(name)[len(index) :])
+        out = np.empty(shape[::-1] if transposed else shape, dtype or self.dtype(name))
+        self.read_into(out, name, index, transposed=transposed, each=each)
+        return out
+
+    def read_into(
+        self,
+        out: np.ndarray,
+        name: str,
+        index: tuple[slice, ...] = (),
+        *,
+        transposed: bool = False,
+        each: Each = map,
+    ) -> None:
+        """Fill `out` with one slice of a tensor, in the dtype of `out`; nothing else is read.
+
+        Args:
+          index: of the stored tensor.
+          transposed: `out` is [columns, rows] of the stored slice.
+          each: a `map`, such as that of a pool of threads.
+
+        Raises:
+          InputError: a value that is not finite.
+        """
+        file, shape = self._file(name), self.shape(name)
+        rows = range(*(index[0] if index else slice(None)).indices(shape[0]))
+        stored_row = self.dtype(name).itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        step = max(1, BLOCK_BYTES // max(1, stored_row))
+
+        def copy(first: int) -> None:
+            last = min(first + step, rows.stop)
+            block = np.array(file.rows(name, first, last)[(slice(None), *index[1:])])
+            if not is_finite(block):
+                raise InputError(
+                    f"{self.files[name]}: {name} holds NaN or infinity; download or convert it "
+                    "again"
+                )
+            with np.errstate(over="ignore"):
+                block = block.astype(out.dtype, copy=False)
+            at = slice(first - rows.start, last - rows.start)
+            if transposed:
+                _turn(block, out[:, at])
+            else:
+                out[at] = block
+            file.release(name, first, last)
+
+        for _ in each(copy, range(rows.start, rows.stop, step)):
+            pass
+
+    def _file(self, name: str) -> TensorFile:
+        opened = self._opened[self.files[name]]
+        if name not in opened.entries:
+            raise InputError(f"{opened.name}: does not hold {name}; download it again")
+        return opened
+
+
+def turned(x: np.ndarray, each: Each = map) -> np.ndarray:
+    """A contiguous copy of `x.T`."""
+    out = np.empty(x.shape[::-1], x.dtype)
+    step = max(1, BLOCK_BYTES // max(1, x.nbytes // max(1, len(x))))
+
+    def turn(first: int) -> None:
+        _turn(x[first : first + step], out[:, first : first + step])
+
+    for _ in each(turn, range(0, len(x), step)):
+        pass
+    return out
+
+
+def _turn(block: np.ndarray, out: np.ndarray) -> None:
+    for column in range(0, block.shape[1], TURNED):
+        out[column : column + TURNED] = block[:, column : column + TURNED].T

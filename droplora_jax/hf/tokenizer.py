@@ -1,0 +1,60 @@
+"""The tokenizer of a model's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import read_json
+
+# Classes that add nothing to what `tokenizer.json` says.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer in a folder.
+
+    Raises:
+      InputError: there is none, or it is broken.
+    """
+    with _no_advice():
+        import transformers
+    try:
+        if _is_generic(folder):
+            # What AutoTokenizer comes to, but it imports PyTorch on the way where it finds it.
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"{folder}: no tokenizer could be loaded from it ({reason})") from error
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether a folder says of its tokenizer all that there is to know, as LLaMA 3's do.
+
+    For other families transformers has corrections, by the model's type, of what folders say.
+    """
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    if not (config.exists() and tokenizer.exists() and (folder / "tokenizer.json").exists()):
+        return False
+    said = read_json(tokenizer)
+    return (
+        read_json(config).get("model_type") == "llama"
+        and said.get("tokenizer_class") in GENERIC
+        and "auto_map" not in said
+    )
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without warnings; transformers has one about PyTorch, which no tokenizer needs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

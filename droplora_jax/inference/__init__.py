@@ -1,0 +1,1 @@
+"""Completions, tasks and their scores, the sandbox."""

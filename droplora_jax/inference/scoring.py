@@ -1,0 +1,146 @@
+"""Asks a model the examples of a task and scores what it says.
+
+result = evaluate(TASKS["boolq"], examples, Generator(model, tokenizer), limit=200)
+result.accuracy, result.interval
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.inference.generator import Sampling
+from droplora_jax.inference.task import Example, Task
+
+Complete = Callable[[Sequence[str], Sampling], Sequence[str]]
+Row = dict[str, Any]  # `id`, `prompt`, `completion`, `extracted`, `right`; `note`, `turns`
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task gave, its rows in the order of the examples."""
+
+    task: str
+    rows: tuple[Row, ...]
+
+    @property
+    def right(self) -> int:
+        return sum(row["right"] is True for row in self.rows)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of right answers; None where a judge scores them."""
+        judged = not self.rows or any(row["right"] is None for row in self.rows)
+        return None if judged else self.right / len(self.rows)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the accuracy on many such examples lies with 95% confidence."""
+        return None if self.accuracy is None else wilson(self.right, len(self.rows))
+
+
+def evaluate(
+    task: Task,
+    examples: Sequence[Example],
+    complete: Complete,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    run_code: bool = False,
+) -> Result:
+    """Ask all examples, or the first `limit`.
+
+    Args:
+      complete: such as a `Generator`: prompts and how to go on from them, to completions.
+      batch_size: how many prompts are given to it at once.
+      max_new_tokens: default: the task's.
+      run_code: allows a task to run what the model wrote (see `program.py`).
+
+    Raises:
+      InputError: the task would run code, and that is not allowed.
+    """
+    examples = examples[:limit]
+    asked = ask(
+        task,
+        examples,
+        complete,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        run_code=run_code,
+    )
+    return collected(task, examples, asked)
+
+
+def collected(task: Task, examples: Sequence[Example], rows: Iterator[Row] | list[Row]) -> Result:
+    """A result of rows in any order."""
+    by_id = {row["id"]: row for row in rows}
+    return Result(task.name, tuple(by_id[example["id"]] for example in examples))
+
+
+def ask(
+    task: Task,
+    examples: Sequence[Example],
+    complete: Complete,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    run_code: bool = False,
+) -> Iterator[Row]:
+    """A row for every example as soon as it is known, the longest prompts first."""
+    check_code(task, run_code)
+    sampling = sampling_of(task, max_new_tokens)
+    ordered = sorted(examples, key=lambda example: -len(task.prompt(example, ())))
+    # A program's own process does the work, so threads are enough to run several.
+    with ThreadPoolExecutor(os.cpu_count() if task.runs_code else 1) as pool:
+        for first in range(0, len(ordered), batch_size):
+            batch = ordered[first : first + batch_size]
+            said: list[tuple[str, ...]] = [()] * len(batch)
+            for _ in range(task.turns):
+                prompts = [task.prompt(e, s) for e, s in zip(batch, said, strict=True)]
+                completions = complete(prompts, sampling)
+                said = [(*s, c) for s, c in zip(said, completions, strict=True)]
+            yield from pool.map(lambda *asked: _row(task, *asked), batch, prompts, said)
+
+
+def sampling_of(task: Task, max_new_tokens: int | None = None) -> Sampling:
+    """How a task is completed: greedily."""
+    return Sampling(max_new_tokens=max_new_tokens or task.max_new_tokens, stop=task.stop)
+
+
+def check_code(task: Task, allowed: bool) -> None:
+    """Raise InputError if a task would run code that a model wrote, unless that is allowed."""
+    if task.runs_code and not allowed:
+        raise InputError(
+            f"{task.name} runs code that the model writes; allow it with --run-code (run_code=True)"
+        )
+
+
+def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927), which also holds near 0 and 1."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, count).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _row(task: Task, example: Example, prompt: str, said: Sequence[str]) -> Row:
+    outcome = task.score(example, said[-1])
+    row = {
+        "id": example["id"],
+        "prompt": prompt,
+        "completion": said[-1],
+        "extracted": outcome.extracted,
+        "right": outcome.right,
+    }
+    if "answer" in example:
+        row["answer"] = example["answer"]
+    if outcome.note:
+        row["note"] = outcome.note
+    if task.turns > 1:
+        row["turns"] = list(said)
+    return row

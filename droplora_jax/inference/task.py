@@ -1,0 +1,87 @@
+"""What a task is: examples from a file, the prompt of each, and a verdict on what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.data_file import local
+
+# A model that goes on to the next instruction has ended its response.
+NEXT_INSTRUCTION = "### Instruction:"
+ANSWER = "The answer is:"
+
+Example = Mapping[str, Any]  # what a task made of a row; its `id` says which it is
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict on one example.
+
+    Attributes:
+      extracted: what was read off the completion; None where there is nothing of the kind.
+      right: whether that is the answer; None where only a judge can say.
+      note: why not, where there is more to say than that.
+    """
+
+    extracted: str | None
+    right: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One way to ask and to score.
+
+    Attributes:
+      convert: a row of a file to an example; raises InputError that says what is wrong with which
+        key; None leaves a row out that does not belong to the test set.
+      prompt: of an example, given what the model said in the turns before.
+      score: the verdict on an example, given what the model said in its last turn.
+      max_new_tokens, stop: where a completion ends at the latest.
+      turns: how often the model is asked.
+      runs_code: scoring runs what the model wrote.
+      judged: there are no right answers, and a judge has to score them.
+    """
+
+    name: str
+    convert: Callable[[Mapping[str, Any]], Example | None]
+    prompt: Callable[[Example, Sequence[str]], str]
+    score: Callable[[Example, str], Outcome]
+    max_new_tokens: int
+    stop: tuple[str, ...] = (NEXT_INSTRUCTION,)
+    turns: int = 1
+    runs_code: bool = False
+    judged: bool = False
+
+    def read(self, path: str) -> list[Example]:
+        """The examples of a file of rows: .json, .jsonl, .parquet, ..., packed or not.
+
+        Raises:
+          InputError: names the file, the row and the key.
+        """
+        examples: list[Example] = []
+        seen: dict[str, str] = {}
+        for number, (where, record) in enumerate(local(path).records(), 1):
+            try:
+                example = self.convert(record)
+            except InputError as error:
+                raise InputError(f"{where}: {error} (a row of {self.name})") from error
+            if example is None:
+                continue
+            example = {"id": str(number), **example}
+            if example["id"] in seen:
+                raise InputError(f"{where}: id {example['id']!r} is that of {seen[example['id']]}")
+            seen[example["id"]] = where
+            examples.append(example)
+        if not examples:
+            raise InputError(f"{path}: holds no row of {self.name}'s test set")
+        return examples
+
+
+def after_last(marker: str, text: str) -> str | None:
+    """What follows the last `marker`, stripped: a model may correct itself. None without one."""
+    _, found, rest = text.rpartition(marker)
+    return rest.strip() if found else None

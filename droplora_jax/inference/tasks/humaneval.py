@@ -1,0 +1,47 @@
+"""HumanEval (arXiv 2107.03374): a function to write after its docstring, and tests for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.formats.base import text_of
+from droplora_jax.inference.sandbox.runner import run_program
+from droplora_jax.inference.task import Example, Outcome, Task
+from droplora_jax.inference.tasks import code
+
+
+def convert(record: Mapping[str, Any]) -> Example:
+    problem, name = text_of(record, "prompt"), text_of(record, "entry_point")
+    if f"def {name}(" not in problem:
+        raise InputError(f"prompt does not define the entry_point {name!r}")
+    return {
+        "id": text_of(record, "task_id"),
+        "prompt": problem,
+        "entry_point": name,
+        "test": text_of(record, "test"),
+    }
+
+
+def prompt(example: Example, said: Sequence[str] = ()) -> str:
+    return code.prompt(example["prompt"])
+
+
+def program(example: Example, completion: str) -> str:
+    """What a completion makes of the problem: the function as a whole, or the body of it."""
+    problem, name = example["prompt"], example["entry_point"]
+    whole = code.definition(completion, {name})
+    if whole is None:
+        return problem.rstrip("\n") + "\n" + code.body(completion)
+    return problem[: problem.index(f"def {name}(")] + whole
+
+
+def score(example: Example, completion: str) -> Outcome:
+    extracted = program(example, completion)
+    test = f"{example['test']}\n\ncheck({example['entry_point']})\n"
+    ending = run_program(f"{extracted}\n\n{test}")
+    return Outcome(extracted, ending.passed, ending.reason)
+
+
+HUMANEVAL = Task("humaneval", convert, prompt, score, max_new_tokens=512, runs_code=True)

@@ -1,0 +1,31 @@
+"""LLaMA (`model_type: llama`): 1, 2, 3, 3.1, 3.2, 3.3, Code Llama and all of that architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.models.config import ModelConfig
+from droplora_jax.models.families.base import HARMLESS, NAMES, READ, REFUSED, Family, decoder_config
+
+
+def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    attention_bias = bool(hf.get("attention_bias", False))
+    return decoder_config(
+        hf,
+        "llama",
+        {"max_position_embeddings": 2048},
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+    )
+
+
+FAMILY = Family(
+    model_config=model_config,
+    names=NAMES,
+    read=READ | {"attention_bias", "mlp_bias"},
+    harmless=HARMLESS,
+    refused=REFUSED,
+    buffers=("rotary_emb.inv_freq",),
+)

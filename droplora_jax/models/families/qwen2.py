@@ -1,0 +1,33 @@
+"""Qwen2 and Qwen2.5 (`model_type: qwen2`): LLaMA with biases on q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.models.config import ModelConfig
+from droplora_jax.models.families.base import (
+    HARMLESS,
+    NAMES,
+    READ,
+    REFUSED,
+    WINDOW_KEYS,
+    Family,
+    decoder_config,
+    windows,
+)
+
+
+def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    defaults = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+    return decoder_config(hf, "qwen2", defaults, qkv_bias=True, windows=windows(hf))
+
+
+FAMILY = Family(
+    model_config=model_config,
+    names=NAMES,
+    read=READ | WINDOW_KEYS,
+    harmless=HARMLESS,
+    refused={**REFUSED, "use_mrope": (False,)},
+    buffers=("rotary_emb.inv_freq",),
+)

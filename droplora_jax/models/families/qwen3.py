@@ -1,0 +1,40 @@
+"""Qwen3 (`model_type: qwen3`): LLaMA with normed queries and keys, and heads of any width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from droplora_jax.models.config import ModelConfig
+from droplora_jax.models.families.base import (
+    HARMLESS,
+    NAMES,
+    READ,
+    REFUSED,
+    WINDOW_KEYS,
+    Family,
+    decoder_config,
+    windows,
+)
+
+
+def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    bias = bool(hf.get("attention_bias", False))
+    return decoder_config(
+        hf,
+        "qwen3",
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        windows=windows(hf),
+    )
+
+
+FAMILY = Family(
+    model_config=model_config,
+    names=NAMES,
+    read=READ | WINDOW_KEYS | {"attention_bias"},
+    harmless=HARMLESS,
+    refused=REFUSED,
+)

@@ -1,0 +1,1 @@
+"""Pieces of a network: attention, rotary positions, norms, quantised kernels."""

@@ -1,0 +1,1 @@
+"""Attention: one dispatch, a file for each kernel."""

@@ -1,0 +1,1 @@
+"""A run: its YAML, its folder, its compiled step, opened again."""

@@ -1,0 +1,130 @@
+"""A run's training step, traced and compiled from shapes alone: no weight has to be there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from droplora_jax.adapters.surgery import inject, split
+from droplora_jax.core import prng
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.sharding import named_sharding
+from droplora_jax.hf import load, source
+from droplora_jax.models.decoder import with_noise
+from droplora_jax.models.layer import Remat
+from droplora_jax.runs.config import RunConfig
+from droplora_jax.runs.memory import GIB, compiled
+from droplora_jax.training import optimizer
+from droplora_jax.training.compiled_step import Program
+from droplora_jax.training.profiling import COMPILER_OPTIONS
+from droplora_jax.training.step import TrainState, compile_train_step, state_shardings
+
+# What `auto` tries, the fastest first. `everything` is not among them: to read what `dots` finds
+# again takes longer than to find it. Nor is `offload`: where that is faster than to compute again
+# depends on the link to the host, which no compiler knows.
+AUTO: tuple[Remat, ...] = ("dots", "attention", "nothing")
+
+
+class Arguments(NamedTuple):
+    """What a step takes, as shapes and shardings."""
+
+    state: TrainState
+    mask_keys: Any
+    frozen: Any
+    batch: Any
+    mask_root: Any
+
+
+def traced_step(config: RunConfig, mesh: Mesh, platform: str, steps: int) -> tuple[Any, Arguments]:
+    """The step of a run of `steps` steps, traced, and the arguments that it is for."""
+    folder = source.resolve(config.model.path, config.model.revision)
+    _, shape = source.read_config(folder, config.model.ignore_config_keys)
+    base = load.abstract_model(
+        shape,
+        mesh=mesh,
+        dtype=config.model.jax_dtype(platform),
+        remat=cast(Remat, config.train.remat),
+        attention=config.model.attention,
+        quantization=config.model.quantization(),
+    )
+    base = with_noise(base, config.train.neftune_alpha)
+    graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
+    tx = optimizer.optimizer(config.optim, optimizer.learning_rate(config.optim, steps))
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda a: TrainState(jnp.zeros((), jnp.int32), a, tx.init(a)), adapters),
+        state_shardings(adapters, tx),
+    )
+    replicated = named_sharding(mesh)
+
+    def everywhere(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    arguments = Arguments(
+        state,
+        jax.tree.map(everywhere, mask_keys),
+        frozen,
+        _batch(config, mesh),
+        everywhere(prng.root_key(0)),
+    )
+    share, packed = config.adapter.share(steps), config.data.packed
+    step: Any = compile_train_step(graphdef, tx, adapters, share, packed=packed)
+    return step.trace(*arguments), arguments
+
+
+def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
+    rows = config.train.rows_per_pass
+    shape = (config.train.global_batch // rows, rows, config.data.max_length)
+    tokens = jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=named_sharding(mesh, (None, "batch", "position"), shape)
+    )
+    return {name: tokens for name in ("tokens", "targets", "segment_ids")}
+
+
+def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> Program:
+    """The step of a run, compiled with the `remat` that it names, or with the fastest that fits.
+
+    Nothing runs on a device, so this can be done beside what does; of several processes each
+    comes to the same.
+
+    Args:
+      limit: bytes of a device (`memory.limit`), if known.
+
+    Raises:
+      InputError: it does not fit.
+    """
+    begin = time.perf_counter()
+    remat = config.train.remat
+    platform = mesh.devices.flat[0].platform
+    options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
+    tried: list[str] = []
+    for policy in AUTO if remat == "auto" else (remat,):
+        tried_config = replace(config, train=replace(config.train, remat=policy))
+        traced, _ = traced_step(tried_config, mesh, platform, steps)
+        step, needed = compiled(traced.lower(), platform, options)
+        if step is not None and (remat != "auto" or limit is None or needed <= limit):
+            why = _why(policy, needed, limit, platform, tried) if remat == "auto" else None
+            return Program(step, policy, why, time.perf_counter() - begin)
+        tried.append(f"{policy} {needed / GIB:.2f} GiB")
+    of = f", and {limit / GIB:.2f} GiB are usable" if limit else ""
+    raise InputError(
+        f"train.remat={remat!r}: a step takes more memory than a device has ({', '.join(tried)}"
+        f"{of}); lower train.micro_batch or data.max_length, or take more devices"
+        + ("" if remat in ("auto", "nothing") else "; train.remat=auto takes less if it has to")
+    )
+
+
+def _why(policy: str, needed: int, limit: int | None, platform: str, tried: list[str]) -> str:
+    if limit is None:
+        return f"remat {policy}, the fastest: no limit of memory is known on {platform}"
+    rest = f"; too large: {', '.join(tried)}" if tried else ""
+    return (
+        f"remat {policy}, the fastest that fits: {needed / GIB:.2f} of {limit / GIB:.2f} usable "
+        f"GiB a device{rest}"
+    )

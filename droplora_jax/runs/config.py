@@ -1,0 +1,95 @@
+"""A run's configuration: the sections of its YAML as dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+from pydantic import ConfigDict, Discriminator, Tag
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from droplora_jax.adapters.dora import DoRA
+from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.adapters.learned import Learned
+from droplora_jax.core.distributed import DistributedConfig
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.sharding import MeshConfig
+from droplora_jax.data.config import DataConfig
+from droplora_jax.models.quantization import Quantization
+from droplora_jax.nn.attention.dispatch import Kernel
+from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.training.config import TrainConfig
+from droplora_jax.training.optimizer import OptimConfig
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The base model.
+
+    Attributes:
+      path: a folder, a bucket's URL, or a hub id.
+      dtype: `bfloat16`, `float32`, or `auto`: bfloat16 on accelerators, float32 on CPU.
+      revision: branch, tag or commit of a hub id.
+      ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
+      adapter: an adapter in PEFT's format to start from; what it adapts, its ranks and its scales
+        are its own, and the run's `adapter` says how its ranks are dropped.
+      attention: the kernel that attends: `splash` (TPU), `cudnn` or `tokamax` (NVIDIA GPU),
+        `blockwise` (any), or `auto`: the platform's best that can be taken, else `blockwise`.
+      quantize: store the linear layers of the frozen base as `int8`, `int4` or `nf4`; or `none`.
+      quantize_tile: inputs of a layer that share a scale.
+      quantize_pattern: other kinds by pattern, searched in the layers' paths (`layers.down_proj`),
+        such as `{down_proj: int8, o_proj: none}`; the first that matches counts.
+    """
+
+    path: str
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    revision: str | None = None
+    ignore_config_keys: tuple[str, ...] = ()
+    adapter: str | None = None
+    attention: Kernel = "auto"
+    quantize: Kind = "none"
+    quantize_tile: int = 64
+    quantize_pattern: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.quantization()  # says what is wrong with it
+
+    def quantization(self) -> Quantization:
+        return Quantization(self.quantize, self.quantize_tile, self.quantize_pattern)
+
+    def jax_dtype(self, platform: str) -> Any:
+        automatic = "float32" if platform == "cpu" else "bfloat16"
+        return jnp.dtype(automatic if self.dtype == "auto" else self.dtype)
+
+
+def _kind(adapter: Any) -> str:
+    """The kind that a section names; what is no section is told so as the default's."""
+    if isinstance(adapter, Mapping):
+        return adapter.get("kind", "droplora")
+    return getattr(adapter, "kind", "droplora")
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class RunConfig:
+    """One run, as its YAML describes it."""
+
+    model: BaseConfig
+    output: str
+    data: DataConfig
+    seed: int = 0
+    adapter: Annotated[
+        Annotated[DropLoRA, Tag("droplora")]
+        | Annotated[DoRA, Tag("dora")]
+        | Annotated[Learned, Tag("learned")],
+        Discriminator(_kind),
+    ] = field(default_factory=DropLoRA)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")

@@ -1,0 +1,233 @@
+"""A trained model from where it lies: a base, a merged folder, a run, an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from droplora_jax.adapters.combine import combine
+from droplora_jax.adapters.surgery import initial_of, inject, split
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import read_json
+from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.hf import load, source
+from droplora_jax.hf.peft.adapter import OWN_FILE, load_adapter
+from droplora_jax.hf.peft.config import PEFT_FILE
+from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.models.config import ModelConfig
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.runs import config_reader
+from droplora_jax.runs.config import BaseConfig, RunConfig
+from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
+from droplora_jax.runs.train_run import what_to_record
+from droplora_jax.training import optimizer
+from droplora_jax.training.checkpoint import Checkpoints
+from droplora_jax.training.step import init_state
+
+# Of a model's folder, an adapter's or a run's: what its completions depend on.
+MARKS = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+    "*.model",
+    "adapter_config.json",
+    CONFIG_FILE,
+    f"{ADAPTER}/*",
+    f"{CHECKPOINTS}/*",
+)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to use.
+
+    Attributes:
+      template: that its training data was written with, where that is recorded with its adapter;
+        of several adapters, where it is one.
+    """
+
+    model: Decoder
+    tokenizer: Any
+    template: str | None = None
+
+
+def open_model(
+    path: str,
+    adapter: str | Sequence[str] = (),
+    *,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    step: str = "last",
+    ignore_config_keys: Sequence[str] = (),
+    quantize: Kind | None = None,
+) -> Opened:
+    """Open a model with its tokenizer.
+
+    Args:
+      path: a Hugging Face folder (a base, or a merged one), its URL, a hub id; the folder of a run;
+        or of an adapter in PEFT's format, which says itself what base it is for.
+      adapter: for a base, the folder of an adapter in PEFT's format; or of several, whose sum it
+        is, each as it is or with a weight: DIR=WEIGHT.
+      dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
+      mesh: where it goes; default: all local devices, as many as can along `tensor`.
+      revision: branch, tag or commit of a hub id.
+      step: of a run: `last`, `best`, or the number of a checkpoint.
+      ignore_config_keys: unknown keys of `config.json` known to change nothing.
+      quantize: how the linear layers are stored; default: as a run was trained, else `none`.
+
+    Raises:
+      InputError: a folder that is none of these, or a part of it that is missing or broken.
+    """
+    folder = Path(path).expanduser()
+    trained = next((f for f in (CONFIG_FILE, PEFT_FILE) if (folder / f).exists()), None)
+    adapters = (adapter,) if isinstance(adapter, str) else adapter
+    if trained is not None and adapters:
+        raise InputError(
+            f"{path}: has an adapter of its own, so it takes no other ({adapters[0]}); name its "
+            "base, and every adapter"
+        )
+    if step != "last" and trained != CONFIG_FILE:
+        raise InputError(f"--step {step}: only a run has several, and {path} is none")
+    if trained == CONFIG_FILE:
+        config = config_reader.read(folder / CONFIG_FILE)
+        model, tokenizer = _loaded(config.model, dtype, mesh, quantize)
+        if step == "last" and _only_adapter(folder):
+            return _with_adapters(model, tokenizer, [str(folder / ADAPTER)])
+        model, record = restored(model, config, folder, step)
+        return Opened(model, tokenizer, record["template"])
+    if trained == PEFT_FILE:
+        return _with_adapters(*_loaded(base_of(folder), dtype, mesh, quantize), [str(folder)])
+    base = BaseConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
+    model, tokenizer = _loaded(base, dtype, mesh, quantize)
+    return _with_adapters(model, tokenizer, adapters) if adapters else Opened(model, tokenizer)
+
+
+def weights_of(adapters: Sequence[str]) -> dict[Path, float]:
+    """The folders of adapters that are each named DIR or DIR=WEIGHT, with their weights.
+
+    Raises:
+      InputError: a weight that is none, or a folder named twice.
+    """
+    weights: dict[Path, float] = {}
+    for word in adapters:
+        folder, equals, weight = word.rpartition("=")
+        if not equals or Path(word).expanduser().is_dir():
+            folder, weight = word, "1"
+        try:
+            value = float(weight)
+        except ValueError:
+            raise InputError(
+                f"{word}: no such folder, and no DIR=WEIGHT, whose weight is a number"
+            ) from None
+        if (path := Path(folder).expanduser()) in weights:
+            raise InputError(f"{word}: {folder} is named twice; give it one weight")
+        weights[path] = value
+    return weights
+
+
+def load_adapters(model: Decoder, adapters: Mapping[Path, float]) -> Decoder:
+    """The base with an adapter from its folder, or with the weighted sum of several."""
+    loaded = {str(folder): load_adapter(model, folder) for folder in adapters}
+    if list(adapters.values()) == [1.0]:
+        return loaded.popitem()[1]
+    return combine(loaded, {str(folder): weight for folder, weight in adapters.items()})
+
+
+def fingerprint(path: str, adapters: Sequence[str] = ()) -> str:
+    """Changes with the files of a model and its adapters: their names, sizes and times."""
+    folders = [source.resolve(path), *weights_of(adapters)]
+    found = [sorted({file for mark in MARKS for file in f.glob(mark)}) for f in folders]
+    marks = [
+        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder, files in zip(folders, found, strict=True)
+        for file in files
+    ]
+    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+
+
+def _only_adapter(run: Path) -> bool:
+    """Whether the checkpoints of a run that is done were taken away."""
+    return not (run / CHECKPOINTS).is_dir() and (run / ADAPTER).is_dir()
+
+
+def restored(
+    model: Decoder, config: RunConfig, folder: Path, which: str
+) -> tuple[Decoder, dict[str, Any]]:
+    """The base of a run with the adapters of a checkpoint, and what to record of it."""
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"{folder}: no complete checkpoint in it; train it first")
+    model = inject(model, config.adapter, key="later")
+    graphdef, adapters, mask_keys, frozen = split(model)
+    tx = optimizer.optimizer(config.optim, lambda count: 0.0)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+    step = checkpoints.choose(which)
+    like = replace(init_state(adapters, tx), initial=initial_of(frozen))
+    state = checkpoints.restore(step, like)
+    frozen = nnx.merge_state(frozen, state.initial)
+    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
+    return model, what_to_record(checkpoints.record(step))
+
+
+def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
+    """The base that an adapter in PEFT's format is for, or the one to take instead."""
+    named = read_json(adapter / PEFT_FILE)
+    path = instead or named.get("base_model_name_or_path")
+    if not path:
+        raise InputError(f"{adapter}: does not say which base: give --base, or --adapter to a base")
+    return BaseConfig(path, revision=None if instead else named.get("revision"))
+
+
+def _loaded(
+    base: BaseConfig, dtype: Any, mesh: Mesh | None, quantize: Kind | None
+) -> tuple[Decoder, Any]:
+    base = base if quantize is None else replace(base, quantize=quantize)
+    folder = source.resolve(base.path, base.revision)
+    tokenizer = load_tokenizer(folder)
+    _, shape = source.read_config(folder, base.ignore_config_keys)
+    mesh = mesh or decoding_mesh(shape)
+    platform = mesh.devices.flat[0].platform
+    model = load.load(
+        base.path,
+        mesh=mesh,
+        dtype=BaseConfig(base.path, dtype=dtype).jax_dtype(platform),
+        remat="everything",
+        revision=base.revision,
+        ignore_config_keys=base.ignore_config_keys,
+        quantize=base.quantization(),
+    )
+    return model, tokenizer
+
+
+def _with_adapters(model: Decoder, tokenizer: Any, adapters: Sequence[str]) -> Opened:
+    weights = weights_of(adapters)
+    templates = {_template(folder) for folder in weights}
+    template = templates.pop() if len(templates) == 1 else None
+    return Opened(load_adapters(model, weights), tokenizer, template)
+
+
+def _template(adapter: Path) -> str | None:
+    own = adapter / OWN_FILE
+    return read_json(own).get("template") if own.exists() else None
+
+
+def decoding_mesh(shape: ModelConfig) -> Mesh:
+    """All local devices, as many as the heads allow along `tensor`.
+
+    A decoding step is short: weights that stay where they are beat weights that are gathered.
+    """
+    devices = jax.local_devices()
+    tensor = math.gcd(len(devices), shape.kv_heads)
+    return make_mesh(MeshConfig(tensor=tensor), devices)

@@ -1,0 +1,168 @@
+"""The data of a run: read, shown, made into batches, and known again when the run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from droplora_jax.core import distributed
+from droplora_jax.core.console import example, say
+from droplora_jax.core.errors import InputError
+from droplora_jax.data import holdout
+from droplora_jax.data.batches import Batches
+from droplora_jax.data.data_file import local
+from droplora_jax.data.load import load
+from droplora_jax.data.preview import preview
+from droplora_jax.data.report import Report
+from droplora_jax.data.rows import Rows
+from droplora_jax.runs import config_reader
+from droplora_jax.runs.config import RunConfig
+from droplora_jax.training.checkpoint import Checkpoints
+from droplora_jax.training.config import total_steps
+from droplora_jax.training.evaluation import Measured, best_key, tasks_of
+
+
+class Read(NamedTuple):
+    """Training batches, what the run is judged by, and what to record of it."""
+
+    train: Batches
+    measured: Measured
+    record: dict[str, Any]
+
+
+def read(config: RunConfig, tokenizer: Any, vocab_size: int, console: Console) -> Read:
+    """The data of a run; says what it holds, and shows one example.
+
+    Raises:
+      InputError: a file or a row that is not as it should be; names it.
+    """
+    load = partial(_rows, config=config, tokenizer=tokenizer, size=vocab_size, console=console)
+    rows, report = load(config.data.train)
+    reports = [report]
+    held_out = None
+    if config.data.valid:
+        held_out, other = load(config.data.valid)
+        reports.append(other)
+    elif config.data.valid_fraction:
+        rows, held_out = holdout.held_out(rows, config.data.valid_fraction, config.seed)
+        say(console, f"{len(held_out):,} rows are held out for validation")
+    train = _batches(config, rows, True)
+    measured = _measured(config, held_out, tokenizer)
+    say(console, _outlook(config, train, int(rows.lengths.sum())))
+    example(console, preview(rows[0], tokenizer))
+    record = {
+        "config": config_reader.as_tree(config),
+        "template": report.sources[0].template,
+        "data": _record(reports, list(config.train.eval_tasks.values())),
+    }
+    return Read(train, measured, record)
+
+
+def _rows(
+    places: Any, config: RunConfig, tokenizer: Any, size: int, console: Console
+) -> tuple[Rows, Report]:
+    rows, report = load(places, tokenizer, config.data)
+    for line in report.lines():
+        say(console, line)
+    if rows.largest_id >= size:
+        raise InputError(
+            f"{', '.join(source.path for source in report.sources)}: token id {rows.largest_id} is "
+            f"outside the model's vocabulary of {size}: the tokenizer in {config.model.path} is "
+            "another model's"
+        )
+    return rows, report
+
+
+def _measured(config: RunConfig, held_out: Rows | None, tokenizer: Any) -> Measured:
+    train = config.train
+    return Measured(
+        valid=None if held_out is None else _batches(config, held_out, False),
+        tasks=tasks_of(train.eval_tasks, train.eval_examples, train.eval_run_code),
+        tokenizer=tokenizer,
+        rows=train.rows_per_pass,
+        run_code=train.eval_run_code,
+        best=best_key(train.best, held_out is not None, tuple(train.eval_tasks)),
+    )
+
+
+def _batches(config: RunConfig, rows: Rows, training: bool) -> Batches:
+    return Batches(
+        rows,
+        rows_per_batch=config.train.global_batch if training else config.train.rows_per_pass,
+        seed=config.seed,
+        shuffle=training,
+        max_length=config.data.max_length,
+        packing=config.data.fit,
+        weights=config.data.weights if training else None,
+    )
+
+
+def _outlook(config: RunConfig, batches: Batches, tokens: int) -> str:
+    """How full the lines are, and how long the run will be."""
+    lines, size, packing = batches.lines_per_epoch, config.train.global_batch, config.data.fit
+    steps = total_steps(config.train, batches)
+    return (
+        f"{lines:,} lines of {batches.max_length:,} tokens an epoch, {batches.utilisation:.1%} full"
+        + (f" ({packing})" if packing else "; data.packing=true lets rows share them")
+        + f"\n{steps:,} steps of {size:,} lines: {steps * size / lines:,.2f} epochs of "
+        f"{tokens:,} tokens"
+    )
+
+
+def _record(reports: Sequence[Report], asked: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of the data and of tasks' files: the run goes on with the same."""
+    found = [(source.path, source.sha256) for report in reports for source in report.sources]
+    found += [(path, local(path).sha256()) for path in asked]
+    return {
+        "files": [{"path": path, "sha256": sha256} for path, sha256 in found],
+        "rows": sum(report.kept for report in reports),
+        "tokens": sum(report.tokens for report in reports),
+    }
+
+
+def check_same(checkpoints: Path, now: Mapping[str, Any]) -> None:
+    """Raise InputError unless the data is what the newest checkpoint was trained on.
+
+    Args:
+      now: `record["data"]` of what was read.
+    """
+    if not distributed.same(json.dumps(now, sort_keys=True).encode()):
+        here = ", ".join(f"{file['path']} is {file['sha256'][:12]}" for file in now["files"])
+        raise InputError(f"data: the files are not the same on all hosts (SHA-256; here {here})")
+    if not checkpoints.is_dir():
+        return
+    record = Checkpoints(checkpoints, read_only=True).newest_record()
+    if record is None:
+        return
+    before = record["data"]
+    if changes := _changed_files(before["files"], now["files"]):
+        raise InputError(
+            f"{checkpoints.parent} holds a run on other data: {'; '.join(changes)} (SHA-256). "
+            "Put it back to carry on, or name another output"
+        )
+    for what in ("rows", "tokens"):
+        if before[what] != now[what]:
+            raise InputError(
+                f"{checkpoints.parent} holds a run on the same files, of which {before[what]:,} "
+                f"{what} were made, and now {now[what]:,}: the tokenizer has changed, or this "
+                "package. Put it back to carry on, or name another output"
+            )
+
+
+def _changed_files(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
+    """What became of the files of a run, in words; one may have another name."""
+    if len(old) != len(new):
+        before, after = ({file["path"] for file in files} for files in (old, new))
+        gone = [f"{path} is gone" for path in sorted(before - after)]
+        added = [f"{path} was not there" for path in sorted(after - before)]
+        return gone + added or [f"{len(old)} files are {len(new)} now"]
+    return [
+        f"{now['path']} was {was['sha256'][:12]} and is {now['sha256'][:12]}"
+        for was, now in zip(old, new, strict=True)
+        if was["sha256"] != now["sha256"]
+    ]

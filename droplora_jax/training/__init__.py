@@ -1,0 +1,1 @@
+"""Step, loss, optimizer, loop, checkpoints and log."""

@@ -1,0 +1,247 @@
+"""Every kind of file, packed or not, against the libraries that wrote them; and broken ones."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.data_file import UNPACKERS, File, local
+from droplora_jax.data.readers import READERS, json_list
+
+ROWS = [
+    {"prompt": f'{i} "é, 日本" 🙂\n', "completion": "a\u2028b" + "\\ud83d" * (i % 3)}
+    for i in range(1200)
+]
+
+
+def zstandard(raw: bytes) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as stream:
+        stream.write(raw)
+    return out.getvalue().to_pybytes()
+
+
+def table() -> pa.Table:
+    return pa.Table.from_pylist(ROWS)
+
+
+def as_csv(delimiter: str) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ROWS[0], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return out.getvalue().encode()
+
+
+def as_parquet(path) -> None:
+    pa.parquet.write_table(table(), path, row_group_size=500)
+
+
+def as_stream(path) -> None:
+    with pa.ipc.new_stream(path, table().schema) as out:
+        out.write_table(table(), max_chunksize=500)
+
+
+def as_file(path) -> None:
+    with pa.ipc.new_file(path, table().schema) as out:
+        out.write_table(table(), max_chunksize=500)
+
+
+def as_lines(path) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), "utf-8")
+
+
+KINDS = {
+    "a.jsonl": as_lines,
+    "a.ndjson": as_lines,
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "b.json": lambda path: path.write_text(json.dumps(ROWS, ensure_ascii=False), "utf-8"),
+    "a.csv": lambda path: path.write_bytes(as_csv(",")),
+    "a.tsv": lambda path: path.write_bytes(as_csv("\t")),
+    "a.parquet": as_parquet,
+    "stream.arrow": as_stream,
+    "file.arrow": as_file,
+}
+PACKERS = {
+    "": bytes,
+    ".gz": partial(gzip.compress, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard,
+}
+
+
+def test_everything_that_is_read_is_tried():
+    assert {f".{name.split('.')[1]}" for name in KINDS} == READERS.keys()
+    assert PACKERS.keys() - {""} == UNPACKERS.keys()
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_rows_of_a_file(tmp_path, monkeypatch, name, packed):
+    monkeypatch.setattr(json_list, "_PART", 997)  # so that text is cut anywhere
+    path = tmp_path / name
+    KINDS[name](path)
+    if packed:
+        (tmp_path / (name + packed)).write_bytes(PACKERS[packed](path.read_bytes()))
+    found = list(local(tmp_path / (name + packed)).records())
+    assert [row for _, row in found] == ROWS
+    where = [place for place, _ in found]
+    assert len(set(where)) == len(ROWS)
+    if name in ("a.jsonl", "a.ndjson"):
+        assert where[-1] == f"{path}{packed}:{len(ROWS)}"
+    elif name in ("a.csv", "a.tsv"):  # whose rows here have two lines each
+        assert where[:2] == [f"{path}{packed}:2", f"{path}{packed}:4"]
+    else:
+        assert where[-1] == f"{path}{packed}, row {len(ROWS)}"
+
+
+@pytest.mark.parametrize("packed", [p for p in PACKERS if p])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_packed_file_that_is_cut_short(tmp_path, name, packed):
+    KINDS[name](tmp_path / name)
+    path = tmp_path / (name + packed)
+    whole = PACKERS[packed]((tmp_path / name).read_bytes())
+    for raw in (whole[: len(whole) // 2], b"no packed file at all", b""):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match=r"(not a whole|the file is empty)") as error:
+            list(local(path).records())
+        assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
+def test_a_table_that_is_cut_short(tmp_path, name):
+    path = tmp_path / name
+    KINDS[name](path)
+    whole = path.read_bytes()
+    for raw in (whole[: len(whole) // 2], b"nothing of the kind", b""):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match=r"not a whole|the file is empty") as error:
+            list(local(path).records())
+        assert str(error.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"a,b\n1,2\n1,2,3\n", r"a.csv:3: 3 values, but the first line names 2 columns \(a, b\)"),
+        (b'a,b\n"1\n1",2\n1\n', "a.csv:4: 1 values, but"),
+        (b"a,a\n1,2\n", "a.csv:1: the first line must name the columns, each once, and holds 'a'"),
+        (b"a,\n1,2\n", "a.csv:1: the first line must name .* holds ''"),
+        (b'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: the row that begins here is broken"),
+        (b"a,b\n1,\xff\n", "a.csv:2: not UTF-8 .byte 0xff."),
+        (b"a,b\n", "a.csv: the file is empty"),
+        (b"", "a.csv: the file is empty"),
+    ],
+)
+def test_a_broken_table_of_text(tmp_path, raw, message):
+    path = tmp_path / "a.csv"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(mark + raw)
+        with pytest.raises(InputError, match=message):
+            list(local(path).records())
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "', b'"}\n'),
+        ("a.json", b'[{"text": "a"},\n{"text": "', b'"}]'),
+        ("a.csv", b"text\na\n", b"\n"),
+    ],
+)
+def test_a_line_of_a_hundred_megabytes_is_refused(tmp_path, name, begin, end):
+    path = tmp_path / name
+    path.write_bytes(begin + b"x" * 10**8 + end)
+    line = 3 if name == "a.csv" else 2
+    with pytest.raises(InputError, match=f"{name}:{line}: the .* longer than 64 MiB"):
+        list(local(path).records())
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'[{"a": 1} {"a": 2}]', "a.json:1: broken JSON .Expecting ',' delimiter."),
+        (b'[{"a": 1},\n]', "a.json:2: broken JSON"),
+        (b'[{"a": 1},\n\n{"a": tru}]', "a.json:3: broken JSON"),
+        (b'[{"a": 1},\n{"a": 1}', "a.json:2: broken JSON"),
+        (b'[{"a": 1},\n{"a": "1', "a.json:2: broken JSON"),
+        (b'[{"a": 1}]\n\n3', "a.json:3: broken JSON .Extra data."),
+        (b'[{"a": "x"},\n{"a": "\xff"}]', "a.json:2: not UTF-8 .byte 0xff."),
+        (b'[{"a": 1},\n{"a": "\xf0\x9f', "a.json:2: not UTF-8"),
+        (b'[{"a": 1}, 7]', "a.json, row 2: must be an object with keys, is 7"),
+    ],
+)
+@pytest.mark.parametrize("part", [3, 2**20])
+def test_a_broken_list(tmp_path, monkeypatch, raw, message, part):
+    monkeypatch.setattr(json_list, "_PART", part)
+    path = tmp_path / "a.json"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=message):
+        list(local(path).records())
+
+
+@pytest.mark.parametrize("part", [1, 2, 5])
+def test_values_that_are_read_in_pieces(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(json_list, "_PART", part)
+    rows = [{"a": v} for v in (12345, -1.5e-300, True, None, [1, {"b": "🙂é"}], "", "\\")]
+    path = tmp_path / "a.json"
+    for ascii in (True, False):
+        path.write_text(json.dumps(rows, ensure_ascii=ascii, indent=2) + " \n", "utf-8")
+        assert [row for _, row in local(path).records()] == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "stream.arrow"])
+def test_no_more_of_a_file_is_in_memory_than_is_looked_at(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(json_list, "_PART", 2**17)
+    path = tmp_path / name
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 2000)))
+    rows = [{"n": str(i), "text": text} for i in range(3000)]
+    if name == "a.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    elif name == "a.csv":
+        pa.csv.write_csv(pa.Table.from_pylist(rows), path)
+    elif name == "a.parquet":
+        pa.parquet.write_table(
+            pa.Table.from_pylist(rows),
+            path,
+            compression="none",
+            use_dictionary=False,
+            row_group_size=1000,
+        )
+    else:
+        with pa.ipc.new_stream(path, pa.Table.from_pylist(rows).schema) as out:
+            out.write_table(pa.Table.from_pylist(rows), max_chunksize=1000)
+    del rows
+    assert path.stat().st_size > 6e6
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in local(path).records()) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_tells_files_apart(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("1")
+    file = File("a", path)
+    assert file.sha256() == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    with pytest.raises(InputError, match="none.jsonl: no such file"):
+        File("none.jsonl", tmp_path / "none.jsonl").sha256()

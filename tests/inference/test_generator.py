@@ -1,0 +1,355 @@
+"""Decoding: the tokens of transformers' `generate`, whatever the batch, the mesh, the adapters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from data_fixtures import END, make_tokenizer
+from flax import nnx
+from oracles import Folder, model_folder, randomized
+from run_fixtures import VOCAB, make_base
+
+import droplora_jax as dl
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.sharding import RULES
+from droplora_jax.inference.generator import Generator, Sampling, bucket, ending_ids
+
+PROMPTS = ["Is 7 odd? ", "the answer", "Write a response that appropriately completes", "x", "1 2"]
+NEW = 20
+
+# What could differ between training and decoding, by family.
+MODELS = {
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "mistral": {"sliding_window": 6, "tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16, "attention_bias": True},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+}
+
+
+def make_model(path, name: str) -> Folder:
+    kind = "llama" if name in ("yarn", "dynamic") else name
+    shape = {"vocab_size": VOCAB, "max_position_embeddings": 128}
+    folder = model_folder(path, kind, **{**shape, **MODELS[name]})
+    make_tokenizer().save_pretrained(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Folder:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def one_device():
+    return dl.make_mesh(devices=jax.devices()[:1])
+
+
+def load(folder: Folder, **mesh: int):
+    mesh = dl.make_mesh(dl.MeshConfig(**mesh)) if mesh else one_device()
+    return dl.load(folder.path, dtype=jnp.float32, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def generator(base, tokenizer) -> Generator:
+    return Generator(load(base), tokenizer, batch_size=4)
+
+
+def theirs(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[str]:
+    """transformers' greedy completions of one batch, padded on the left."""
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    longest = max(map(len, ids))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=sorted(ends)[0],
+    )[:, longest:].tolist()
+    texts = []
+    for row in out:
+        end = next((n for n, token in enumerate(row) if token in ends), len(row))
+        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_that_of_transformers(tmp_path, tokenizer, name, strict):
+    folder = make_model(tmp_path, name)
+    generator = Generator(load(folder), tokenizer, batch_size=4)
+    completions = generator(PROMPTS, Sampling(max_new_tokens=NEW))
+    assert completions == theirs(folder.torch, tokenizer, generator.ends)
+    assert len(set(completions)) == len(PROMPTS)
+
+
+def test_a_long_row_is_in_many_steps_of_the_loop(base, tokenizer, generator):
+    """More new tokens than are looked at together, and than the sliding of any bucket."""
+    sampling = Sampling(max_new_tokens=70)
+    expected = theirs(base.torch, tokenizer, generator.ends, PROMPTS[:2], 70)
+    assert generator(PROMPTS[:2], sampling) == expected
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 8},
+        {"tensor": 2, "data": 2, "fsdp": 2},
+        {"tensor": 4, "fsdp": 2},  # more than there are key heads
+        {"context": 2, "fsdp": 2, "replica": 2},
+    ],
+    ids=str,
+)
+def test_eight_devices_as_one(base, tokenizer, generator, mesh):
+    sharded = Generator(load(base, **mesh), tokenizer, batch_size=4)
+    for sampling in (Sampling(NEW), Sampling(NEW, temperature=1.0, top_p=0.9)):
+        assert sharded(PROMPTS, sampling) == generator(PROMPTS, sampling)
+
+
+def test_the_cache_is_split_over_the_mesh(base):
+    model = load(base, tensor=2, fsdp=4)
+    (cache,) = jax.jit(lambda: nnx.merge(*nnx.split(model)).empty_caches(8, 16))()
+    for kept in (cache.k_LBKHS, cache.v_LBKSH):
+        _, rows, heads, *_ = kept.sharding.shard_shape(kept.shape)
+        assert (rows, heads) == (8 // 4, 2 // 2)
+    assert RULES["heads"] == ("tensor",)
+
+
+def test_a_stack_and_layers_by_themselves_decode_the_same(base, tokenizer, generator, monkeypatch):
+    monkeypatch.setattr("droplora_jax.inference.generator.better_apart", lambda model: False)
+    stacked = Generator(load(base), tokenizer, batch_size=4)
+    assert len(nnx.merge(stacked._graphdef, stacked._state).stacks) == 1
+    assert len(nnx.merge(generator._graphdef, generator._state).stacks) == 2
+    sampling = Sampling(NEW)
+    assert stacked(PROMPTS, sampling) == generator(PROMPTS, sampling)
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha_pattern": {r"\.1\.": 2.0}}], ids=["one", "by layer"]
+)
+def test_an_adapter_and_its_merge_give_the_same(base, tokenizer, tmp_path, options, generator):
+    peft = pytest.importorskip("peft")
+    config = dl.DropLoRA(rank=4, alpha=8, drop_rate=0.5, targets="all-linear", **options)
+    plain = load(base)
+    tuned = randomized(dl.inject(plain, config, key=dl.root_key(0)))
+    dl.save_adapter(tuned, tmp_path / "adapter")
+    dl.save_merged(tuned, tmp_path / "merged")
+    sampling = Sampling(NEW)
+    given = [
+        Generator(model, tokenizer, batch_size=4)(PROMPTS, sampling)
+        for model in (
+            tuned,
+            dl.load_adapter(plain, tmp_path / "adapter"),
+            dl.merge(tuned),
+            dl.load(tmp_path / "merged", dtype=jnp.float32, mesh=one_device()),
+        )
+    ]
+    model = peft.PeftModel.from_pretrained(make_copy(base), tmp_path / "adapter").eval()
+    expected = theirs(model, tokenizer, generator.ends)
+    assert given == [expected] * 4
+    assert expected != generator(PROMPTS, sampling)
+
+
+def make_copy(base: Folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base.path).eval()
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+DRAWN = Sampling(NEW, temperature=1.0, top_k=50, seed=3)
+
+
+def test_what_is_drawn_depends_on_the_row_alone(base, tokenizer, generator):
+    whole = generator(PROMPTS, DRAWN)
+    for size in (1, 3):
+        assert Generator(load(base), tokenizer, batch_size=size)(PROMPTS, DRAWN) == whole
+    assert generator(PROMPTS[2:], DRAWN, rows=[2, 3, 4]) == whole[2:]
+
+
+def test_rows_and_seeds_differ(generator):
+    same = generator([PROMPTS[0]] * 3, DRAWN)
+    assert len(set(same)) == 3
+    assert generator([PROMPTS[0]] * 3, DRAWN) == same
+    assert generator([PROMPTS[0]] * 3, replace(DRAWN, seed=4)) != same
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def ids_of(generator: Generator, prompt: str, new: int) -> list[int]:
+    """Greedy tokens, each from the whole text."""
+    model = nnx.merge(generator._graphdef, generator._state)
+    row = generator.tokenizer(prompt).input_ids
+    start = len(row)
+    for _ in range(new):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(row)] = row
+        row.append(int(jnp.argmax(model(jnp.asarray(padded))[0, len(row) - 1])))
+    return row[start:]
+
+
+def test_every_eos_of_the_generation_config_ends_a_row(base, tmp_path, tokenizer, generator):
+    greedy = ids_of(generator, PROMPTS[0], 8)
+    other = next(token for token in greedy[2:] if token not in greedy[:2])
+    folder = tmp_path / "base"
+    make_base(folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [other, 340]}))
+    model = dl.load(folder, dtype=jnp.float32, mesh=one_device())
+    assert ending_ids(model, tokenizer) == {other, 340, tokenizer.eos_token_id}
+    (text,) = Generator(model, tokenizer)(PROMPTS[:1], Sampling(NEW))
+    assert text == tokenizer.decode(greedy[: greedy.index(other)], skip_special_tokens=True)
+    file.write_text("{}")  # config.json counts then
+    assert ending_ids(model, tokenizer) == {2, tokenizer.eos_token_id}
+
+
+def test_a_finished_row_leaves_the_others_as_they_are(base, tmp_path, tokenizer, generator):
+    greedy = ids_of(generator, PROMPTS[0], 2)
+    folder = make_base(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": greedy[:1]}))
+    ending = Generator(load(folder), tokenizer, batch_size=4)
+    completions = ending(PROMPTS, Sampling(NEW))
+    assert completions[0] == ""
+    assert completions == theirs(base.torch, tokenizer, ending.ends)
+
+
+def test_stop_strings_are_left_out_wherever_they_begin(generator):
+    sampling = Sampling(NEW)
+    whole = generator(PROMPTS, sampling)
+    stop = whole[1][3:6]  # across tokens
+    assert stop in whole[1]
+    stopped = generator(PROMPTS, replace(sampling, stop=(stop, "never there")))
+    assert stopped == [text.split(stop)[0] for text in whole]
+
+
+def test_a_special_token_can_stop(tokenizer, generator, monkeypatch):
+    end = tokenizer.convert_tokens_to_ids(END)
+    logits = dl.models.decoder.Decoder.logits
+    monkeypatch.setattr(
+        dl.models.decoder.Decoder, "logits", lambda self, x: logits(self, x).at[..., end].set(1e9)
+    )
+    jax.clear_caches()
+    assert generator(["x"], Sampling(4, stop=(END,))) == [""]
+    jax.clear_caches()
+
+
+def test_a_stream_adds_up_to_the_completion(generator):
+    for sampling in (Sampling(NEW), Sampling(NEW, stop=("es",))):
+        for prompt in PROMPTS:
+            pieces = list(generator.stream(prompt, sampling))
+            assert "".join(pieces) == generator([prompt], sampling)[0]
+            assert "" not in pieces
+
+
+def test_the_text_of_the_prompt_does_not_come_back(generator, tokenizer):
+    """A character whose bytes are in several tokens, some of them in the prompt."""
+    ids = tokenizer("é").input_ids
+    assert len(ids) == 3
+    assert generator._text(ids[:2], ids[2:]) == "é"
+    assert generator._text(tokenizer("a b").input_ids, tokenizer(" c").input_ids[1:]) == " c"
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_token_ids_are_taken_as_they_are(generator, tokenizer):
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    sampling = Sampling(8)
+    assert generator(ids, sampling) == generator(PROMPTS, sampling)
+    assert generator([ids[0][1:]], sampling) != generator(PROMPTS[:1], sampling)
+
+
+def test_special_tokens_that_are_there_are_not_doubled(generator):
+    assert generator(["<s>x"], Sampling(8)) == generator(["x"], Sampling(8))
+
+
+def test_no_prompts(generator):
+    assert generator([]) == []
+
+
+def test_more_than_the_model_has_positions(generator, tokenizer):
+    longest = Sampling(128 - len(tokenizer(PROMPTS[0]).input_ids))
+    generator.check("x", tokenizer(PROMPTS[0]).input_ids, longest)
+    with pytest.raises(InputError, match=r"prompt 1: its \d+ tokens.*are 129, more than 128"):
+        generator(PROMPTS[:1], replace(longest, max_new_tokens=longest.max_new_tokens + 1))
+
+
+def test_dynamic_scaling_only_within_the_original_length(tmp_path, tokenizer):
+    path = tmp_path / "base"
+    given = {**MODELS["dynamic"]["rope_parameters"], "max_position_embeddings": 32}
+    make_base(path, rope_parameters=given)
+    generator = Generator(dl.load(path, dtype=jnp.float32, mesh=one_device()), tokenizer)
+    assert generator.longest == 32
+    with pytest.raises(InputError, match="more than 32: beyond, rotary scaling 'dynamic'"):
+        generator(["x"], Sampling(31))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0: must be"),
+        ({"temperature": float("nan")}, "temperature=nan: must be"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0: must be at least 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5: must be above 0"),
+        ({"top_p": 0.5}, "nothing is drawn at temperature 0"),
+        ({"stop": ("",)}, "must not hold an empty text"),
+        ({"seed": -1}, "seed=-1: must be from 0"),
+    ],
+)
+def test_sampling_that_makes_no_sense(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**options)
+
+
+def test_buckets_are_few_and_fit():
+    sizes = [bucket(n) for n in range(1, 4097)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.5 * n for n, size in enumerate(sizes, 1) if n > 16)
+    assert len(set(sizes)) == 17
+
+
+def test_layers_by_themselves_lie_in_the_memory_of_the_stack(base):
+    from droplora_jax.inference.decode import apart
+
+    model = load(base)
+    pointer = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()  # noqa: E731
+    whole = model.layers.up_proj.kernel[...]
+    for i, layer in enumerate(apart(model).stacks):
+        own = layer.up_proj.kernel[...]
+        assert own.shape == (1, *whole.shape[1:])
+        assert pointer(own) == pointer(whole) + i * own.nbytes

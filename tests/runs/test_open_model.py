@@ -1,0 +1,140 @@
+"""A model from wherever it lies: base, merged, run, adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from oracles import relative
+from run_fixtures import CommandLine, make_base, write_run
+
+import droplora_jax as dl
+from droplora_jax.core.errors import InputError
+from droplora_jax.runs.open_model import decoding_mesh, open_model
+
+TOKENS = np.arange(1, 9, dtype=np.int32)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base")).path
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    from droplora_jax import cli
+
+    folder = tmp_path_factory.mktemp("trained")
+    assert (
+        cli.main(["train", str(write_run(base, folder, train={"steps": 4, "eval_every": 2}))]) == 0
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def droplora(capsys) -> CommandLine:
+    return CommandLine(capsys)
+
+
+def logits(model) -> np.ndarray:
+    return np.asarray(jax.jit(lambda tokens: model(tokens))(TOKENS))
+
+
+def opened_logits(*arguments, **options) -> np.ndarray:
+    return logits(open_model(*map(str, arguments), **options).model)
+
+
+def test_a_base(base):
+    opened = open_model(str(base))
+    assert relative(logits(opened.model), logits(dl.load(base, dtype="float32"))) < 1e-6
+    assert (opened.template, opened.tokenizer.eos_token) == (None, "</s>")
+    assert opened.model.dtype == "float32"
+    assert open_model(str(base), dtype="bfloat16").model.dtype == "bfloat16"
+
+
+def test_a_run_its_adapter_and_its_merge_are_one_model(base, run, tmp_path, droplora):
+    droplora.good("export", run, "--to", tmp_path / "merged", "--format", "merged")
+    of_run = open_model(str(run))
+    assert of_run.template == "alpaca"
+    assert relative(logits(of_run.model), opened_logits(base)) > 1e-3
+    for arguments in ((run / "adapter",), (base, run / "adapter"), (tmp_path / "merged",)):
+        assert relative(opened_logits(*arguments), logits(of_run.model)) < 1e-5
+    assert open_model(str(base), str(run / "adapter")).template == "alpaca"
+    assert open_model(str(run / "adapter")).template == "alpaca"
+
+
+def test_a_checkpoint_of_a_run(run):
+    last, best = (opened_logits(run, step=step) for step in ("last", "best"))
+    np.testing.assert_array_equal(last, opened_logits(run, step="4"))
+    assert np.isfinite(best).all()
+    with pytest.raises(InputError, match="99"):
+        open_model(str(run), step="99")
+
+
+def test_a_run_without_checkpoints_has_its_adapter(run, tmp_path):
+    moved = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(moved / "checkpoints")
+    np.testing.assert_array_equal(opened_logits(moved), opened_logits(run))
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        open_model(str(moved), step="4")
+    shutil.rmtree(moved / "adapter")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        open_model(str(moved))
+
+
+def test_several_adapters_are_their_weighted_sum(base, run, tmp_path, droplora):
+    early, late = tmp_path / "a=b", run / "adapter"
+    droplora.good("export", run, "--to", early, "--format", "peft", "--step", "2")
+    loaded = dl.load(base, dtype="float32")
+    models = {str(folder): dl.load_adapter(loaded, folder) for folder in (early, late)}
+    expected = logits(dl.combine(models, {str(early): 1.0, str(late): -0.5}))
+    names = [str(early), f"{late}=-0.5"]
+    opened = open_model(str(base), names)
+    np.testing.assert_array_equal(logits(opened.model), expected)
+    assert opened.template == "alpaca"
+    droplora.good("export", *names, "--to", tmp_path / "sum", "--format", "merged")
+    assert relative(opened_logits(tmp_path / "sum"), expected) < 1e-5
+    droplora.good("export", *names, "--to", tmp_path / "one", "--format", "peft")
+    assert relative(opened_logits(base, tmp_path / "one"), expected) < 1e-6
+    half = open_model(str(base), [f"{late}=0.5"]).model
+    assert relative(logits(half), opened_logits(base, late)) > 1e-4
+    assert relative(opened_logits(base, late), opened_logits(run)) < 1e-6
+
+
+def test_what_adapters_can_not_be_added_is_said(base, run, tmp_path, droplora):
+    adapter = run / "adapter"
+    with pytest.raises(InputError, match="is named twice"):
+        open_model(str(base), [str(adapter), f"{adapter}=2"])
+    with pytest.raises(InputError, match="half: no such folder, and no DIR=WEIGHT"):
+        open_model(str(base), [f"{adapter}=half"])
+    other = shutil.copytree(adapter, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "another/base"})
+    )
+    result = droplora("export", adapter, other, "--to", tmp_path / "out", "--format", "merged")
+    assert result.code == 2
+    assert f"{other} is for the base another/base" in result.err
+    assert not (tmp_path / "out").exists()
+    droplora.good(
+        "export", adapter, other, "--base", base, "--to", tmp_path / "out", "--format", "merged"
+    )
+
+
+def test_what_does_not_go_together(base, run):
+    with pytest.raises(InputError, match="has an adapter of its own"):
+        open_model(str(run), str(run / "adapter"))
+    with pytest.raises(InputError, match="only a run has several"):
+        open_model(str(base), step="best")
+    with pytest.raises(InputError, match="no such folder"):
+        open_model("/nowhere/at/all")
+
+
+def test_devices_go_along_tensor_as_far_as_there_are_heads(base):
+    shape = open_model(str(base)).model.config
+    assert dict(decoding_mesh(shape).shape) == {
+        "replica": 1, "data": 1, "fsdp": 4, "tensor": 2, "context": 1
+    }  # fmt: skip
