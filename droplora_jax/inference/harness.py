@@ -1,7 +1,7 @@
 """Our models for lm-evaluation-harness, whose own tasks then run on them (the extra `harness`).
 
     import lm_eval
-    from droplora_jax.evaluate.harness import HarnessModel
+    from droplora_jax.inference.harness import HarnessModel
 
     opened = open_model("path/of/a/model")
     lm_eval.simple_evaluate(HarnessModel(opened.model, opened.tokenizer), tasks=["piqa"])

@@ -36,8 +36,8 @@ def train_tokenizer(file: Path, vocab_size: int) -> Any:
 
 def real_rows(file: Path, tokenizer: Any, count: int, cache: Path) -> tuple[Row, ...]:
     """So many rows of the file, drawn once, in the order in which they are trained."""
-    from droplora_jax.data import load
     from droplora_jax.data.config import DataConfig
+    from droplora_jax.data.load import load
 
     config = DataConfig(train=str(file), max_length=LINE, cache=str(cache))
     rows, _ = load.load(config.train, tokenizer, config)

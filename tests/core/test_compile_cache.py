@@ -16,7 +16,7 @@ from droplora_jax.core.compile_cache import VARIABLE, compile_cache
 # Prints how many programs were compiled and how many were found, and a result.
 PROGRAM = """
 import jax, jax.numpy as jnp
-from droplora_jax.compile_cache import compile_cache
+from droplora_jax.core.compile_cache import compile_cache
 counts = {"hits": 0, "misses": 0}
 def count(event, **_):
     for name in counts:

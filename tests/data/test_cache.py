@@ -229,7 +229,8 @@ def test_pieces_of_a_text_have_its_key_and_equal_rows_an_equal_one(tmp_path):
 MEMORY = """
 import sys
 from data_fixtures import make_tokenizer
-from droplora_jax.data import DataConfig, load
+from droplora_jax.data.config import DataConfig
+from droplora_jax.data.load import load
 rows, _ = load(sys.argv[1], make_tokenizer(), DataConfig(train=sys.argv[1], cache=sys.argv[2]))
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1]
 print(len(rows.lengths), rows.lengths.sum(), peak)

@@ -45,7 +45,7 @@ def test_it_is_the_one_of_auto_tokenizer(base, tmp_path, kind, family):
 
 def test_pytorch_is_not_imported_and_nothing_is_said(base):
     program = (
-        "import sys, pathlib; from droplora_jax.tokenizer import load_tokenizer\n"
+        "import sys, pathlib; from droplora_jax.hf.tokenizer import load_tokenizer\n"
         f"load_tokenizer(pathlib.Path({str(base)!r}))\n"
         "print('torch' in sys.modules)"
     )

@@ -284,11 +284,12 @@ def test_an_interrupt_waits_for_no_compiler(base, tmp_path):
     hanging = tmp_path / "hanging.py"
     hanging.write_text(
         "import time\n"
-        "from droplora_jax import cli, launch\n"
+        "from droplora_jax import cli\n"
+        "from droplora_jax.runs import train_run\n"
         "def hang(*_):\n"
         "    print('compiling', flush=True)\n"
         "    time.sleep(100)\n"
-        "launch.program = hang\n"
+        "train_run.program = hang\n"
         "cli.command()\n"
     )
     running = process("train", write_run(base, tmp_path), program=[str(hanging)])

@@ -347,7 +347,7 @@ def test_an_export_that_is_stopped_leaves_nothing(folder, tmp_path, number, code
     checking = tmp_path / "checking.py"
     checking.write_text(
         "from droplora_jax import cli\n"
-        "from droplora_jax.export import merged\n"
+        "from droplora_jax.hf import merged\n"
         "probe = merged.probe\n"
         "def forever(*arguments):\n"
         "    print('checking', flush=True)\n"

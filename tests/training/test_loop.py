@@ -263,14 +263,15 @@ def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
     hanging = tmp_path / "hanging.py"
     hanging.write_text(
         "import sys, time\n"
-        "from droplora_jax import cli, watch\n"
-        "after = watch.Watch.after\n"
+        "from droplora_jax import cli\n"
+        "from droplora_jax.training import monitor\n"
+        "after = monitor.Watch.after\n"
         "def hang(self, step, metrics):\n"
         "    if step == 3:\n"
         "        print('hanging', flush=True)\n"
         "        time.sleep(100)\n"
         "    after(self, step, metrics)\n"
-        "watch.Watch.after = hang\n"
+        "monitor.Watch.after = hang\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     yaml = write_run(base, tmp_path, train={"save_every": 1, "stop_seconds": 2})
