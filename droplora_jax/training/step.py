@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax.adapters.surgery import draw
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.loss import projected_cross_entropy
 
 
@@ -90,16 +91,12 @@ def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> An
 
 
 def loss_sum(
-    model: Decoder, batch: Batch, *, packed: bool = True
+    model: Decoder, batch: Batch, *, options: StepOptions = StepOptions()
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets.
-
-    Args:
-      packed: see `Decoder.hidden`.
-    """
+    """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
     with jax.numpy_dtype_promotion("strict"):
         segment_ids = batch["segment_ids"]
-        x_BTD = model.hidden(batch["tokens"], segment_ids=segment_ids, packed=packed)
+        x_BTD = model.hidden(batch["tokens"], segment_ids=segment_ids, options=options)
         x_BTE, project = model.projection(x_BTD)
         return projected_cross_entropy(project, x_BTE, batch["targets"], mesh=model.mesh)
 
@@ -113,13 +110,13 @@ def loss_and_gradients(
     step_key: Key[Array, ""],
     share: Float[Array, ""] | None = None,
     *,
-    packed: bool = True,
+    options: StepOptions = StepOptions(),
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over the targets of k microbatches [k, m, T], and its gradient for the adapters."""
 
     def microbatch_loss(adapters: nnx.State, rows: Array, part: Batch):
         keys = draw(mask_keys, step_key, rows=rows, documents=part["segment_ids"], share=share)
-        return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part, packed=packed)
+        return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part, options=options)
 
     def accumulate(sums, microbatch):
         (loss, count), gradients = jax.value_and_grad(microbatch_loss, has_aux=True)(
@@ -146,19 +143,19 @@ def train_step(
     mask_root: Key[Array, ""],
     *,
     share: optax.Schedule | None = None,
-    packed: bool = True,
+    options: StepOptions = StepOptions(),
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step.
 
     Args:
       mask_root: the run's mask key; the step is folded into it here.
       share: of the drop rates, by step, for adapters whose rates change.
-      packed: False if every row is one document; see `Decoder.hidden`.
+      options: how the layers are computed.
     """
     step_key = jax.random.fold_in(mask_root, state.step)
     now = None if share is None else jnp.asarray(share(state.step), jnp.float32)
     loss, gradients = loss_and_gradients(
-        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now, packed=packed
+        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now, options=options
     )
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)
@@ -178,10 +175,10 @@ def eval_step(
     frozen: nnx.State,
     batch: Batch,
     *,
-    packed: bool = True,
+    options: StepOptions = StepOptions(),
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed loss and number of targets of one batch [m, T], without masks."""
-    return loss_sum(nnx.merge(graphdef, adapters, mask_keys, frozen), batch, packed=packed)
+    return loss_sum(nnx.merge(graphdef, adapters, mask_keys, frozen), batch, options=options)
 
 
 def compile_train_step(
@@ -190,12 +187,12 @@ def compile_train_step(
     adapters: nnx.State,
     share: optax.Schedule | None = None,
     *,
-    packed: bool = True,
+    options: StepOptions = StepOptions(),
 ) -> TrainStep:
     """`train_step` jitted, its state donated: `(state, mask_keys, frozen, batch, mask_root)`."""
     shardings = state_shardings(adapters, tx)
     return jax.jit(
-        partial(train_step, graphdef, tx, share=share, packed=packed),
+        partial(train_step, graphdef, tx, share=share, options=options),
         donate_argnums=0,
         out_shardings=(shardings, shardings.step),
     )

@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "adapter.alpha": 0.5,
         "adapter.drop_rate": 0.0,
         "data.train": "data/text.jsonl",
-        "data.valid": "data/text.jsonl",
+        "data.valid": "data/short.jsonl",
         "data.format": "text",
         "data.max_length": 2,
         "distributed.timeout": 10,
@@ -417,6 +417,7 @@ def write_files(folder: Path) -> None:
         [{"instruction": wrapped.format(n), "output": f"{n}"} for n in numbers],
     )
     write_jsonl(data / "text.jsonl", [{"text": f"the answer is {n}"} for n in numbers])
+    write_jsonl(data / "short.jsonl", [{"text": "0 1"}])
     turns = [
         [("user", f"{n}?"), ("assistant", f"is {n}"), ("user", "so?"), ("assistant", "yes")]
         for n in numbers
