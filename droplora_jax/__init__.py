@@ -25,9 +25,9 @@ from droplora_jax.hf.load import load
 from droplora_jax.hf.merged import save_merged
 from droplora_jax.hf.peft.adapter import load_adapter, save_adapter
 from droplora_jax.models.decoder import with_noise
-from droplora_jax.models.quantization import Quantization
 from droplora_jax.nn.linear_spec import LinearSpec, linear_spec
 from droplora_jax.nn.mask_keys import MaskKey
+from droplora_jax.nn.options import Quantization
 
 __all__ = [
     "DoRA",

@@ -38,7 +38,7 @@ from droplora_jax.inference.scoring import (
 from droplora_jax.inference.task import Example, Task
 from droplora_jax.inference.tasks import TASKS
 from droplora_jax.inference.tasks.mt_bench import MT_BENCH, answers
-from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs.open_model import fingerprint, open_model
 
 
@@ -59,7 +59,7 @@ class EvaluateConfig:
     adapter: tuple[str, ...] = ()
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    quantize: Kind | None = None
+    quantize: QuantizedKind | None = None
     limit: int | None = None
     batch_size: int = 8
     max_new_tokens: int | None = None

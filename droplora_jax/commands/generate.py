@@ -23,7 +23,7 @@ from droplora_jax.data.formats.base import ASSISTANT, USER, text_of
 from droplora_jax.data.templates import TEMPLATES, Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling
-from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs.open_model import Opened, fingerprint, open_model
 
 RECORDED = "recorded"  # in place of a template's name
@@ -44,7 +44,7 @@ class Request:
     adapter: tuple[str, ...] = ()
     step: str = "last"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    quantize: Kind | None = None
+    quantize: QuantizedKind | None = None
     template: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 8

@@ -24,10 +24,9 @@ from droplora_jax.hf.source import read_config, resolve, source
 from droplora_jax.models.config import LOGICAL_AXES, ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families.base import Family, TensorName
-from droplora_jax.models.layer import Remat
-from droplora_jax.models.quantization import Quantization
-from droplora_jax.nn.attention.dispatch import Kernel
+from droplora_jax.models.quantization import quantized_shapes
 from droplora_jax.nn.layer_paths import dotted
+from droplora_jax.nn.options import Quantization
 from droplora_jax.nn.quantized_kernel import Quantized, qwix, with_layer
 
 
@@ -36,8 +35,6 @@ def load(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
-    remat: Remat = "nothing",
-    attention: Kernel = "auto",
     revision: str | None = None,
     ignore_config_keys: Sequence[str] = (),
     quantize: str | Quantization = "none",
@@ -49,8 +46,6 @@ def load(
         `s3://`), or a hub id.
       mesh: where the weights go; default: all local devices along `fsdp`.
       dtype: of the weights and the activations.
-      remat: what a layer's forward pass saves for its backward pass.
-      attention: the kernel that attends: `auto`, `blockwise`, `splash`, `cudnn` or `tokamax`.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` known to change nothing.
       quantize: store the linear layers in fewer bits: `int8`, `int4`, `nf4`, or a `Quantization`.
@@ -68,8 +63,6 @@ def load(
         config,
         mesh=mesh,
         dtype=dtype,
-        remat=remat,
-        attention=attention,
         source=source(path, revision),
         quantization=quantization,
     )
@@ -92,8 +85,6 @@ def abstract_model(
     *,
     mesh: Mesh,
     dtype: DTypeLike,
-    remat: Remat = "nothing",
-    attention: Kernel = "auto",
     source: Source | None = None,
     quantization: Quantization | None = None,
 ) -> Decoder:
@@ -104,14 +95,12 @@ def abstract_model(
             rngs=nnx.Rngs(0),
             dtype=dtype,
             mesh=mesh,
-            remat=remat,
-            attention=attention,
             source=source,
         )
     )
 
     if quantization is not None:
-        model = quantization.shapes(model)
+        model = quantized_shapes(model, quantization)
 
     def place(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
         def placed(leaf: Any) -> jax.ShapeDtypeStruct:

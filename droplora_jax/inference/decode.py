@@ -20,6 +20,7 @@ from droplora_jax.adapters.surgery import view
 from droplora_jax.core import prng
 from droplora_jax.inference.sampling import Filters, sample
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.quantized_kernel import Quantized, leaves
 
 
@@ -39,7 +40,7 @@ class Decoding:
     keys_B: Any
 
 
-@partial(jax.jit, static_argnames=("graphdef", "new", "filters"))
+@partial(jax.jit, static_argnames=("graphdef", "new", "filters", "options"))
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -52,6 +53,7 @@ def prefill(
     *,
     new: int,
     filters: Filters,
+    options: StepOptions,
 ) -> Decoding:
     """The prompts into a cache with room for `new` tokens, and the first of these."""
     model = nnx.merge(graphdef, state)
@@ -63,7 +65,7 @@ def prefill(
         done_B=done_B,
         keys_B=prng.fold_each(key, rows_B),
     )
-    return _advanced(model, decoding, tokens_BP, segment_ids_BP, ends_E, filters)
+    return _advanced(model, decoding, tokens_BP, segment_ids_BP, ends_E, filters, options)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "filters"), donate_argnames="decoding")
@@ -99,9 +101,10 @@ def _advanced(
     segment_ids_BT: Int[Array, "B T"],
     ends_E: Int[Array, "E"],
     filters: Filters,
+    options: StepOptions = StepOptions(),
 ) -> Decoding:
     """With one more token, after `tokens_BT`; a row that is done gets 0."""
-    x_BTD, caches = model.extend(decoding.caches, tokens_BT, segment_ids_BT)
+    x_BTD, caches = model.extend(decoding.caches, tokens_BT, segment_ids_BT, options)
     logits_BV = model.logits(x_BTD[:, -1:])[:, 0]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(decoding.keys_B, decoding.count)
     next_B = jnp.where(decoding.done_B, 0, sample(logits_BV, keys_B, filters))

@@ -26,6 +26,7 @@ from droplora_jax.hf import source
 from droplora_jax.inference.decode import Decoding, apart, better_apart, decode, prefill
 from droplora_jax.inference.sampling import Filters
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.rope import longest_static
 
 CHUNK = 32  # steps between two looks at what was written
@@ -80,17 +81,25 @@ class Sampling:
 class Generator:
     """Completes prompts with a model, with or without adapters."""
 
-    def __init__(self, model: Decoder, tokenizer: Any, *, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Any,
+        *,
+        batch_size: int = 8,
+        options: StepOptions = StepOptions(),
+    ) -> None:
         """
         Args:
           batch_size: prompts at a time, rounded up to what the mesh splits evenly.
+          options: `options.attention` is the kernel that reads the prompts.
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: must be at least 1")
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer
         groups = axis_size(model.mesh, RULES["batch"] or ()) if model.mesh else 1
         self.batch_size = -(-batch_size // groups) * groups
-        self.ends = ending_ids(model, tokenizer)
+        self.ends, self._options = ending_ids(model, tokenizer), options
         self._graphdef, self._state = nnx.split(apart(model) if better_apart(model) else model)
 
     def __call__(
@@ -238,6 +247,7 @@ class Generator:
             prng.fold_name(prng.root_key(sampling.seed), "generate"),
             new=bucket(sampling.max_new_tokens),
             filters=sampling.filters,
+            options=self._options,
         )
 
     def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:

@@ -29,6 +29,7 @@ from droplora_jax.data.templates import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling, bucket
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.options import StepOptions
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -185,7 +186,7 @@ def continuation_scores(
     The logits are made for `BLOCK` positions at a time.
     """
     model = nnx.merge(graphdef, state)
-    x_BTD = model.hidden(tokens_BT, segment_ids=segment_ids_BT, packed=False)
+    x_BTD = model.hidden(tokens_BT, segment_ids=segment_ids_BT, options=StepOptions(packed=False))
 
     def of_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         x_BCD, targets_BC, scored_BC = block

@@ -8,6 +8,7 @@ position, `D` width, `V` vocabulary, `L` layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from droplora_jax.core.sharding import axis_size, constrain, divides
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.embed_and_head import Embedding, Head, Noise, normal
 from droplora_jax.models.kv_cache import Cache
-from droplora_jax.models.layer import Layer, Remat, RMSNorm, run_layers
+from droplora_jax.models.layer import Layer, RMSNorm, run_layers
 from droplora_jax.nn import ops, rope
-from droplora_jax.nn.attention.dispatch import Choice, Kernel, choose
+from droplora_jax.nn.attention.dispatch import Choice, choose
 from droplora_jax.nn.branches import Halves
+from droplora_jax.nn.options import StepOptions
 
 
 class Decoder(nnx.Module):
@@ -31,7 +33,6 @@ class Decoder(nnx.Module):
     Attributes:
       layers: a stack, or (`models/cache.py`) several to be run one after the other.
       dtype: of the activations, and of the weights that are not trained.
-      asked_kernel: of attention; `attention_kernel()` says what is taken.
       source: where the weights came from, for the exporters.
       noise: on the vectors of tokens while training; None (the default) for none.
     """
@@ -43,18 +44,15 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         mesh: Mesh | None = None,
-        remat: Remat = "nothing",
-        attention: Kernel = "auto",
         source: Source | None = None,
     ) -> None:
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs, kernel=attention)
+            return Layer(config, dtype=dtype, mesh=mesh, rngs=rngs)
 
-        self.config, self.mesh, self.remat, self.source = config, mesh, remat, source
-        self.dtype, self.asked_kernel = jnp.dtype(dtype), attention
-        self.attention_kernel()  # an error, if it can't be had
+        self.config, self.mesh, self.source = config, mesh, source
+        self.dtype = jnp.dtype(dtype)
         vocab_size, width = config.vocab_size, config.width
         table_VD = normal(rngs, vocab_size, width, width, dtype)
         self.embed = Embedding(table_VD, dtype=dtype, mesh=mesh, tied=config.tie_embeddings)
@@ -70,6 +68,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        options: StepOptions = StepOptions(),
     ) -> Float[Array, "B T V"]:
         """Logits of every next token.
 
@@ -77,7 +76,8 @@ class Decoder(nnx.Module):
           positions: rotary positions; by default they restart at 0 with every segment.
           segment_ids: documents that must not see each other; 0 is padding.
         """
-        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+        x_BTD = self.hidden(tokens, positions=positions, segment_ids=segment_ids, options=options)
+        return self.logits(x_BTD)
 
     def hidden(
         self,
@@ -85,30 +85,30 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        packed: bool = True,
+        options: StepOptions = StepOptions(),
     ) -> Float[Array, "B T D"]:
         """What the head projects to logits: the last layer's output, normed.
 
-        Args:
-          packed: False if every row is one segment with nothing but padding after it. Then no
-            token has one of another segment before it, and attention, which is causal, does not
-            have to look; what becomes of padding is of no use in either case.
+        If `options.packed` is False, every row is one segment with nothing but padding after it:
+        no token has one of another segment before it, and attention, which is causal, does not
+        compare segments. The values at padding are never used in either case.
         """
         if positions is None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             positions = ops.positions_in_segments(segments)
         x_BTD = self._embedded(tokens, segment_ids)
         alone = [None] * len(self.stacks)
-        # To `blockwise` they say what padding need not see; to other kernels they are a cost.
-        looks = packed or self.attention_kernel(packed=False).kernel == "blockwise"
-        of_attention = segment_ids if looks else None
-        return self._run(x_BTD, positions, of_attention, alone, self.remat)[0]
+        # Other kernels are slower with segment ids; `blockwise` skips padding by them.
+        compares = options.packed or self.attention_kernel(options).kernel == "blockwise"
+        of_attention = segment_ids if compares else None
+        return self._run(x_BTD, positions, of_attention, alone, options)[0]
 
     def extend(
         self,
         caches: Sequence[Cache],
         tokens_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
+        options: StepOptions = StepOptions(),
     ) -> tuple[Float[Array, "B T D"], list[Cache]]:
         """`hidden` of the tokens that come next in every row, and the caches with them.
 
@@ -117,13 +117,15 @@ class Decoder(nnx.Module):
         Args:
           caches: one a stack of layers, from `empty_caches`.
           segment_ids_BT: 1, or 0 for padding, which comes before all tokens of a row.
+          options: only the attention kernel counts: nothing is differentiated here.
         """
+        options = replace(options, remat="everything")
         before_B1 = jnp.sum(caches[0].segment_ids_BS, axis=1, keepdims=True)
         positions_BT = before_B1 + jnp.cumsum(segment_ids_BT, axis=1) - 1
         positions_BT = jnp.maximum(positions_BT, 0)
         opened = [cache.opened(segment_ids_BT) for cache in caches]
         x_BTD = self._embedded(tokens_BT, segment_ids_BT)
-        x_BTD, kept = self._run(x_BTD, positions_BT, segment_ids_BT, opened, "everything")
+        x_BTD, kept = self._run(x_BTD, positions_BT, segment_ids_BT, opened, options)
         return x_BTD, [cache.closed(tokens_BT.shape[1]) for cache in kept]
 
     def empty_caches(self, rows: int, slots: int) -> list[Cache]:
@@ -133,11 +135,15 @@ class Decoder(nnx.Module):
         shape = (layers, rows, c.kv_heads, slots, c.head_dim)
         return [Cache.empty(*shape, dtype=self.dtype, mesh=self.mesh) for _ in self.stacks]
 
-    def attention_kernel(self, *, packed: bool = True) -> Choice:
-        """The kernel that attends, and why; `packed`: where a row may have several segments."""
+    def attention_kernel(self, options: StepOptions = StepOptions()) -> Choice:
+        """The attention kernel that a call with these options runs, and why."""
         head_dim = self.config.head_dim
         return choose(
-            self.asked_kernel, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim, packed=packed
+            options.attention,
+            mesh=self.mesh,
+            dtype=self.dtype,
+            head_dim=head_dim,
+            packed=options.packed,
         )
 
     @property
@@ -151,14 +157,14 @@ class Decoder(nnx.Module):
             x_BTD = self.noise(x_BTD, segments)
         return constrain(x_BTD, ("batch", "position", None), self.mesh)
 
-    def _run(self, x_BTD, positions, segment_ids, caches, remat):
+    def _run(self, x_BTD, positions, segment_ids, caches, options):
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
         stacks, windows_L = self.stacks, self.config.windows_L
         parts = [None] * len(stacks) if windows_L is None else jnp.split(windows_L, len(stacks))
         kept = []
         for stack, windows, cache in zip(stacks, parts, caches, strict=True):
             x_BTD, cache = run_layers(
-                stack, x_BTD, rotation, segment_ids, windows, cache, remat=remat
+                stack, x_BTD, rotation, segment_ids, windows, cache, options=options
             )
             kept.append(cache)
         return self.final_norm(x_BTD), kept

@@ -6,9 +6,10 @@ Letters: `B` batch, `T` position, `D` width, `N` query heads, `K` key/value head
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,10 @@ from droplora_jax.core.sharding import constrain
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.kv_cache import Cache
 from droplora_jax.nn import ops, rope
-from droplora_jax.nn.attention.dispatch import Kernel, attention, saved_of_kernels
+from droplora_jax.nn.attention.dispatch import attention, saved_of_kernels
 from droplora_jax.nn.branches import apply_all
+from droplora_jax.nn.options import Kernel, Remat, StepOptions
 from droplora_jax.nn.quantized_kernel import Quantized, dot_general
-
-# What the forward pass of a layer saves for its backward pass, beside its input: all of it; what
-# costs more to find again than to keep (products that are read again, and masks); the same, in the
-# host's memory; what attention gives; or nothing.
-Remat = Literal["everything", "dots", "offload", "attention", "nothing"]
 
 _policies = jax.checkpoint_policies
 
@@ -40,7 +37,8 @@ def _saving(*names: str) -> Any:
     )
 
 
-REMAT_POLICIES = MappingProxyType(
+# What `jax.checkpoint` saves of a layer, by `StepOptions.remat`; `everything` needs no checkpoint.
+REMAT_POLICIES: Mapping[Remat, Any] = MappingProxyType(
     {
         "dots": _saving("dots", "attention"),
         "offload": _policies.save_and_offload_only_these_names(
@@ -88,13 +86,12 @@ class Layer(nnx.Module):
         dtype: Any,
         mesh: Mesh | None,
         rngs: nnx.Rngs,
-        kernel: Kernel,
     ) -> None:
         def linear(features_in: int, features_out: int, bias: bool) -> Linear:
             return Linear(features_in, features_out, use_bias=bias, param_dtype=dtype, rngs=rngs)
 
         c = config
-        self.config, self.mesh, self.asked_kernel = config, mesh, kernel
+        self.config, self.mesh = config, mesh
         self.attention_norm = RMSNorm(c.width, c.norm_epsilon, dtype=dtype)
         self.q_proj = linear(c.width, c.heads * c.head_dim, c.qkv_bias)
         self.k_proj = linear(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -115,15 +112,17 @@ class Layer(nnx.Module):
         segment_ids_BT: Int[Array, "B T"] | None,
         window: Int[Array, ""] | None = None,
         cache: Cache | None = None,
+        *,
+        kernel: Kernel = "auto",
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         normed_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = self.attend(normed_BTD, rotation, segment_ids_BT, window, cache)
+        y_BTD, cache = self.attend(normed_BTD, rotation, segment_ids_BT, window, cache, kernel)
         x_BTD = checkpoint_name(x_BTD + y_BTD, "dots")
         x_BTD = x_BTD + self.feed_forward(self.mlp_norm(x_BTD))
         return constrain(x_BTD, ("batch", "position", None), self.mesh), cache
 
     @jax.named_scope("attention")
-    def attend(self, x_BTD, rotation, segment_ids_BT, window, cache):
+    def attend(self, x_BTD, rotation, segment_ids_BT, window, cache, kernel):
         heads = (*x_BTD.shape[:2], -1, self.config.head_dim)
         qkv = apply_all((self.q_proj, self.k_proj, self.v_proj), x_BTD)
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in qkv)
@@ -135,7 +134,7 @@ class Layer(nnx.Module):
             attention,
             windows=self.config.distinct_windows,
             mesh=self.mesh,
-            kernel=self.asked_kernel,
+            kernel=kernel,
         )
         arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
         if cache is None:
@@ -159,7 +158,7 @@ def run_layers(
     windows_L: Int[Array, "L"] | None,
     cache: Cache | None = None,
     *,
-    remat: Remat = "everything",
+    options: StepOptions = StepOptions(),
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Run a stack of layers, one after the other, in a scan."""
     graphdef, state = nnx.split(layers)
@@ -168,10 +167,11 @@ def run_layers(
         layer_state, window = of_layer
         layer = nnx.merge(graphdef, layer_state)
         x_BTD, cache = carried
-        return layer(x_BTD, rotation, segment_ids_BT, window, cache), None
+        of_attention = (rotation, segment_ids_BT, window, cache)
+        return layer(x_BTD, *of_attention, kernel=options.attention), None
 
-    if remat != "everything":
-        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if options.remat != "everything":
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[options.remat], prevent_cse=False)
     alone = jax.tree.leaves(state)[0].shape[0] == 1
     # A loop would be simplified away too late for a cache to be written where it is.
     return jax.lax.scan(run, (x_BTD, cache), (state, windows_L), unroll=0 if alone else 1)[0]

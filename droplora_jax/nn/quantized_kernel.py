@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,6 @@ from jaxtyping import Array, Float, Integer, UInt
 from numpy.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
-
-Kind = Literal["none", "int8", "int4", "nf4"]
 
 # What Qwix calls them, and how many values share a byte.
 QTYPES: Mapping[str, Any] = MappingProxyType({"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4"})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from droplora_jax.adapters.surgery import inject, split
@@ -17,11 +19,12 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.hf import load, source
 from droplora_jax.models.decoder import with_noise
-from droplora_jax.models.layer import Remat
+from droplora_jax.nn.attention.dispatch import Choice, choose
+from droplora_jax.nn.options import Remat, StepOptions
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import GIB, compiled
 from droplora_jax.training import optimizer
-from droplora_jax.training.compiled_step import Program
+from droplora_jax.training.compiled_step import CompiledStep
 from droplora_jax.training.profiling import COMPILER_OPTIONS
 from droplora_jax.training.step import TrainState, compile_train_step, state_shardings
 
@@ -41,16 +44,55 @@ class Arguments(NamedTuple):
     mask_root: Any
 
 
-def traced_step(config: RunConfig, mesh: Mesh, platform: str, steps: int) -> tuple[Any, Arguments]:
-    """The step of a run of `steps` steps, traced, and the arguments that it is for."""
+@dataclass(frozen=True)
+class AbstractStep:
+    """A run's step before it is traced: all but how its layers are computed."""
+
+    graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
+    share: optax.Schedule | None
+    arguments: Arguments
+
+    def traced(self, options: StepOptions) -> Any:
+        """The step with these options, traced for the arguments."""
+        adapters = self.arguments.state.adapters
+        step: Any = compile_train_step(
+            self.graphdef, self.tx, adapters, self.share, options=options
+        )
+        return step.trace(*self.arguments)
+
+
+def step_options(config: RunConfig) -> StepOptions:
+    """The options that a run names; for `train.remat=auto` those of the smallest step."""
+    remat: Remat = "nothing" if config.train.remat == "auto" else config.train.remat
+    return StepOptions(config.data.packed, remat, config.model.attention)
+
+
+def attention_kernel(config: RunConfig, mesh: Mesh, platform: str) -> Choice:
+    """The attention kernel that a run takes on these devices.
+
+    Raises:
+      InputError: the devices can't run the kernel that `model.attention` names.
+    """
+    folder = source.resolve(config.model.path, config.model.revision)
+    _, shape = source.read_config(folder, config.model.ignore_config_keys)
+    return choose(
+        config.model.attention,
+        mesh=mesh,
+        dtype=config.model.jax_dtype(platform),
+        head_dim=shape.head_dim,
+        packed=config.data.packed,
+    )
+
+
+def abstract_step(config: RunConfig, mesh: Mesh, platform: str, steps: int) -> AbstractStep:
+    """The step of a run of `steps` steps, from shapes alone."""
     folder = source.resolve(config.model.path, config.model.revision)
     _, shape = source.read_config(folder, config.model.ignore_config_keys)
     base = load.abstract_model(
         shape,
         mesh=mesh,
         dtype=config.model.jax_dtype(platform),
-        remat=cast(Remat, config.train.remat),
-        attention=config.model.attention,
         quantization=config.model.quantization(),
     )
     base = with_noise(base, config.train.neftune_alpha)
@@ -73,9 +115,7 @@ def traced_step(config: RunConfig, mesh: Mesh, platform: str, steps: int) -> tup
         _batch(config, mesh),
         everywhere(prng.root_key(0)),
     )
-    share, packed = config.adapter.share(steps), config.data.packed
-    step: Any = compile_train_step(graphdef, tx, adapters, share, packed=packed)
-    return step.trace(*arguments), arguments
+    return AbstractStep(graphdef, tx, config.adapter.share(steps), arguments)
 
 
 def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -87,7 +127,7 @@ def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
     return {name: tokens for name in ("tokens", "targets", "segment_ids")}
 
 
-def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> Program:
+def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> CompiledStep:
     """The step of a run, compiled with the `remat` that it names, or with the fastest that fits.
 
     Nothing runs on a device, so this can be done beside what does; of several processes each
@@ -102,15 +142,15 @@ def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> Pro
     begin = time.perf_counter()
     remat = config.train.remat
     platform = mesh.devices.flat[0].platform
-    options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
+    compiler_options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
+    abstract, options = abstract_step(config, mesh, platform, steps), step_options(config)
     tried: list[str] = []
     for policy in AUTO if remat == "auto" else (remat,):
-        tried_config = replace(config, train=replace(config.train, remat=policy))
-        traced, _ = traced_step(tried_config, mesh, platform, steps)
-        step, needed = compiled(traced.lower(), platform, options)
+        traced = abstract.traced(replace(options, remat=policy))
+        step, needed = compiled(traced.lower(), platform, compiler_options)
         if step is not None and (remat != "auto" or limit is None or needed <= limit):
-            why = _why(policy, needed, limit, platform, tried) if remat == "auto" else None
-            return Program(step, policy, why, time.perf_counter() - begin)
+            reason = _reason(policy, needed, limit, platform, tried) if remat == "auto" else None
+            return CompiledStep(step, policy, reason, time.perf_counter() - begin)
         tried.append(f"{policy} {needed / GIB:.2f} GiB")
     of = f", and {limit / GIB:.2f} GiB are usable" if limit else ""
     raise InputError(
@@ -120,7 +160,7 @@ def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> Pro
     )
 
 
-def _why(policy: str, needed: int, limit: int | None, platform: str, tried: list[str]) -> str:
+def _reason(policy: str, needed: int, limit: int | None, platform: str, tried: list[str]) -> str:
     if limit is None:
         return f"remat {policy}, the fastest: no limit of memory is known on {platform}"
     rest = f"; too large: {', '.join(tried)}" if tried else ""

@@ -17,9 +17,7 @@ from droplora_jax.core.distributed import DistributedConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import MeshConfig
 from droplora_jax.data.config import DataConfig
-from droplora_jax.models.quantization import Quantization
-from droplora_jax.nn.attention.dispatch import Kernel
-from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.nn.options import Kernel, Quantization, QuantizedKind
 from droplora_jax.training.config import TrainConfig
 from droplora_jax.training.optimizer import OptimConfig
 
@@ -49,9 +47,9 @@ class BaseConfig:
     ignore_config_keys: tuple[str, ...] = ()
     adapter: str | None = None
     attention: Kernel = "auto"
-    quantize: Kind = "none"
+    quantize: QuantizedKind = "none"
     quantize_tile: int = 64
-    quantize_pattern: Mapping[str, Kind] = field(default_factory=dict)
+    quantize_pattern: Mapping[str, QuantizedKind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.quantization()  # says what is wrong with it

@@ -25,7 +25,7 @@ from droplora_jax.hf.peft.config import PEFT_FILE
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
-from droplora_jax.nn.quantized_kernel import Kind
+from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
@@ -72,7 +72,7 @@ def open_model(
     revision: str | None = None,
     step: str = "last",
     ignore_config_keys: Sequence[str] = (),
-    quantize: Kind | None = None,
+    quantize: QuantizedKind | None = None,
 ) -> Opened:
     """Open a model with its tokenizer.
 
@@ -191,7 +191,7 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
 
 
 def _loaded(
-    base: BaseConfig, dtype: Any, mesh: Mesh | None, quantize: Kind | None
+    base: BaseConfig, dtype: Any, mesh: Mesh | None, quantize: QuantizedKind | None
 ) -> tuple[Decoder, Any]:
     base = base if quantize is None else replace(base, quantize=quantize)
     folder = source.resolve(base.path, base.revision)
@@ -203,7 +203,6 @@ def _loaded(
         base.path,
         mesh=mesh,
         dtype=BaseConfig(base.path, dtype=dtype).jax_dtype(platform),
-        remat="everything",
         revision=base.revision,
         ignore_config_keys=base.ignore_config_keys,
         quantize=base.quantization(),

@@ -27,7 +27,7 @@ from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.models.decoder import Decoder, with_noise
 from droplora_jax.nn.quantized_kernel import Quantized, leaves
 from droplora_jax.runs import config_reader, memory, run_data
-from droplora_jax.runs.compile import program
+from droplora_jax.runs.compile import attention_kernel, program, step_options
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE, check_folder, last_step
 from droplora_jax.training import optimizer
@@ -45,8 +45,9 @@ def train_run(config: RunConfig, console: Console) -> Path:
     began = time.perf_counter()
     folder = Path(config.output)
     adapter = folder / ADAPTER
-    config, mesh, (batches, measured, record) = _checked(config, folder, console)
+    config, mesh, (batches, evaluation, record) = _checked(config, folder, console)
     steps = total_steps(config.train, batches)
+    schedule = optimizer.learning_rate(config.optim, steps)
     if adapter.exists() and last_step(folder) >= steps:
         say(console, f"finished already: {_after(folder)}")
         return adapter
@@ -55,11 +56,13 @@ def train_run(config: RunConfig, console: Console) -> Path:
     loading = time.perf_counter()
     prepared = Run(
         model=_load(config, mesh),
-        program=compiled,
+        compiled=compiled,
         mesh=mesh,
         train=batches,
-        measured=measured,
-        optim=config.optim,
+        evaluation=evaluation,
+        tx=optimizer.optimizer(config.optim, schedule),
+        schedule=schedule,
+        steps=steps,
         config=config.train,
         seed=config.seed,
         folder=folder,
@@ -67,6 +70,7 @@ def train_run(config: RunConfig, console: Console) -> Path:
         console=console,
         began=began,
         weights_seconds=time.perf_counter() - loading,
+        options=step_options(config),
     )
     say(console, _describe(prepared))
     _begin(folder, config)
@@ -90,6 +94,7 @@ def _checked(
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
     config.train.check_mesh(mesh, config.data.max_length)
+    attention_kernel(config, mesh, mesh.devices.flat[0].platform)
     read = _read_data(config, console)
     run_data.check_same(folder / CHECKPOINTS, read.record["data"])
     steps = total_steps(config.train, read.train)
@@ -170,8 +175,6 @@ def _load(config: RunConfig, mesh: Mesh) -> Decoder:
         config.model.path,
         mesh=mesh,
         dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
-        remat="nothing" if config.train.remat == "auto" else config.train.remat,
-        attention=config.model.attention,
         revision=config.model.revision,
         ignore_config_keys=config.model.ignore_config_keys,
         quantize=config.model.quantization(),
@@ -201,7 +204,7 @@ def _describe(prepared: Run) -> str:
     device = prepared.mesh.devices.flat[0]
     mesh = f" as {described(prepared.mesh.shape)}" if prepared.mesh.size > 1 else ""
     joined = f" in {jax.process_count()} processes" if distributed.several() else ""
-    kernel = prepared.model.attention_kernel(packed=prepared.train.packed)
+    kernel = prepared.model.attention_kernel(prepared.options)
     return (
         f"{trained:,} of {trained + kept:,} parameters trained ({trained / (trained + kept):.2%}); "
         f"{base}{prepared.mesh.size} x {device.device_kind}{mesh}{joined}; "

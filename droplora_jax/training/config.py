@@ -12,7 +12,7 @@ import jax
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import RULES, axis_size
 from droplora_jax.data.batches import Batches
-from droplora_jax.models.layer import Remat
+from droplora_jax.nn.options import Remat
 
 
 @dataclass(frozen=True)

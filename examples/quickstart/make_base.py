@@ -25,6 +25,7 @@ from droplora_jax.commands.quickstart import random_number, random_word
 from droplora_jax.core.files import write_json
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import loss_sum
 
 LENGTH, ROWS = 64, 32
@@ -85,13 +86,14 @@ def read_lines(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[s
 
 def pretrain(model: Decoder, tokenizer: PreTrainedTokenizerFast, steps: int) -> Decoder:
     graphdef, params = nnx.split(model)
+    options = StepOptions(remat="everything")
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 10, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, batch):
         def loss(params):
-            total, count = loss_sum(nnx.merge(graphdef, params), batch)
+            total, count = loss_sum(nnx.merge(graphdef, params), batch, options=options)
             return total / count
 
         value, gradients = jax.value_and_grad(loss)(params)
@@ -126,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = make_tokenizer()
     config = FAMILIES["llama"].model_config({**CONFIG, "vocab_size": len(tokenizer)})
-    model = Decoder(config, rngs=nnx.Rngs(0), remat="everything")
+    model = Decoder(config, rngs=nnx.Rngs(0))
     save(pretrain(model, tokenizer, options.steps), tokenizer, options.output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from droplora_jax.adapters.base import Adapter
 from droplora_jax.core.sharding import MeshConfig, make_mesh
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import REMAT_POLICIES, Linear
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.quantized_kernel import NF4_LEVELS, Quantized, dense, leaves, quantize
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.training.step import eval_step, loss_and_gradients
@@ -195,10 +197,11 @@ def batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     }
 
 
-def gradients(model: nnx.Module) -> tuple[float, np.ndarray]:
+def gradients(model: nnx.Module, remat="nothing") -> tuple[float, np.ndarray]:
     parts = dl.split(model)
-    run = jax.jit(loss_and_gradients, static_argnums=0)
-    loss, found = run(*parts, {k: v[None] for k, v in batch().items()}, KEY)
+    run = jax.jit(loss_and_gradients, static_argnums=0, static_argnames="options")
+    rows = {k: v[None] for k, v in batch().items()}
+    loss, found = run(*parts, rows, KEY, options=StepOptions(remat=remat))
     return float(loss), np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
 
 
@@ -213,7 +216,7 @@ def evaluated(model: nnx.Module) -> float:
     [*((dl.DropLoRA, mesh) for mesh in MESHES.values()), (dl.DoRA, ONE), (dl.DoRA, CUBE)],
 )
 def test_loss_and_gradients_are_those_of_the_same_model_in_full(config, mesh, untied):
-    model = adapted(load(untied, mesh, remat="nothing"), config)
+    model = adapted(load(untied, mesh), config)
     loss, found = gradients(model)
     expected, theirs = gradients(in_full(model))
     assert abs(loss - expected) < 1e-6 * expected
@@ -226,9 +229,9 @@ def test_loss_and_gradients_are_those_of_the_same_model_in_full(config, mesh, un
     ("kind", "remat"), [*((kind, "everything") for kind in KINDS), ("nf4", "dots")]
 )
 def test_whatever_is_saved(kind, remat, untied):
-    model = adapted(load(untied, kind=kind, remat=remat))
-    loss, found = gradients(model)
-    expected, theirs = gradients(in_full(model))
+    model = adapted(load(untied, kind=kind))
+    loss, found = gradients(model, remat)
+    expected, theirs = gradients(in_full(model), remat)
     assert abs(loss - expected) < 1e-6 * expected
     assert relative(found, theirs) < 1e-6
 
@@ -239,12 +242,12 @@ def test_whatever_is_saved(kind, remat, untied):
 )
 def test_no_stack_of_kernels_is_an_array_in_the_step(config, remat, untied):
     """Neither in the forward pass nor saved for the backward one."""
-    model = adapted(load(untied, remat=remat), config)
+    model, options = adapted(load(untied), config), StepOptions(remat=remat)
     graphdef, *state = dl.split(model)
     parts = {k: v[None] for k, v in batch().items()}
 
     def made(model_state) -> set:
-        step = lambda *state: loss_and_gradients(graphdef, *state, parts, KEY)  # noqa: E731
+        step = partial(loss_and_gradients, graphdef, batch=parts, step_key=KEY, options=options)
         found = equations(jax.make_jaxpr(step)(*model_state))
         outputs = [out.aval for equation in found for out in equation.outvars]
         return {x.shape for x in outputs if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -256,7 +259,7 @@ def test_no_stack_of_kernels_is_an_array_in_the_step(config, remat, untied):
 
 
 def test_products_are_as_many(untied):
-    model = adapted(load(untied, remat="nothing"))
+    model = adapted(load(untied))
 
     def count(model):
         graphdef, *state = dl.split(model)

@@ -22,7 +22,7 @@ from droplora_jax.adapters.surgery import split
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.runs import config_reader, memory, train_run
-from droplora_jax.runs.compile import AUTO, program, traced_step
+from droplora_jax.runs.compile import AUTO, abstract_step, program
 from droplora_jax.runs.memory import GIB, Compiled
 from droplora_jax.runs.planning.hardware import topology
 from droplora_jax.runs.planning.plan import plan
@@ -61,7 +61,7 @@ def test_the_shapes_are_those_of_the_loaded_model(base, tmp_path, adapter):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     config = config_reader.read(write_run(base, tmp_path, adapter=adapter, mesh=mesh))
     mesh = make_mesh(config.mesh)
-    _, abstract = traced_step(config, mesh, "cpu", STEPS)
+    abstract = abstract_step(config, mesh, "cpu", STEPS).arguments
     _, adapters, mask_keys, frozen = split(train_run._load(config, mesh))
     tx = optimizer(config.optim, learning_rate(config.optim, STEPS))
     loaded = (init_state(adapters, tx), mask_keys, frozen)
@@ -114,8 +114,8 @@ def test_the_step_is_compiled_once_and_nothing_after_the_second(base, tmp_path, 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
     traced: list[int] = []
     monkeypatch.setattr(
-        "droplora_jax.runs.compile.traced_step",
-        lambda *given: traced.append(1) or traced_step(*given),
+        "droplora_jax.runs.compile.abstract_step",
+        lambda *given: traced.append(1) or abstract_step(*given),
     )
     monkeypatch.setattr(
         "droplora_jax.training.step.compile_train_step", None
@@ -185,7 +185,7 @@ def test_when_nothing_fits(planned, monkeypatch):
     monkeypatch.setattr(
         "droplora_jax.runs.compile.compiled", lambda *_: Compiled(object(), 3 * GIB)
     )
-    monkeypatch.setattr("droplora_jax.runs.compile.traced_step", lambda *_: (mock.Mock(), None))
+    monkeypatch.setattr("droplora_jax.runs.compile.abstract_step", lambda *_: mock.Mock())
     with pytest.raises(InputError) as error:
         program(changed(config, "auto"), make_mesh(config.mesh), STEPS, 2 * GIB)
     assert "train.remat='auto': a step takes more memory than a device has" in str(error.value)
@@ -199,7 +199,7 @@ def test_a_program_to_be_traced_is_compiled_for_that(planned, monkeypatch, profi
     config, _ = planned
     given = mock.Mock(return_value=Compiled(object(), GIB))
     monkeypatch.setattr("droplora_jax.runs.compile.compiled", given)
-    monkeypatch.setattr("droplora_jax.runs.compile.traced_step", lambda *_: (mock.Mock(), None))
+    monkeypatch.setattr("droplora_jax.runs.compile.abstract_step", lambda *_: mock.Mock())
     train = dataclasses.replace(config.train, profile_steps=(2, 3) if profiled else None)
     mesh = mock.Mock(spec=Mesh, devices=np.asarray([mock.Mock(platform="gpu")]))
     program(dataclasses.replace(config, train=train), mesh, STEPS, None)

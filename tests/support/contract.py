@@ -14,6 +14,7 @@ from oracles import random_tokens, relative
 import droplora_jax as dl
 from droplora_jax.adapters.surgery import initial_of
 from droplora_jax.core.sharding import MeshConfig, make_mesh, put
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import compile_train_step, init_state
 
 STEPS, ROOT = 8, dl.root_key(5)
@@ -26,13 +27,16 @@ class Training:
     def __init__(self, folder, config, mesh: MeshConfig | None = None, remat="everything") -> None:
         mesh = mesh or MeshConfig(fsdp=1)
         self.mesh = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-        self.base = dl.load(folder.path, mesh=self.mesh, dtype=jnp.float32, remat=remat)
+        self.base = dl.load(folder.path, mesh=self.mesh, dtype=jnp.float32)
         self.model = dl.inject(self.base, config, key=dl.root_key(1))
         self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(self.model)
         # What is small beside `eps` is not blown up to a whole step, with the rounding that is in it.
         self.tx = optax.adam(0.02, eps=1e-4)
         share = config.share(STEPS)
-        self.compiled = compile_train_step(self.graphdef, self.tx, self.adapters, share)
+        options = StepOptions(remat=remat)
+        self.compiled = compile_train_step(
+            self.graphdef, self.tx, self.adapters, share, options=options
+        )
 
     def fresh(self):
         state = init_state(jax.tree.map(jnp.copy, self.adapters), self.tx)

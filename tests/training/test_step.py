@@ -27,6 +27,7 @@ from droplora_jax.lowrank import rank_mask
 from droplora_jax.models import decoder
 from droplora_jax.models import layer as models_layer
 from droplora_jax.nn.attention.dispatch import Choice
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import (
     compile_train_step,
     eval_step,
@@ -67,7 +68,7 @@ class Trainable:
         **options,
     ) -> None:
         self.mesh = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-        model = dl.load(folder.path, mesh=self.mesh, dtype=dtype, remat=remat)
+        model = dl.load(folder.path, mesh=self.mesh, dtype=dtype)
         options = {"rank": 6, "alpha": 6.0, "targets": ("q_proj$", "down_proj$"), **options}
         model = dl.inject(model, dl.DropLoRA(**options), key=dl.root_key(3))
         self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(
@@ -75,7 +76,10 @@ class Trainable:
         )
         # The trace keeps the gradient in the optimizer's state, where a test can see it.
         self.tx = tx or optax.chain(optax.trace(decay=0.0), optax.sgd(0.5))
-        self.compiled = compile_train_step(self.graphdef, self.tx, self.adapters)
+        step_options = StepOptions(remat=remat)
+        self.compiled = compile_train_step(
+            self.graphdef, self.tx, self.adapters, options=step_options
+        )
 
     def start(self, step: int = 0):
         """A state of its own, since a step takes it away."""
@@ -324,7 +328,8 @@ def test_rows_of_one_document_are_the_same_without_segments_in_attention(each, m
 
     def found(packed):
         given.clear()
-        run = jax.jit(partial(loss_and_gradients, each.graphdef, packed=packed))
+        options = StepOptions(packed=packed)
+        run = jax.jit(partial(loss_and_gradients, each.graphdef, options=options))
         loss, gradients = run(*arguments)
         assert set(given) == {packed}
         return float(loss), flat(gradients)

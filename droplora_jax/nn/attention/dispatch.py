@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,7 @@ from droplora_jax.core.sharding import divides, partition_spec
 from droplora_jax.nn.attention import cudnn, splash, tokamax
 from droplora_jax.nn.attention.blockwise import attend
 from droplora_jax.nn.attention.context_parallel import dealt_attention
-
-Kernel = Literal["auto", "blockwise", "splash", "tokamax", "cudnn"]
+from droplora_jax.nn.options import Kernel
 
 
 @dataclass(frozen=True)

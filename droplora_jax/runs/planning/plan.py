@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import source
-from droplora_jax.nn.attention.dispatch import Choice, choose
-from droplora_jax.runs.compile import AUTO, Arguments, traced_step
+from droplora_jax.runs.compile import AUTO, Arguments, abstract_step, attention_kernel, step_options
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import compiled
 from droplora_jax.runs.planning.flops import matrix_flops
@@ -81,7 +80,8 @@ def plan(config: RunConfig, where: Topology) -> Plan:
     mesh = make_mesh(config.mesh, where.devices)
     config.train.check_mesh(mesh, config.data.max_length)
     steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
-    traced, arguments = traced_step(config, mesh, where.platform, steps)
+    abstract = abstract_step(config, mesh, where.platform, steps)
+    traced = abstract.traced(step_options(config))
     lowered = traced.lower()
     begin = time.perf_counter()
     executable, needed = compiled(lowered, where.platform)
@@ -89,7 +89,9 @@ def plan(config: RunConfig, where: Topology) -> Plan:
     there = executable is not None
     sent = tuple(collectives(executable.as_text(), mesh)) if there else ()
     flops = matrix_flops(traced.jaxpr)
-    return _described(config, where, mesh, _sizes(arguments), needed, there, sent, flops, seconds)
+    return _described(
+        config, where, mesh, _sizes(abstract.arguments), needed, there, sent, flops, seconds
+    )
 
 
 def _fastest(config: RunConfig, where: Topology) -> Plan:
@@ -146,7 +148,7 @@ def _described(
             "mesh": dict(mesh.shape),
             "micro_batch": config.train.rows_per_pass,
             "remat": config.train.remat,
-            "attention": str(_attention(config, mesh, where.platform)),
+            "attention": str(attention_kernel(config, mesh, where.platform)),
         },
         devices=mesh.size,
         fits=None if kind is None else compiled and needed <= kind.memory,
@@ -165,18 +167,6 @@ def _described(
             _useful_flops(config) / (least * mesh.size * kind.flops) if least and kind else None
         ),
         compile_seconds=compile_seconds,
-    )
-
-
-def _attention(config: RunConfig, mesh: Mesh, platform: str) -> Choice:
-    folder = source.resolve(config.model.path, config.model.revision)
-    _, shape = source.read_config(folder, config.model.ignore_config_keys)
-    return choose(
-        config.model.attention,
-        mesh=mesh,
-        dtype=config.model.jax_dtype(platform),
-        head_dim=shape.head_dim,
-        packed=config.data.packed,
     )
 
 

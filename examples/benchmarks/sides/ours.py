@@ -25,8 +25,8 @@ class Ours:
     granularity: str = "token"
     sampler: str = "bernoulli"
     rank: int = 32
-    remat: str = "dots"
-    attention: str = "auto"
+    remat: Any = "dots"
+    attention: Any = "auto"
     document: int = 0
 
     @property
@@ -48,6 +48,7 @@ class Training:
         import optax
 
         import droplora_jax as dl
+        from droplora_jax.nn.options import StepOptions
         from droplora_jax.training import optimizer, step
 
         self.side, self.work = side, work
@@ -66,8 +67,9 @@ class Training:
         self.graphdef, adapters, self.mask_keys, self.frozen = dl.split(model)
         settings = optimizer.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
         tx = optimizer.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
-        self.packed = work.line > 0 or side.document > 0
-        self.step = step.compile_train_step(self.graphdef, tx, adapters, packed=self.packed)
+        packed = work.line > 0 or side.document > 0
+        self.options = StepOptions(packed, side.remat, side.attention)
+        self.step = step.compile_train_step(self.graphdef, tx, adapters, options=self.options)
         self.state = step.init_state(adapters, tx)
         self.key = dl.root_key(0)
 
@@ -80,7 +82,7 @@ class Training:
         with self._batches(self.work.rows[: self.work.first]) as batches:
             batch = {name: array[0] for name, array in next(batches).items()}
         arguments = (self.state.adapters, self.mask_keys, self.frozen, batch)
-        run = jax.jit(partial(eval_step, self.graphdef, packed=self.packed))
+        run = jax.jit(partial(eval_step, self.graphdef, options=self.options))
         loss, count = run(*arguments)
         return float(loss) / float(count)
 
@@ -147,12 +149,13 @@ def _base(side: Ours, work: Work, mesh: Any) -> Any:
     from droplora_jax.hf import load
     from droplora_jax.hf.source import read_config, source
     from droplora_jax.nn.layer_paths import dotted
+    from droplora_jax.nn.options import StepOptions
 
     family, config = read_config(work.folder)
     origin = source(work.folder)
-    options: dict[str, Any] = {"remat": side.remat, "attention": side.attention}
+    model = load.abstract_model(config, mesh=mesh, dtype=work.dtype, source=origin)
     try:
-        model = load.abstract_model(config, mesh=mesh, dtype=work.dtype, source=origin, **options)
+        model.attention_kernel(StepOptions(attention=side.attention))
     except InputError as refused:  # no such kernel here
         raise Unavailable(str(refused)) from refused
     names = family.tensor_names(config)

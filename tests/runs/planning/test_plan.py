@@ -21,7 +21,7 @@ from run_fixtures import CommandLine, make_base, write_run
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import MeshConfig, described, make_mesh
 from droplora_jax.runs import config_reader
-from droplora_jax.runs.compile import traced_step
+from droplora_jax.runs.compile import abstract_step, step_options
 from droplora_jax.runs.memory import _used
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.runs.planning.hardware import KINDS, topology
@@ -169,10 +169,14 @@ def test_a_plan_of_a_run(file, base):
     assert {"fsdp", "tensor"} <= axes
 
 
+def traced(config, mesh, where):
+    return abstract_step(config, mesh, where.platform, 10).traced(step_options(config))
+
+
 def gathered(config, where) -> list[str]:
     """The shapes of what a step gathers, as `8,32`."""
     mesh = make_mesh(config.mesh, where.devices)
-    text = traced_step(config, mesh, where.platform, 10)[0].lower().compile().as_text()
+    text = traced(config, mesh, where).lower().compile().as_text()
     lines = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
     return [shape for line in lines for shape in re.findall(r"\[([\d,]*)\]", line)]
 
@@ -302,7 +306,7 @@ def test_attention_on_a_slice(file, settings, words, kernels):
     where = topology("v5e:2x2")
     assert plan(config, where).settings["attention"].startswith(words)
     mesh = make_mesh(config.mesh, where.devices)
-    text = traced_step(config, mesh, where.platform, 10)[0].lower().as_text()
+    text = traced(config, mesh, where).lower().as_text()
     assert set(re.findall(r'kernel_name = "splash_mha_(fwd|dkv|dq)', text)) == kernels
 
 

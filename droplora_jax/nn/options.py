@@ -1,0 +1,74 @@
+"""Options of a step and of a quantised base, as plain data: this module imports no JAX.
+
+None of them changes what a model means. `StepOptions` says how a forward and a backward pass are
+computed, so it is given to the call and not to the model; `Quantization` says how many bits the
+frozen kernels are stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.nn.layer_paths import Patterns
+
+Kernel = Literal["auto", "blockwise", "splash", "tokamax", "cudnn"]
+Remat = Literal["everything", "dots", "offload", "attention", "nothing"]
+QuantizedKind = Literal["none", "int8", "int4", "nf4"]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How a model's layers are computed; results are equal up to rounding.
+
+    Attributes:
+      packed: whether a row may hold several segments. False promises that each row is one segment
+        followed by nothing but padding, so that attention need not compare segment ids.
+      remat: what a layer saves for its backward pass, beside its input. everything: no
+        recomputation; dots: matrix products and masks; offload: the same, in host memory;
+        attention: attention's output only; nothing: recompute the whole layer.
+      attention: the attention kernel; `auto` takes the fastest that the devices can run (see
+        `nn.attention.dispatch.choose`).
+    """
+
+    packed: bool = True
+    remat: Remat = "nothing"
+    attention: Kernel = "auto"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base are stored; embedding, norms, biases and head stay as is.
+
+    Attributes:
+      kind: `none`, `int8`, `int4` or `nf4`.
+      tile: inputs of a layer that share a scale.
+      pattern: other kinds by pattern, searched in the paths of the layers (`layers.q_proj`, a stack
+        of all layers, which is quantised as one); the first that matches counts.
+    """
+
+    kind: str = "none"
+    tile: int = 64
+    pattern: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", Patterns(self.pattern))
+        kinds = get_args(QuantizedKind)
+        for name, kind in {"": self.kind, **self.pattern}.items():
+            if kind not in kinds:
+                key = f"model.quantize_pattern.{name}" if name else "model.quantize"
+                raise InputError(f"{key}={kind!r}: must be one of {', '.join(kinds)}")
+        if self.tile < 2 or self.tile % 2:
+            raise InputError(f"model.quantize_tile={self.tile}: must be an even number")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that are used, without `none`."""
+        used = dict.fromkeys([self.kind, *self.pattern.values()])
+        return [kind for kind in used if kind != "none"]
+
+    def of(self, path: str) -> str:
+        """The kind of the layer at a dotted path, such as `layers.q_proj`."""
+        return Patterns(self.pattern).of((path,), self.kind)
