@@ -1,10 +1,71 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read.
+
+A configuration dataclass checks all of its fields before it raises, and names them without the
+section that they stand in, which only the reader of the file knows:
+
+    def __post_init__(self) -> None:
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        if self.rank < 1:
+            yield f"rank={self.rank}: must be at least 1"
+        yield from problems(check_columns, self.columns)  # of a check that raises
+
+Every problem begins with the field's name, and `=` and the value where that helps. The reader of
+a file catches the error and shows `error.within("adapter")`, whose problems begin `adapter.rank`.
+"""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class InputError(ValueError):
     """Bad input: the message names the file, the key, the value, the rule and the fix.
 
     The command line prints it without a traceback and exits with code 2.
+
+    Attributes:
+      problems: what is wrong, each in words of its own; the message has a line for each.
     """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+    def within(self, section: str) -> InputError:
+        """The error of a section, whose problems begin with a field, seen from outside of it."""
+        return InputError(*(f"{section}.{problem}" for problem in self.problems))
+
+
+def raise_all(problems: Iterable[str]) -> None:
+    """Raise one InputError of all problems, if there are any."""
+    if collected := tuple(problems):
+        raise InputError(*collected)
+
+
+def problems(
+    check: Callable[P, object], *arguments: P.args, **options: P.kwargs
+) -> tuple[str, ...]:
+    """The problems of the InputError that a call raises; none if it raises none."""
+    try:
+        check(*arguments, **options)
+    except InputError as error:
+        return error.problems
+    return ()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """`did you mean NAME?`, of the known name that is most like a word; empty if none is."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
