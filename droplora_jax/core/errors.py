@@ -9,7 +9,7 @@ section that they stand in, which only the reader of the file knows:
     def _problems(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"rank={self.rank}: must be at least 1"
-        yield from problems(check_columns, self.columns)  # of a check that raises
+        yield from problems_of(check_columns, self.columns)  # of a check that raises
 
 Every problem begins with the field's name, and `=` and the value where that helps. The reader of
 a file catches the error and shows `error.within("adapter")`, whose problems begin `adapter.rank`.
@@ -48,7 +48,7 @@ def raise_all(problems: Iterable[str]) -> None:
         raise InputError(*collected)
 
 
-def problems(
+def problems_of(
     check: Callable[P, object], *arguments: P.args, **options: P.kwargs
 ) -> tuple[str, ...]:
     """The problems of the InputError that a call raises; none if it raises none."""
@@ -62,7 +62,7 @@ def problems(
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its type if it says nothing."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip() if text else type(error).__name__
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from droplora_jax.core.errors import InputError, did_you_mean, first_line, problems, raise_all
+from droplora_jax.core.errors import InputError, did_you_mean, first_line, problems_of, raise_all
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ def test_a_reader_adds_the_section_to_each_problem():
 
 
 def test_a_check_that_raises_gives_its_problems():
-    assert problems(Pair, 0, high=-2) == ("high=-2: must be at least low=0",)
-    assert problems(Pair, 0, 1) == ()
+    assert problems_of(Pair, 0, high=-2) == ("high=-2: must be at least low=0",)
+    assert problems_of(Pair, 0, 1) == ()
     with pytest.raises(ZeroDivisionError):
-        problems(lambda: 1 / 0)
+        problems_of(lambda: 1 / 0)
 
 
 def test_an_error_without_text_has_a_first_line_too():
