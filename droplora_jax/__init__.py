@@ -18,9 +18,10 @@ from droplora_jax.adapters.dora import DoRA
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.learned import Learned
 from droplora_jax.adapters.surgery import draw, inject, masked, merge, split, without_adapters
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.prng import root_key
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.load import load
 from droplora_jax.hf.merged import save_merged
 from droplora_jax.hf.peft.adapter import load_adapter, save_adapter

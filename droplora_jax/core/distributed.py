@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,55 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from droplora_jax.core.errors import InputError
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """How the processes of a run find each other.
-
-    On a TPU slice, under SLURM, Open MPI and on Kubernetes JAX finds out by itself; elsewhere all
-    of the first three are needed, `process_id` best on the command line.
-
-    Attributes:
-      coordinator: host:port of process 0.
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
-      timeout: seconds after which a process that is silent counts as gone; JAX then ends the
-        others, and says so.
-    """
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    timeout: int = 60
-
-    def __post_init__(self) -> None:
-        by_hand = {
-            "coordinator": self.coordinator,
-            "num_processes": self.num_processes,
-            "process_id": self.process_id,
-        }
-        missing = [name for name, value in by_hand.items() if value is None]
-        if 0 < len(missing) < len(by_hand):
-            raise InputError(
-                f"distributed.{missing[0]} is missing: give coordinator, num_processes and "
-                "process_id, or none of them where JAX finds the cluster out by itself"
-            )
-        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
-            raise InputError(
-                f"distributed.coordinator={self.coordinator!r}: must be host:port of process 0"
-            )
-        count, number = self.num_processes or 1, self.process_id or 0
-        if count < 1:
-            raise InputError(f"distributed.num_processes={count}: must be at least 1")
-        if not 0 <= number < count:
-            raise InputError(
-                f"distributed.process_id={number}: must be from 0 to {count - 1}, below "
-                f"distributed.num_processes={count}"
-            )
-        if self.timeout < 10:
-            raise InputError(f"distributed.timeout={self.timeout}: must be at least 10 seconds")
+from droplora_jax.core.config import DistributedConfig
+from droplora_jax.core.errors import InputError, first_line
 
 
 def join(config: DistributedConfig) -> None:
@@ -96,10 +47,10 @@ def join(config: DistributedConfig) -> None:
     except RuntimeError as error:
         if not by_hand and "must be called before" in str(error):
             return  # from a program that has used JAX already, alone
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"distributed.coordinator={config.coordinator!r}: the processes of the run could not "
-            f"be joined ({reason}). All of them have to be started, and to reach process 0"
+            f"be joined ({first_line(error)}). All of them have to be started, and to reach "
+            "process 0"
         ) from error
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Int, Key
@@ -15,6 +16,26 @@ from jaxtyping import Array, Int, Key
 def root_key(seed: int) -> Key[Array, ""]:
     """The key that all others of a run are derived from."""
     return jax.random.key(seed, impl="threefry2x32")
+
+
+class RunKeys(NamedTuple):
+    """The roots of all random numbers of a run; nothing else derives a key from the seed.
+
+    Attributes:
+      mask: of the masks; step t of training draws from `fold_in(mask, t)`.
+      init: of the adapters' initial factors.
+      generate: of the tokens that are sampled.
+    """
+
+    mask: Key[Array, ""]
+    init: Key[Array, ""]
+    generate: Key[Array, ""]
+
+
+def run_keys(seed: int) -> RunKeys:
+    """The keys of a run's seed, each independent of the others."""
+    root = root_key(seed)
+    return RunKeys(*(fold_name(root, name) for name in RunKeys._fields))
 
 
 def fold_name(key: Key[Array, ""], name: str) -> Key[Array, ""]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 
 # A logical axis that is not listed is an error; `None` means replicated. `replica` stands in no
@@ -32,37 +33,6 @@ RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
         "split_vocab": ("tensor", "fsdp"),
     }
 )
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what is left.
-
-    Attributes:
-      replica: copies of the whole, in slices or hosts between which the network is slow.
-      data: copies of the weights, each for its own rows.
-      fsdp: rows, and weights that are gathered layer by layer.
-      tensor: heads, feed-forward width, vocabulary.
-      context: positions of a row; weights too, as over `fsdp`.
-    """
-
-    replica: int = 1
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    context: int = 1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            size = getattr(self, field.name)
-            if size < 1 and size != -1:
-                raise InputError(f"mesh.{field.name}={size}: must be positive, or -1 for the rest")
-        if self.sizes.count(-1) > 1:
-            raise InputError(f"mesh={self.sizes}: only one axis may be -1 (what is left)")
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
 
 
 def make_mesh(

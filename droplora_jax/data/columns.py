@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from droplora_jax.core.errors import InputError
@@ -39,18 +39,19 @@ def recognised(record: Mapping[str, Any], columns: Columns) -> str:
     )
 
 
-def check_columns(columns: Columns, format: str | None) -> None:
-    """Raise InputError if no format, or not the one that is named, reads a key."""
+def column_problems(columns: Columns, format: str | None) -> Iterator[str]:
+    """Keys that no format, or not the one that is named, reads."""
     formats = [FORMATS[format]] if format else list(FORMATS.values())
-    for key, name in columns.items():
-        if not any(key in each.read for each in formats):
-            known = dict.fromkeys(key for each in formats for key in each.read)
-            raise InputError(
-                f"data.columns.{key}={name!r}: {'the format ' + format if format else 'no format'} "
-                f"{'does not read' if format else 'reads'} this key; there are {', '.join(known)}"
-            )
-    if not any(all(key in each.read for key in columns) for each in formats):
-        raise InputError(f"data.columns: no format reads all of {', '.join(columns)}")
+    known = dict.fromkeys(key for each in formats for key in each.read)
+    unknown = [key for key in columns if key not in known]
+    for key in unknown:
+        yield (
+            f"columns.{key}={columns[key]!r}: "
+            f"{f'the format {format} does not read' if format else 'no format reads'} "
+            f"this key; there are {', '.join(known)}"
+        )
+    if not unknown and not any(all(key in each.read for key in columns) for each in formats):
+        yield f"columns: no format reads all of {', '.join(columns)}"
 
 
 def described(columns: Columns) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from typing import Any, Literal
 
-from droplora_jax.core.errors import InputError
-from droplora_jax.data.columns import check_columns
+from droplora_jax.core.errors import InputError, did_you_mean, raise_all
+from droplora_jax.data.columns import column_problems
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.templates import TEMPLATES, TRAIN_ON
 
@@ -41,14 +40,19 @@ class Part:
         Raises:
           InputError: its own are not possible.
         """
-        own = {"format": self.format, "columns": self.columns, "template": self.template}
-        given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-        if not given:
+        if not self.options:
             return config
+        alone: dict[str, Any] = {"train": self.path, "valid": None, "valid_fraction": None}
         try:
-            return replace(config, train=self.path, valid=None, valid_fraction=None, **given)
+            return replace(config, **alone, **self.options)
         except InputError as error:
-            raise InputError(f"{self.path}: {error}") from error
+            raise InputError(*(f"{self.path}: {problem}" for problem in error.problems)) from error
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of its options that are its own."""
+        options = {"format": self.format, "columns": self.columns, "template": self.template}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 Place = str | PathLike[str] | Part
@@ -97,43 +101,48 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         for name in ("train", "valid"):
             if (value := getattr(self, name)) is not None:
-                self._check_parts(name, value)
-        self._check_held_out()
-        if self.max_length < 2:
-            raise InputError(
-                f"data.max_length={self.max_length}: must be at least 2, since a token is "
-                "predicted from those before it"
-            )
-        _check_choice("format", self.format, (AUTO, *FORMATS))
-        _check_choice("template", self.template, (AUTO, *TEMPLATES))
-        _check_choice("too_long", self.too_long, TOO_LONG)
-        _check_choice("empty", self.empty, EMPTY)
-        _check_choice("train_on", self.train_on, TRAIN_ON)
-        check_columns(self.columns, None if self.format == AUTO else self.format)
-
-    def _check_parts(self, name: str, value: str | tuple[str | Part, ...]) -> None:
-        parts = parts_of(value)
-        if not parts or not all(part.path for part in parts):
-            raise InputError(f"data.{name}={value!r}: must be a file or a list of files")
-        weights = [part.weight for part in parts]
-        if any(w is not None and not (w > 0 and math.isfinite(w)) for w in weights):
-            raise InputError(f"data.{name}: the weights {weights} must be positive")
-        if any(weights) and name == "valid":
-            raise InputError("data.valid takes no weights: every row is evaluated once")
-        if any(weights) and None in weights:
-            without = parts[weights.index(None)].path
-            raise InputError(f"data.{name}: {without} has no weight, and others have: give it one")
-        for part in parts:
-            part.settings(self)
-
-    def _check_held_out(self) -> None:
+                yield from self._source_problems(name, value)
         fraction = self.valid_fraction
         if fraction is not None and not 0 < fraction < 1:
-            raise InputError(f"data.valid_fraction={fraction}: must be above 0 and below 1")
+            yield f"valid_fraction={fraction}: must be above 0 and below 1"
         if fraction is not None and self.valid is not None:
-            raise InputError("data.valid and data.valid_fraction are both given: give one of them")
+            yield "valid and valid_fraction are both given: give one of them"
+        if self.max_length < 2:
+            yield (
+                f"max_length={self.max_length}: must be at least 2, since a token is predicted "
+                "from those before it"
+            )
+        yield from _rendering_problems(self.format, self.columns, self.template)
+        yield from _choice_problems("too_long", self.too_long, TOO_LONG)
+        yield from _choice_problems("empty", self.empty, EMPTY)
+        yield from _choice_problems("train_on", self.train_on, TRAIN_ON)
+
+    def _source_problems(self, name: str, value: str | tuple[str | Part, ...]) -> Iterator[str]:
+        parts = parts_of(value)
+        if not parts or not all(part.path for part in parts):
+            yield f"{name}={value!r}: must be a file or a list of files"
+        weights = [part.weight for part in parts]
+        if any(w is not None and not (w > 0 and math.isfinite(w)) for w in weights):
+            yield f"{name}: the weights {weights} must be positive"
+        elif any(weights) and name == "valid":
+            yield "valid takes no weights: every example is evaluated once"
+        elif any(weights) and None in weights:
+            without = parts[weights.index(None)].path
+            yield f"{name}: {without} has no weight, and others have: give it one"
+        for part in parts:
+            options = {
+                "format": self.format,
+                "columns": self.columns,
+                "template": self.template,
+                **part.options,
+            }
+            problems = _rendering_problems(**options) if part.options else ()
+            yield from (f"{name}: {part.path}: {problem}" for problem in problems)
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -152,10 +161,17 @@ class DataConfig:
         return self.fit is not None
 
 
-def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    choices = tuple(choices)
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"data.{name}={value!r}: must be one of {', '.join(choices)}{hint}")
+def _rendering_problems(format: str, columns: Mapping[str, str], template: str) -> Iterator[str]:
+    """What is wrong with how records are read and written out."""
+    unknown = tuple(_choice_problems("format", format, (AUTO, *FORMATS)))
+    yield from unknown
+    yield from _choice_problems("template", template, (AUTO, *TEMPLATES))
+    if not unknown:
+        yield from column_problems(columns, None if format == AUTO else format)
+
+
+def _choice_problems(name: str, value: str, choices: Sequence[str]) -> Iterator[str]:
+    if value not in choices:
+        hint = did_you_mean(value, choices)
+        must = f"{name}={value!r}: must be one of {', '.join(choices)}"
+        yield f"{must}; {hint}" if hint else must

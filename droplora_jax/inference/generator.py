@@ -244,7 +244,7 @@ class Generator:
             self._state,
             *put((tokens_BP, segment_ids_BP, rows_B, stopped_B), ["batch"], self.mesh),
             np.asarray(ends, np.int32),
-            prng.fold_name(prng.root_key(sampling.seed), "generate"),
+            prng.run_keys(sampling.seed).generate,
             new=bucket(sampling.max_new_tokens),
             filters=sampling.filters,
             options=self._options,

@@ -22,7 +22,7 @@ from droplora_jax import lowrank
 from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.low_rank import Initial
 from droplora_jax.adapters.surgery import initial_of
-from droplora_jax.core.sharding import MeshConfig
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.nn.mask_keys import MaskKey
 from droplora_jax.training.checkpoint import Checkpoints

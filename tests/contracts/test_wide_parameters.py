@@ -10,7 +10,8 @@ from flax import nnx
 from oracles import relative
 
 import droplora_jax as dl
-from droplora_jax.core.sharding import MeshConfig, constrain, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import constrain, make_mesh
 from droplora_jax.models.embed_and_head import Embedding, Head
 from droplora_jax.models.layer import Linear, RMSNorm
 from droplora_jax.nn import ops

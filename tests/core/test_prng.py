@@ -26,6 +26,14 @@ def test_keys_of_names_and_paths_never_change():
     np.testing.assert_array_equal(data(prng.fold_path(key, path)), [881350344, 2639651825])
 
 
+def test_the_roots_of_a_run_are_those_of_their_names():
+    keys = prng.run_keys(0)
+    assert keys._fields == ("mask", "init", "generate")
+    np.testing.assert_array_equal(data(keys.mask), [456544294, 4174282552])
+    for name, key in keys._asdict().items():
+        np.testing.assert_array_equal(data(key), data(prng.fold_name(prng.root_key(0), name)))
+
+
 def test_names_paths_and_layers_have_different_keys():
     root = prng.root_key(0)
     keys = [

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from data_fixtures import make_tokenizer, random_rows, write_json
 
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.batches import Batches, collate
 from droplora_jax.data.config import DataConfig
 from droplora_jax.data.device_feed import placed

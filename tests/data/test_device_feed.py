@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from data_fixtures import random_rows
 
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.device_feed import fed
 from droplora_jax.data.rows import Rows

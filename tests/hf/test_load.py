@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 
 import droplora_jax as dl
 from droplora_jax import cli
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.remote import BucketFile
-from droplora_jax.core.sharding import MeshConfig, described, make_mesh
+from droplora_jax.core.sharding import described, make_mesh
 from droplora_jax.hf import source
 from droplora_jax.models.config import Source
 from droplora_jax.models.families import FAMILIES
@@ -383,7 +384,8 @@ def test_a_hub_id_offline_and_pinned(cached, revision, commit, scale):
     model = dl.load("owner/name", dtype=jnp.float32, revision=revision)
     assert float(model.final_norm.scale[0]) == scale
     # The commit, not the name that may move on.
-    assert model.source == Source("owner/name", commit * 40)
+    snapshot = cached / "snapshots" / (commit * 40)
+    assert model.source == Source("owner/name", snapshot, commit * 40)
     (cached / "refs" / "main").write_text("a" * 40)
     assert source.source_folder(model).name == commit * 40
 

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
-from droplora_jax.core.sharding import MeshConfig, make_mesh, named_sharding
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh, named_sharding
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models.config import LOGICAL_AXES
 from droplora_jax.models.embed_and_head import Head

@@ -23,7 +23,8 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.adapters.truncate import truncated
 from droplora_jax.commands.inspect import describe
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.peft.adapter import adapter_config, adapter_tensors
 from droplora_jax.hf.peft.config import PEFT_FILE
 from droplora_jax.models.decoder import with_noise

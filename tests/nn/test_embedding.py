@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from droplora_jax.core.sharding import MeshConfig, make_mesh, named_sharding
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh, named_sharding
 from droplora_jax.models.embed_and_head import Embedding
 from droplora_jax.nn.embedding import embed
 

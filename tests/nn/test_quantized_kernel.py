@@ -18,7 +18,8 @@ from oracles import Folder, equations, model_folder, random_tokens, randomized, 
 
 import droplora_jax as dl
 from droplora_jax.adapters.base import Adapter
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import REMAT_POLICIES, Linear
 from droplora_jax.nn.options import StepOptions

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig
 from droplora_jax.data.config import DataConfig, Part
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
-from droplora_jax.training.config import TrainConfig
-from droplora_jax.training.optimizer import OptimConfig
+from droplora_jax.training.config import OptimConfig, TrainConfig
 
 LEAST = "model: {path: base}\noutput: out\ndata: {train: a.jsonl}\n"
 TASKS = Path(__file__).parents[2] / "examples" / "tasks"

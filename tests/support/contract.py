@@ -13,7 +13,8 @@ from oracles import random_tokens, relative
 
 import droplora_jax as dl
 from droplora_jax.adapters.surgery import initial_of
-from droplora_jax.core.sharding import MeshConfig, make_mesh, put
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh, put
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import compile_train_step, init_state
 

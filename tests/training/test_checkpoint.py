@@ -15,9 +15,10 @@ import optax
 import pytest
 
 import droplora_jax as dl
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.finite import not_finite
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.training import checkpoint
 from droplora_jax.training.checkpoint import Checkpoints, flatten
 from droplora_jax.training.checksums import digests

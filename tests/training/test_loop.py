@@ -32,8 +32,9 @@ from run_fixtures import (
 )
 
 from droplora_jax import cli
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.load import load
 from droplora_jax.hf.tokenizer import load_tokenizer

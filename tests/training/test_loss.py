@@ -11,7 +11,8 @@ import pytest
 import torch
 from oracles import relative
 
-from droplora_jax.core.sharding import MeshConfig, make_mesh, named_sharding
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh, named_sharding
 from droplora_jax.training.loss import BLOCKS, IGNORE, cross_entropy, projected_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("strict")

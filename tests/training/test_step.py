@@ -22,7 +22,8 @@ from oracles import (
 )
 
 import droplora_jax as dl
-from droplora_jax.core.sharding import MeshConfig, make_mesh, put
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh, put
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models import decoder
 from droplora_jax.models import layer as models_layer

@@ -21,7 +21,8 @@ from droplora_jax.adapters.fully_trained import wholes_of
 from droplora_jax.adapters.layout import factor_shapes, factor_shardings
 from droplora_jax.adapters.surgery import draw, inject, merge, split
 from droplora_jax.core import prng
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.nn.layer_paths import dotted, layer_names, select
 from droplora_jax.nn.linear_spec import is_linear

@@ -12,7 +12,8 @@ import pytest
 from attention_inputs import both, inputs, packed
 from oracles import relative
 
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.nn.attention import cudnn, dispatch
 from droplora_jax.nn.attention.cudnn import cudnn_attention
 from droplora_jax.nn.attention.dispatch import attention, saved_of_kernels

@@ -11,8 +11,9 @@ import torch
 from jax.sharding import Mesh
 from oracles import relative
 
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.nn.attention import query_blocks, tokamax
 from droplora_jax.nn.attention.context_parallel import deals
 from droplora_jax.nn.attention.dispatch import attention, choose

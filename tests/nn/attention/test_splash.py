@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from oracles import relative
 
-from droplora_jax.core.sharding import MeshConfig, make_mesh
+from droplora_jax.core.config import MeshConfig
+from droplora_jax.core.sharding import make_mesh
 from droplora_jax.models.config import SEES_ALL, ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.attention import dispatch, splash
