@@ -23,7 +23,8 @@ def chat(request: Request, console: Console) -> None:
     """Answer what is typed, until `/exit` or the end of the input; Ctrl-C stops an answer."""
     import readline  # noqa: F401 - lines can be edited, and come back
 
-    opened, generator = replace(request, batch_size=1).open()
+    request = replace(request, batch_size=1)
+    opened, generator = request.load(request.find())
     template = _template(request.template, opened)
     remembers = template == "chat"
     say(console, f"template: {template or 'none'}; {_help(remembers)}")

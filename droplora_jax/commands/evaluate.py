@@ -39,7 +39,7 @@ from droplora_jax.inference.task import Example, Task
 from droplora_jax.inference.tasks import TASKS
 from droplora_jax.inference.tasks.mt_bench import MT_BENCH, answers
 from droplora_jax.nn.options import QuantizedKind
-from droplora_jax.runs.open_model import fingerprint, open_model
+from droplora_jax.runs.open_model import ModelFiles, find_model
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ def evaluate_files(config: EvaluateConfig, output: Path, console: Console) -> No
     judged = output.with_name(f"{output.stem}.mt_bench.jsonl")
     if MT_BENCH.name in names:
         check_absent(judged)
-    partial = Partial(output, _settings(config, asked))
+    files = find_model(config.model, config.adapter, step=config.step)
+    partial = Partial(output, _settings(config, files, asked))
     if any(missing(each, partial.rows) for each in asked):
         if partial.rows:
             say(console, f"carrying on behind {len(partial.rows)} rows of {partial.file}")
-        _ask_all(config, asked, partial, _opened(config, asked), console)
+        _ask_all(config, asked, partial, _opened(config, files, asked), console)
     results = [collected(each.task, each.examples, each.own(partial.rows)) for each in asked]
     if MT_BENCH.name in names:
         at = names.index(MT_BENCH.name)
@@ -160,12 +161,12 @@ def _asked(given: str, config: EvaluateConfig) -> Asked:
     return Asked(task, file, local(file).sha256(), examples[: config.limit])
 
 
-def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
+def _settings(config: EvaluateConfig, files: ModelFiles, asked: Sequence[Asked]) -> dict[str, Any]:
     """What the rows depend on. The size of a batch is not among it."""
     return {
         "model": config.model,
         "adapter": list(config.adapter),
-        "files": fingerprint(config.model, config.adapter),
+        "files": files.fingerprint(),
         "step": config.step,
         "dtype": config.dtype,
         "quantize": config.quantize,
@@ -175,15 +176,9 @@ def _settings(config: EvaluateConfig, asked: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def _opened(config: EvaluateConfig, asked: Sequence[Asked]) -> Complete:
+def _opened(config: EvaluateConfig, files: ModelFiles, asked: Sequence[Asked]) -> Complete:
     """The model, after a look at whether every first prompt and its completion fit into it."""
-    opened = open_model(
-        config.model,
-        config.adapter,
-        dtype=config.dtype,
-        step=config.step,
-        quantize=config.quantize,
-    )
+    opened = files.load(dtype=config.dtype, quantize=config.quantize)
     generator = Generator(opened.model, opened.tokenizer, batch_size=config.batch_size)
     for each in asked:
         sampling = sampling_of(each.task, config.max_new_tokens)

@@ -14,14 +14,14 @@ from droplora_jax.core import files
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import load, merged
+from droplora_jax.hf import merged
 from droplora_jax.hf.peft import adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.source import read_config, resolve, source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig
 from droplora_jax.runs.folder import CONFIG_FILE
+from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.open_model import base_of, load_adapters, restored, weights_of
 
 
@@ -104,8 +104,4 @@ def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
 
 def _abstract(config: BaseConfig) -> Decoder:
     """A base as shapes only, on one device."""
-    base = resolve(config.path, config.revision)
-    _, shape = read_config(base, config.ignore_config_keys)
-    origin = source(config.path, config.revision)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    return load.abstract_model(shape, mesh=mesh, dtype="float32", source=origin)
+    return open_base(config).abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")

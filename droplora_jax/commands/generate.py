@@ -24,7 +24,7 @@ from droplora_jax.data.templates import TEMPLATES, Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.nn.options import QuantizedKind
-from droplora_jax.runs.open_model import Opened, fingerprint, open_model
+from droplora_jax.runs.open_model import ModelFiles, Opened, find_model
 
 RECORDED = "recorded"  # in place of a template's name
 WINDOW = 16  # batches whose prompts are sorted by length together
@@ -56,10 +56,11 @@ class Request:
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
 
-    def open(self) -> tuple[Opened, Generator]:
-        opened = open_model(
-            self.model, self.adapter, dtype=self.dtype, step=self.step, quantize=self.quantize
-        )
+    def find(self) -> ModelFiles:
+        return find_model(self.model, self.adapter, step=self.step)
+
+    def load(self, files: ModelFiles) -> tuple[Opened, Generator]:
+        opened = files.load(dtype=self.dtype, quantize=self.quantize)
         return opened, Generator(opened.model, opened.tokenizer, batch_size=self.batch_size)
 
 
@@ -77,11 +78,12 @@ def generate_file(request: Request, prompts: Path, output: Path, console: Consol
     """
     check_absent(output)
     rows = _read(prompts)
-    partial = Partial(output, _settings(request, [prompt for _, prompt in rows]))
+    files = request.find()
+    partial = Partial(output, _settings(request, files, [prompt for _, prompt in rows]))
     done = len(partial.rows)
     if done:
         say(console, f"carries on after {done} of {len(rows)} completions ({partial.file})")
-    opened, generator = request.open()
+    opened, generator = request.load(files)
     template = chosen_template(request.template, opened)
     ids = _encoded(rows, template, opened.tokenizer)
     _check_all(generator, rows, ids, request.sampling)
@@ -132,14 +134,13 @@ def _check_all(
         generator.check(where, own, sampling)
 
 
-def _settings(request: Request, prompts: Sequence[str]) -> dict[str, Any]:
+def _settings(request: Request, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Any]:
     """What makes the completions: all but the batch size."""
     settings = asdict(request)
     del settings["batch_size"]
     settings |= settings.pop("sampling")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    files = fingerprint(request.model, request.adapter)
-    return {**settings, "files": files, "prompts": digest}
+    return {**settings, "files": files.fingerprint(), "prompts": digest}
 
 
 def _in_order(completions: Iterator[tuple[int, str]], advance: Any) -> Iterator[tuple[int, str]]:

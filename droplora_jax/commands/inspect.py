@@ -23,12 +23,13 @@ from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, read_json, write_file
 from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import load, source
+from droplora_jax.hf.base import Base
 from droplora_jax.hf.merged import REPORT_FILE
 from droplora_jax.hf.peft.adapter import OWN_FILE, WEIGHTS_FILE
 from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, check_fields, vllm_limits
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
 from droplora_jax.hf.shards import TensorFiles, open_file, open_folder
+from droplora_jax.hf.weights import check_tensors
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
 from droplora_jax.training.checkpoint import Checkpoints
@@ -142,10 +143,10 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _model(folder: Path) -> dict[str, Any]:
-    family, shape = source.read_config(folder)
-    tensors = open_folder(folder)
-    model = load.abstract_model(shape, mesh=make_mesh(devices=jax.devices()[:1]), dtype="float32")
-    load.check_tensors(tensors, folder, family.tensor_names(shape), model, family)
+    base = Base.open(folder)
+    shape, tensors = base.shape, open_folder(base.folder)
+    model = base.abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
+    check_tensors(tensors, folder, model)
     merged = (folder / REPORT_FILE).exists()
     report = read_json(folder / REPORT_FILE) if merged else {}
     worst = next(iter(report.get("rounding", {}).items()), None)

@@ -12,6 +12,7 @@ from rich.table import Table
 from droplora_jax.core.console import say
 from droplora_jax.core.sharding import described
 from droplora_jax.runs import config_reader
+from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.planning.hardware import GIB, topology
 from droplora_jax.runs.planning.plan import Plan, plan, smallest_change
 
@@ -22,8 +23,9 @@ def show_plan(
     """Print what the step of a run takes on devices that need not be here."""
     devices = topology(where)  # before JAX starts: it makes CPU devices
     config = config_reader.read(file, overrides)
-    found = plan(config, devices)
-    change = smallest_change(config, devices) if found.fits is False else None
+    base = open_base(config.model)
+    found = plan(config, base, devices)
+    change = smallest_change(config, base, devices) if found.fits is False else None
     if as_json:
         better = {"overrides": change[0], **change[1].as_json()} if change else None
         console.out(json.dumps({**found.as_json(), "change": better}, indent=2), highlight=False)

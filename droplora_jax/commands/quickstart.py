@@ -24,15 +24,13 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_free
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.config import DataConfig
-from droplora_jax.hf import load
+from droplora_jax.hf.base import Base
 from droplora_jax.hf.merged import save_merged
 from droplora_jax.hf.peft.adapter import load_adapter
-from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.runs import train_run
 from droplora_jax.runs.config import BaseConfig, RunConfig
-from droplora_jax.training.config import TrainConfig
-from droplora_jax.training.optimizer import OptimConfig
+from droplora_jax.training.config import OptimConfig, TrainConfig
 
 BASE = Path(__file__).with_name("quickstart_base")
 LENGTH = 64  # longer than any question with its answer
@@ -50,13 +48,13 @@ def quickstart(folder: Path, console: Console) -> None:
     if not Path(config.output).exists():
         check_free(folder)
     questions = write_data(folder / "data")
-    tokenizer = load_tokenizer(BASE)
-    mesh = make_mesh(config.mesh)
-    base = load.load(BASE, mesh=mesh, dtype=jnp.float32)
-    before = answers(base, tokenizer, questions)
+    base = Base.open(BASE)
+    tokenizer, mesh = base.tokenizer, make_mesh(config.mesh)
+    model = base.load(mesh, dtype=jnp.float32)
+    before = answers(model, tokenizer, questions)
 
     adapter = train_run.train_run(config, console)
-    tuned = load_adapter(base, adapter)
+    tuned = load_adapter(model, adapter)
     after = answers(tuned, tokenizer, questions)
     show_answers(console, questions, before, after)
 
@@ -64,7 +62,7 @@ def quickstart(folder: Path, console: Console) -> None:
     if not merged.exists():
         say(console, str(save_merged(tuned, merged)))
     difference = logit_difference(
-        tuned, load.load(merged, mesh=mesh, dtype=jnp.float32), tokenizer, questions
+        tuned, Base.open(merged).load(mesh, dtype=jnp.float32), tokenizer, questions
     )
     if not difference <= TOLERANCE:
         raise InputError(

@@ -1,33 +1,19 @@
-"""A Hugging Face folder to a sharded model, tensor slice by tensor slice."""
+"""`dl.load`: a Hugging Face folder to a sharded model."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from numpy.typing import DTypeLike
 
-from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import make_mesh, named_sharding
-from droplora_jax.hf.shards import Each, TensorFiles, open_folder
-from droplora_jax.hf.source import read_config, resolve, source
-from droplora_jax.models.config import LOGICAL_AXES, ModelConfig, Source
+from droplora_jax.core.sharding import make_mesh
+from droplora_jax.hf.base import Base
 from droplora_jax.models.decoder import Decoder
-from droplora_jax.models.families.base import Family, TensorName
-from droplora_jax.models.quantization import quantized_shapes
-from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.options import Quantization
-from droplora_jax.nn.quantized_kernel import Quantized, qwix, with_layer
 
 
 def load(
@@ -54,165 +40,6 @@ def load(
       InputError: a folder, key or tensor that is missing, broken or not supported.
     """
     quantization = quantize if isinstance(quantize, Quantization) else Quantization(quantize)
-    if quantization.kinds:
-        qwix()  # before anything is read
-    folder = resolve(path, revision)
-    family, config = read_config(folder, ignore_config_keys)
+    base = Base.open(path, revision, ignore_config_keys)
     mesh = mesh or make_mesh(devices=jax.local_devices())
-    model = abstract_model(
-        config,
-        mesh=mesh,
-        dtype=dtype,
-        source=source(path, revision),
-        quantization=quantization,
-    )
-    weights = open_folder(folder)
-    names = family.tensor_names(config)
-    check_tensors(weights, folder, names, model, family)
-    graphdef, state = nnx.split(model)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-            leaf = parameter.get_value()
-            of_kind = _read_quantized if isinstance(leaf, Quantized) else _read_sharded
-            return parameter.replace(of_kind(weights, names[dotted(path)], leaf, pool.map))
-
-        return nnx.merge(graphdef, nnx.map_state(read, state))
-
-
-def abstract_model(
-    config: ModelConfig,
-    *,
-    mesh: Mesh,
-    dtype: DTypeLike,
-    source: Source | None = None,
-    quantization: Quantization | None = None,
-) -> Decoder:
-    """The model with shapes, dtypes and shardings in place of arrays."""
-    model = nnx.eval_shape(
-        lambda: Decoder(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            mesh=mesh,
-            source=source,
-        )
-    )
-
-    if quantization is not None:
-        model = quantized_shapes(model, quantization)
-
-    def place(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = named_sharding(mesh, LOGICAL_AXES[dotted(path)], leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        value = jax.tree.map(placed, parameter.get_value())
-        if isinstance(value, Quantized) and mesh.size > 1:
-            value = replace(value, gathered=_without_width(path, value))
-        return parameter.replace(value)
-
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, nnx.map_state(place, state))
-
-
-def _without_width(path: tuple[Any, ...], stack: Quantized) -> NamedSharding:
-    """Where a layer of a stack lies when what is split over `width` is gathered."""
-    _, *spec = stack.sharding.spec
-    _, *axes = LOGICAL_AXES[dotted(path)]
-    entries = [None if axis == "width" else entry for axis, entry in zip(axes, spec, strict=True)]
-    return NamedSharding(stack.sharding.mesh, PartitionSpec(*entries))
-
-
-def check_tensors(
-    weights: TensorFiles,
-    folder: Path,
-    names: dict[str, TensorName],
-    model: Decoder,
-    family: Family,
-) -> None:
-    """Raise InputError unless the folder holds the model's tensors, in their shapes, no others."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, parameter in nnx.to_flat_state(nnx.state(model)):
-        name = names[dotted(path)]
-        shape = parameter.get_value().shape
-        own_shape = shape[1:] if name.stacked else shape
-        own_shape = own_shape[::-1] if name.transposed else own_shape
-        for layer in range(shape[0] if name.stacked else 1):
-            expected[name.of_layer(layer)] = own_shape
-    found = weights.files
-    if missing := [name for name in expected if name not in found]:
-        raise InputError(
-            f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; "
-            "config.json does not describe these weights, or a shard is missing"
-        )
-    for tensor, shape in expected.items():
-        if weights.shape(tensor) != shape:
-            raise InputError(
-                f"{found[tensor]}: {tensor} has shape {list(weights.shape(tensor))}, "
-                f"but config.json asks for {list(shape)}"
-            )
-    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
-    for tensor in found:
-        if tensor not in expected and tensor not in tied and not tensor.endswith(family.buffers):
-            raise InputError(
-                f"{found[tensor]}: tensor {tensor} has no place in this model; config.json doesn't "
-                "describe these weights (biases, more layers, or another architecture?)"
-            )
-
-
-def _read_sharded(weights: TensorFiles, name: TensorName, leaf: Any, each: Each) -> jax.Array:
-    """A parameter on its devices, one device's part in host memory at a time."""
-    parts = []
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        index = tuple(index or ())
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        part = _aligned_empty(shape, np.dtype(leaf.dtype))
-        if name.stacked:
-            layers = range(*index[0].indices(leaf.shape[0]))
-            for out, layer in zip(part, layers, strict=True):
-                _read_tensor(weights, name.of_layer(layer), out, index[1:], name.transposed, each)
-        else:
-            _read_tensor(weights, name.pattern, part, index, name.transposed, each)
-        parts.append(jax.device_put(part, device).block_until_ready())
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
-
-
-def _read_quantized(
-    weights: TensorFiles, name: TensorName, leaf: Quantized, each: Each
-) -> Quantized:
-    """A stack of quantised kernels, one layer of it in full precision at a time."""
-    shardings = jax.tree.map(lambda x: x.sharding, leaf)
-    zeros = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), leaf), out_shardings=shardings
-    )
-    write = jax.jit(with_layer, donate_argnums=0, out_shardings=shardings)
-    layers, *shape = leaf.shape
-    of_one = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-    one = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=of_one)
-    stack = zeros()
-    for layer in range(layers):
-        tensor = TensorName(name.of_layer(layer), name.transposed)
-        kernel = _read_sharded(weights, tensor, one, each)
-        stack = jax.block_until_ready(write(stack, kernel, jnp.int32(layer)))
-    return stack
-
-
-def _read_tensor(
-    weights: TensorFiles,
-    name: str,
-    out: np.ndarray,
-    index: tuple[slice, ...],
-    transposed: bool,
-    each: Each,
-) -> None:
-    index = index[::-1] if transposed else index
-    weights.read_into(out, name, index, transposed=transposed, each=each)
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is: XLA wants 64 bytes of alignment."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(dtype).reshape(shape)
+    return base.load(mesh, dtype=dtype, quantization=quantization)

@@ -35,7 +35,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         return folder
     parts = str(path).split("/")
     if len(parts) != 2 or not all(parts) or str(path).startswith((".", "~")):
-        raise InputError(f"model.path={str(path)!r}: no such folder (a hub id is 'owner/name')")
+        raise InputError(f"path={str(path)!r}: no such folder (a hub id is 'owner/name')")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -44,33 +44,29 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model.path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
+            f"path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
         ) from error
     return Path(fetched)
 
 
-def source(path: str | Path, revision: str | None = None) -> Source:
-    """A record of where a model comes from that holds in any working directory and later on."""
-    folder = Path(path).expanduser()
+def source_of(path: str | Path, folder: Path) -> Source:
+    """A record of where a model comes from that holds in any working directory and later on.
+
+    Args:
+      folder: what `path` was resolved to.
+    """
     if remote.is_url(path):
-        return Source(str(path))
-    if folder.is_dir():
-        return Source(str(folder.resolve()))
-    return Source(str(path), pinned_revision(path, revision))
-
-
-def pinned_revision(path: str | Path, revision: str | None) -> str | None:
-    """The commit that a hub id's revision is now; what is no hub id has none."""
-    if remote.is_url(path) or Path(path).expanduser().is_dir():
-        return revision
-    return resolve(path, revision).name  # a snapshot's folder is named for its commit
+        return Source(str(path), folder)
+    if Path(path).expanduser().is_dir():
+        return Source(str(folder), folder)
+    return Source(str(path), folder, revision=folder.name)  # a snapshot is named for its commit
 
 
 def source_folder(model: Decoder) -> Path:
     """The folder that a loaded model's weights came from."""
     if model.source is None:
         raise InputError("the model was not loaded from a folder, so there is no base to export")
-    return resolve(model.source.path, model.source.revision)
+    return model.source.folder
 
 
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, ModelConfig]:

@@ -18,8 +18,9 @@ from droplora_jax.adapters.low_rank import Initial, PerLayer
 from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import load, source
+from droplora_jax.hf import source
 from droplora_jax.hf.shards import Each, open_folder
+from droplora_jax.hf.weights import abstract_model
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.families.base import TensorName
@@ -58,9 +59,8 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
       InputError: it is above `TOLERANCE`.
     """
     _, config = source.read_config(folder)
-    plain = load.abstract_model(
-        config, mesh=make_mesh(devices=jax.local_devices()[:1]), dtype=jnp.float32
-    )
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    plain = abstract_model(config, mesh=mesh, dtype=jnp.float32)
     stored = open_folder(folder)
 
     def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:

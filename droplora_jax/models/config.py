@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import jax.numpy as jnp
@@ -42,9 +43,16 @@ LOGICAL_AXES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from: a folder, or a hub id at a revision."""
+    """Where the weights came from.
+
+    Attributes:
+      path: a folder, the URL of one on a bucket, or a hub id.
+      folder: the local folder that it was resolved to.
+      revision: the commit of a hub id.
+    """
 
     path: str
+    folder: Path
     revision: str | None = None
 
 

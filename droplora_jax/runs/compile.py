@@ -17,7 +17,7 @@ from droplora_jax.adapters.surgery import inject, split
 from droplora_jax.core import prng
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
-from droplora_jax.hf import load, source
+from droplora_jax.hf.base import Base
 from droplora_jax.models.decoder import with_noise
 from droplora_jax.nn.attention.dispatch import Choice, choose
 from droplora_jax.nn.options import Remat, StepOptions
@@ -68,35 +68,31 @@ def step_options(config: RunConfig) -> StepOptions:
     return StepOptions(config.data.packed, remat, config.model.attention)
 
 
-def attention_kernel(config: RunConfig, mesh: Mesh, platform: str) -> Choice:
+def attention_kernel(config: RunConfig, base: Base, mesh: Mesh, platform: str) -> Choice:
     """The attention kernel that a run takes on these devices.
 
     Raises:
       InputError: the devices can't run the kernel that `model.attention` names.
     """
-    folder = source.resolve(config.model.path, config.model.revision)
-    _, shape = source.read_config(folder, config.model.ignore_config_keys)
     return choose(
         config.model.attention,
         mesh=mesh,
         dtype=config.model.jax_dtype(platform),
-        head_dim=shape.head_dim,
-        packed=config.data.packed,
+        head_dim=base.shape.head_dim,
     )
 
 
-def abstract_step(config: RunConfig, mesh: Mesh, platform: str, steps: int) -> AbstractStep:
+def abstract_step(
+    config: RunConfig, base: Base, mesh: Mesh, platform: str, steps: int
+) -> AbstractStep:
     """The step of a run of `steps` steps, from shapes alone."""
-    folder = source.resolve(config.model.path, config.model.revision)
-    _, shape = source.read_config(folder, config.model.ignore_config_keys)
-    base = load.abstract_model(
-        shape,
-        mesh=mesh,
+    model = base.abstract(
+        mesh,
         dtype=config.model.jax_dtype(platform),
         quantization=config.model.quantization(),
     )
-    base = with_noise(base, config.train.neftune_alpha)
-    graphdef, adapters, mask_keys, frozen = split(inject(base, config.adapter, key=None))
+    model = with_noise(model, config.train.neftune_alpha)
+    graphdef, adapters, mask_keys, frozen = split(inject(model, config.adapter, key=None))
     tx = optimizer.optimizer(config.optim, optimizer.learning_rate(config.optim, steps))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -127,7 +123,9 @@ def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
     return {name: tokens for name in ("tokens", "targets", "segment_ids")}
 
 
-def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> CompiledStep:
+def program(
+    config: RunConfig, base: Base, mesh: Mesh, steps: int, limit: int | None
+) -> CompiledStep:
     """The step of a run, compiled with the `remat` that it names, or with the fastest that fits.
 
     Nothing runs on a device, so this can be done beside what does; of several processes each
@@ -143,7 +141,7 @@ def program(config: RunConfig, mesh: Mesh, steps: int, limit: int | None) -> Com
     remat = config.train.remat
     platform = mesh.devices.flat[0].platform
     compiler_options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
-    abstract, options = abstract_step(config, mesh, platform, steps), step_options(config)
+    abstract, options = abstract_step(config, base, mesh, platform, steps), step_options(config)
     tried: list[str] = []
     for policy in AUTO if remat == "auto" else (remat,):
         traced = abstract.traced(replace(options, remat=policy))

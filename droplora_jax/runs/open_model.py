@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,25 +16,28 @@ from jax.sharding import Mesh
 
 from droplora_jax.adapters.combine import combine
 from droplora_jax.adapters.surgery import initial_of, inject, split
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
-from droplora_jax.core.sharding import MeshConfig, make_mesh
-from droplora_jax.hf import load, source
+from droplora_jax.core.sharding import make_mesh
+from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import OWN_FILE, load_adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
+from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.train_run import what_to_record
 from droplora_jax.training import optimizer
 from droplora_jax.training.checkpoint import Checkpoints
 from droplora_jax.training.step import init_state
 
-# Of a model's folder, an adapter's or a run's: what its completions depend on.
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+# The files of a model, an adapter or a run on which its completions depend.
 MARKS = (
     "*.safetensors",
     "config.json",
@@ -63,11 +66,66 @@ class Opened:
     template: str | None = None
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that was found and not loaded: its base, and what was trained beside it.
+
+    Attributes:
+      folder: what was named: a base, a run, or an adapter in PEFT's format.
+      config: the base, as the command line, the run or the adapter names it.
+      base: the same, opened.
+      adapters: folders in PEFT's format, with their weights.
+      run: whose checkpoint has the adapters, if no folder has them.
+      step: which checkpoint of it.
+    """
+
+    folder: Path
+    config: BaseConfig
+    base: Base
+    adapters: Mapping[Path, float] = field(default_factory=dict)
+    run: RunConfig | None = None
+    step: str = "last"
+
+    def fingerprint(self) -> str:
+        """Changes with the files of the model and its adapters: their names, sizes and times."""
+        marks = [
+            (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+            for folder in dict.fromkeys([self.folder, *self.adapters])
+            for file in sorted({file for mark in MARKS for file in folder.glob(mark)})
+        ]
+        return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+
+    def load(
+        self,
+        *,
+        dtype: Dtype = "auto",
+        mesh: Mesh | None = None,
+        quantize: QuantizedKind | None = None,
+    ) -> Opened:
+        """The model with its weights; the arguments are those of `open_model`."""
+        config = self.config if quantize is None else replace(self.config, quantize=quantize)
+        tokenizer = self.base.tokenizer
+        mesh = mesh or decoding_mesh(self.base.shape)
+        model = self.base.load(
+            mesh,
+            dtype=replace(config, dtype=dtype).jax_dtype(mesh.devices.flat[0].platform),
+            quantization=config.quantization(),
+        )
+        if self.run is not None:
+            model, record = restored(model, self.run, self.folder, self.step)
+            return Opened(model, tokenizer, record["template"])
+        if not self.adapters:
+            return Opened(model, tokenizer)
+        templates = {_template(folder) for folder in self.adapters}
+        template = templates.pop() if len(templates) == 1 else None
+        return Opened(load_adapters(model, self.adapters), tokenizer, template)
+
+
 def open_model(
     path: str,
     adapter: str | Sequence[str] = (),
     *,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    dtype: Dtype = "auto",
     mesh: Mesh | None = None,
     revision: str | None = None,
     step: str = "last",
@@ -91,6 +149,25 @@ def open_model(
     Raises:
       InputError: a folder that is none of these, or a part of it that is missing or broken.
     """
+    files = find_model(
+        path, adapter, revision=revision, step=step, ignore_config_keys=ignore_config_keys
+    )
+    return files.load(dtype=dtype, mesh=mesh, quantize=quantize)
+
+
+def find_model(
+    path: str,
+    adapter: str | Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    step: str = "last",
+    ignore_config_keys: Sequence[str] = (),
+) -> ModelFiles:
+    """Find a model and open its base, without its weights; the arguments are `open_model`'s.
+
+    Raises:
+      InputError: a folder that is none of these, or a part of it that is missing or broken.
+    """
     folder = Path(path).expanduser()
     trained = next((f for f in (CONFIG_FILE, PEFT_FILE) if (folder / f).exists()), None)
     adapters = (adapter,) if isinstance(adapter, str) else adapter
@@ -102,17 +179,17 @@ def open_model(
     if step != "last" and trained != CONFIG_FILE:
         raise InputError(f"--step {step}: only a run has several, and {path} is none")
     if trained == CONFIG_FILE:
-        config = config_reader.read(folder / CONFIG_FILE)
-        model, tokenizer = _loaded(config.model, dtype, mesh, quantize)
+        run = config_reader.read(folder / CONFIG_FILE)
+        base = open_base(run.model)
         if step == "last" and _only_adapter(folder):
-            return _with_adapters(model, tokenizer, [str(folder / ADAPTER)])
-        model, record = restored(model, config, folder, step)
-        return Opened(model, tokenizer, record["template"])
+            return ModelFiles(folder, run.model, base, {folder / ADAPTER: 1.0})
+        return ModelFiles(folder, run.model, base, run=run, step=step)
     if trained == PEFT_FILE:
-        return _with_adapters(*_loaded(base_of(folder), dtype, mesh, quantize), [str(folder)])
-    base = BaseConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
-    model, tokenizer = _loaded(base, dtype, mesh, quantize)
-    return _with_adapters(model, tokenizer, adapters) if adapters else Opened(model, tokenizer)
+        config = base_of(folder)
+        return ModelFiles(folder, config, open_base(config), {folder: 1.0})
+    config = BaseConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
+    weights, base = weights_of(adapters), open_base(config)
+    return ModelFiles(base.folder, config, base, weights)
 
 
 def weights_of(adapters: Sequence[str]) -> dict[Path, float]:
@@ -146,18 +223,6 @@ def load_adapters(model: Decoder, adapters: Mapping[Path, float]) -> Decoder:
     return combine(loaded, {str(folder): weight for folder, weight in adapters.items()})
 
 
-def fingerprint(path: str, adapters: Sequence[str] = ()) -> str:
-    """Changes with the files of a model and its adapters: their names, sizes and times."""
-    folders = [source.resolve(path), *weights_of(adapters)]
-    found = [sorted({file for mark in MARKS for file in f.glob(mark)}) for f in folders]
-    marks = [
-        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
-        for folder, files in zip(folders, found, strict=True)
-        for file in files
-    ]
-    return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
-
-
 def _only_adapter(run: Path) -> bool:
     """Whether the checkpoints of a run that is done were taken away."""
     return not (run / CHECKPOINTS).is_dir() and (run / ADAPTER).is_dir()
@@ -188,33 +253,6 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
     if not path:
         raise InputError(f"{adapter}: does not say which base: give --base, or --adapter to a base")
     return BaseConfig(path, revision=None if instead else named.get("revision"))
-
-
-def _loaded(
-    base: BaseConfig, dtype: Any, mesh: Mesh | None, quantize: QuantizedKind | None
-) -> tuple[Decoder, Any]:
-    base = base if quantize is None else replace(base, quantize=quantize)
-    folder = source.resolve(base.path, base.revision)
-    tokenizer = load_tokenizer(folder)
-    _, shape = source.read_config(folder, base.ignore_config_keys)
-    mesh = mesh or decoding_mesh(shape)
-    platform = mesh.devices.flat[0].platform
-    model = load.load(
-        base.path,
-        mesh=mesh,
-        dtype=BaseConfig(base.path, dtype=dtype).jax_dtype(platform),
-        revision=base.revision,
-        ignore_config_keys=base.ignore_config_keys,
-        quantize=base.quantization(),
-    )
-    return model, tokenizer
-
-
-def _with_adapters(model: Decoder, tokenizer: Any, adapters: Sequence[str]) -> Opened:
-    weights = weights_of(adapters)
-    templates = {_template(folder) for folder in weights}
-    template = templates.pop() if len(templates) == 1 else None
-    return Opened(load_adapters(model, weights), tokenizer, template)
 
 
 def _template(adapter: Path) -> str | None:

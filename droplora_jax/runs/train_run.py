@@ -21,18 +21,19 @@ from droplora_jax.core import distributed, files, prng
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import described, make_mesh
-from droplora_jax.hf import load, source
+from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import adapter_config, load_adapter, save_adapter
-from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.models.decoder import Decoder, with_noise
 from droplora_jax.nn.quantized_kernel import Quantized, leaves
 from droplora_jax.runs import config_reader, memory, run_data
 from droplora_jax.runs.compile import attention_kernel, program, step_options
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE, check_folder, last_step
+from droplora_jax.runs.open_base import open_base
+from droplora_jax.runs.preparation import check_mesh
+from droplora_jax.runs.run_data import total_steps
 from droplora_jax.training import optimizer
 from droplora_jax.training.compiled_step import in_background
-from droplora_jax.training.config import total_steps
 from droplora_jax.training.loop import Run, train
 
 
@@ -45,17 +46,17 @@ def train_run(config: RunConfig, console: Console) -> Path:
     began = time.perf_counter()
     folder = Path(config.output)
     adapter = folder / ADAPTER
-    config, mesh, (batches, evaluation, record) = _checked(config, folder, console)
+    config, base, mesh, (batches, evaluation, record) = _checked(config, folder, console)
     steps = total_steps(config.train, batches)
     schedule = optimizer.learning_rate(config.optim, steps)
     if adapter.exists() and last_step(folder) >= steps:
         say(console, f"finished already: {_after(folder)}")
         return adapter
     # From shapes, in a thread that touches no device, while the weights come.
-    compiled = in_background(partial(program, config, mesh, steps, memory.limit(mesh)))
+    compiled = in_background(partial(program, config, base, mesh, steps, memory.limit(mesh)))
     loading = time.perf_counter()
     prepared = Run(
-        model=_load(config, mesh),
+        model=_load(config, base, mesh),
         compiled=compiled,
         mesh=mesh,
         train=batches,
@@ -88,19 +89,19 @@ def dry_run(config: RunConfig, console: Console) -> None:
 
 def _checked(
     config: RunConfig, folder: Path, console: Console
-) -> tuple[RunConfig, Mesh, run_data.Read]:
+) -> tuple[RunConfig, Base, Mesh, run_data.Read]:
     """The input of a run, looked at and read."""
-    config = _resolved(config, folder)
+    config, base = _resolved(config, folder)
     check_folder(config, folder)
     mesh = make_mesh(config.mesh)
-    config.train.check_mesh(mesh, config.data.max_length)
-    attention_kernel(config, mesh, mesh.devices.flat[0].platform)
-    read = _read_data(config, console)
+    check_mesh(config, mesh)
+    attention_kernel(config, base, mesh, mesh.devices.flat[0].platform)
+    read = _read_data(config, base, console)
     run_data.check_same(folder / CHECKPOINTS, read.record["data"])
     steps = total_steps(config.train, read.train)
     optimizer.learning_rate(config.optim, steps)
     config.adapter.share(steps)
-    return config, mesh, read
+    return config, base, mesh, read
 
 
 def _begin(folder: Path, config: RunConfig) -> None:
@@ -118,21 +119,23 @@ def _begin(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _resolved(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with what its sources say: the commit of a hub id, the adapter's shape."""
+def _resolved(config: RunConfig, folder: Path) -> tuple[RunConfig, Base]:
+    """The configuration with what its sources say, and the base.
+
+    They say the commit of a hub id, and the shape of the adapter that training starts from.
+    """
     file, model = folder / CONFIG_FILE, config.model
     before = _model_before(file)
     if before and before.path == model.path and model.revision is None:
-        revision = before.revision  # the run goes on with the commit that it began with
-    else:
-        revision = source.pinned_revision(model.path, model.revision)
-    config = replace(config, model=replace(model, revision=revision))
+        # The run goes on with the commit that it began with.
+        model = replace(model, revision=before.revision)
+    base = open_base(model)
+    model = replace(model, revision=base.source.revision or model.revision)
+    config = replace(config, model=model)
     if model.adapter is None:
-        return config
-    base = source.resolve(model.path, revision)
-    _, shape = source.read_config(base, model.ignore_config_keys)
-    theirs = adapter_config(shape, Path(model.adapter))
-    return replace(config, adapter=_started(config.adapter, theirs, model.adapter))
+        return config, base
+    theirs = adapter_config(base.shape, Path(model.adapter))
+    return replace(config, adapter=_started(config.adapter, theirs, model.adapter)), base
 
 
 def _model_before(file: Path) -> BaseConfig | None:
@@ -158,26 +161,21 @@ def _started(own: LowRank, theirs: LowRank, where: str) -> Any:
     return replace(theirs, **given)
 
 
-def _read_data(config: RunConfig, console: Console) -> run_data.Read:
-    base = source.resolve(config.model.path, config.model.revision)
-    _, shape = source.read_config(base, config.model.ignore_config_keys)
-    if config.data.max_length > shape.max_positions:
+def _read_data(config: RunConfig, base: Base, console: Console) -> run_data.Read:
+    if config.data.max_length > base.shape.max_positions:
         raise InputError(
             f"data.max_length={config.data.max_length}: the model is made for "
-            f"{shape.max_positions} positions (max_position_embeddings in its config.json)"
+            f"{base.shape.max_positions} positions (max_position_embeddings in its config.json)"
         )
-    return run_data.read(config, load_tokenizer(base), shape.vocab_size, console)
+    return run_data.read(config, base.tokenizer, base.shape.vocab_size, console)
 
 
-def _load(config: RunConfig, mesh: Mesh) -> Decoder:
+def _load(config: RunConfig, base: Base, mesh: Mesh) -> Decoder:
     """The base on the mesh, with fresh adapters or those of `model.adapter`."""
-    model = load.load(
-        config.model.path,
-        mesh=mesh,
+    model = base.load(
+        mesh,
         dtype=config.model.jax_dtype(mesh.devices.flat[0].platform),
-        revision=config.model.revision,
-        ignore_config_keys=config.model.ignore_config_keys,
-        quantize=config.model.quantization(),
+        quantization=config.model.quantization(),
     )
     model = with_noise(model, config.train.neftune_alpha)
     if config.model.adapter is None:
@@ -187,7 +185,7 @@ def _load(config: RunConfig, mesh: Mesh) -> Decoder:
 
 def with_fresh_adapters(config: RunConfig, model: Decoder) -> Decoder:
     """The model with the adapters that a run begins with."""
-    init_key = prng.fold_name(prng.root_key(config.seed), "init")
+    init_key = prng.run_keys(config.seed).init
     return inject(model, config.adapter, key=init_key)
 
 

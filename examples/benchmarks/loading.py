@@ -114,12 +114,10 @@ def exporting(folder: Path) -> dict[str, float]:
     from flax import nnx
 
     import droplora_jax as dl
-    from droplora_jax.hf import source
-    from droplora_jax.hf.load import abstract_model
+    from droplora_jax.hf.base import Base
 
     mesh = dl.make_mesh(devices=jax.devices()[:1])
-    _, config = source.read_config(folder)
-    base = abstract_model(config, mesh=mesh, dtype=jnp.bfloat16, source=source.source(folder))
+    base = Base.open(folder).abstract(mesh, dtype=jnp.bfloat16)
     model = dl.inject(base, dl.DropLoRA(rank=16, alpha=32), key=dl.root_key(0))
     for _, module in nnx.iter_graph(model):
         if hasattr(module, "lora_b"):

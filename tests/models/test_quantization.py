@@ -16,8 +16,7 @@ from run_fixtures import CommandLine, adapter_bytes, make_base, metrics, write_r
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import source
-from droplora_jax.hf.load import abstract_model
+from droplora_jax.hf.base import Base
 from droplora_jax.inference.decode import better_apart
 from droplora_jax.nn.quantized_kernel import Quantized
 from droplora_jax.runs import config_reader
@@ -69,12 +68,9 @@ LLAMA_8B = {
 def test_resident_weights_of_eight_billion_parameters(kind, gib, tmp_path):
     """Embedding and head in bfloat16 and all: at most 5.5 GiB in NF4."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    _, shape = source.read_config(tmp_path)
-    model = abstract_model(
-        shape,
-        mesh=make_mesh(devices=jax.devices()[:1]),
-        dtype=jnp.bfloat16,
-        quantization=dl.Quantization(kind),
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model = Base.open(tmp_path).abstract(
+        mesh, dtype=jnp.bfloat16, quantization=dl.Quantization(kind)
     )
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
     assert round(total / 2**30, 2) == gib
@@ -172,6 +168,7 @@ def test_a_plan_counts_the_bits(base, tmp_path):
                 write_run(base, tmp_path, model={"quantize": kind, "quantize_tile": TILE}),
                 ["mesh.fsdp=1"],
             ),
+            Base.open(base),
             topology("cpu:1"),
         )
         for kind in ("none", "int8", "nf4")

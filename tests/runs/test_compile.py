@@ -24,6 +24,7 @@ from droplora_jax.core.sharding import make_mesh
 from droplora_jax.runs import config_reader, memory, train_run
 from droplora_jax.runs.compile import AUTO, abstract_step, program
 from droplora_jax.runs.memory import GIB, Compiled
+from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.planning.hardware import topology
 from droplora_jax.runs.planning.plan import plan
 from droplora_jax.training.optimizer import learning_rate, optimizer
@@ -61,8 +62,9 @@ def test_the_shapes_are_those_of_the_loaded_model(base, tmp_path, adapter):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     config = config_reader.read(write_run(base, tmp_path, adapter=adapter, mesh=mesh))
     mesh = make_mesh(config.mesh)
-    abstract = abstract_step(config, mesh, "cpu", STEPS).arguments
-    _, adapters, mask_keys, frozen = split(train_run._load(config, mesh))
+    opened = open_base(config.model)
+    abstract = abstract_step(config, opened, mesh, "cpu", STEPS).arguments
+    _, adapters, mask_keys, frozen = split(train_run._load(config, opened, mesh))
     tx = optimizer(config.optim, learning_rate(config.optim, STEPS))
     loaded = (init_state(adapters, tx), mask_keys, frozen)
     shapes = (abstract.state, abstract.mask_keys, abstract.frozen)
@@ -151,7 +153,8 @@ def planned(base, tmp_path_factory):
     config = config_reader.read(
         write_run(base, folder, data={"max_length": 128}, train={"steps": STEPS})
     )
-    return config, {name: plan(changed(config, name), topology("cpu:8")) for name in REMATS}
+    opened, where = open_base(config.model), topology("cpu:8")
+    return config, {name: plan(changed(config, name), opened, where) for name in REMATS}
 
 
 def changed(config, remat):
@@ -172,7 +175,8 @@ def test_what_a_remat_saves(planned):
 def test_auto_takes_the_first_that_fits(planned, given):
     config, plans = planned
     needed = {name: plans[name].hbm_bytes_per_chip for name in AUTO}
-    found = program(changed(config, "auto"), make_mesh(config.mesh), STEPS, needed[given])
+    base, mesh = open_base(config.model), make_mesh(config.mesh)
+    found = program(changed(config, "auto"), base, mesh, STEPS, needed[given])
     assert found.remat == next(name for name in AUTO if needed[name] <= needed[given])
     assert (
         f"remat {found.remat}, the fastest that fits: {needed[found.remat] / GIB:.2f}" in found.why
@@ -186,8 +190,9 @@ def test_when_nothing_fits(planned, monkeypatch):
         "droplora_jax.runs.compile.compiled", lambda *_: Compiled(object(), 3 * GIB)
     )
     monkeypatch.setattr("droplora_jax.runs.compile.abstract_step", lambda *_: mock.Mock())
+    base, mesh = open_base(config.model), make_mesh(config.mesh)
     with pytest.raises(InputError) as error:
-        program(changed(config, "auto"), make_mesh(config.mesh), STEPS, 2 * GIB)
+        program(changed(config, "auto"), base, mesh, STEPS, 2 * GIB)
     assert "train.remat='auto': a step takes more memory than a device has" in str(error.value)
     for name in AUTO:
         assert f"{name} 3.00 GiB" in str(error.value)
@@ -202,7 +207,7 @@ def test_a_program_to_be_traced_is_compiled_for_that(planned, monkeypatch, profi
     monkeypatch.setattr("droplora_jax.runs.compile.abstract_step", lambda *_: mock.Mock())
     train = dataclasses.replace(config.train, profile_steps=(2, 3) if profiled else None)
     mesh = mock.Mock(spec=Mesh, devices=np.asarray([mock.Mock(platform="gpu")]))
-    program(dataclasses.replace(config, train=train), mesh, STEPS, None)
+    program(dataclasses.replace(config, train=train), mock.Mock(), mesh, STEPS, None)
     _, platform, options = given.call_args.args
     assert platform == "gpu"
     assert (options != {}) is profiled
@@ -244,7 +249,7 @@ def test_moments_in_bfloat16_are_half_the_size_and_carry_on(base, tmp_path, drop
     options = {"optim": {"options": {"mu_dtype": "bfloat16"}}, "train": {"steps": 4}}
     yaml = write_run(base, tmp_path, **options)
     sizes = [
-        plan(c, topology("cpu:8"))
+        plan(c, open_base(c.model), topology("cpu:8"))
         for c in (config_reader.read(yaml), config_reader.read(yaml, ["optim.options={}"]))
     ]
     assert sizes[0].optimizer == pytest.approx(0.75 * sizes[1].optimizer, rel=0.01)
@@ -274,7 +279,7 @@ def test_an_error_in_the_weights_waits_for_no_compiler(base, tmp_path, droplora,
     def broken(*_, **__):
         raise InputError("the weights are broken")
 
-    monkeypatch.setattr("droplora_jax.hf.load.load", broken)
+    monkeypatch.setattr("droplora_jax.hf.base.Base.load", broken)
     result = droplora("train", write_run(base, tmp_path))
     never.set()
     assert (result.code, result.err) == (2, "droplora: the weights are broken\n")

@@ -375,7 +375,7 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(base, droplora, tmp_path, m
     def loaded(*_, **__):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("droplora_jax.hf.load.load", loaded)
+    monkeypatch.setattr("droplora_jax.hf.base.Base.load", loaded)
     file = write_run(base, tmp_path, data={"packing": True, "max_length": 128}, train={"steps": 20})
     before = contents(tmp_path)
     out = droplora.good("train", file, "--dry-run", "train.global_batch=8")

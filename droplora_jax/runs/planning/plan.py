@@ -17,13 +17,15 @@ from jax.sharding import Mesh
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import source
+from droplora_jax.hf.base import Base
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.runs.compile import AUTO, Arguments, abstract_step, attention_kernel, step_options
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import compiled
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.runs.planning.hardware import Topology
 from droplora_jax.runs.planning.hlo_collectives import Collective, collectives
+from droplora_jax.runs.preparation import check_mesh
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,18 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: RunConfig, where: Topology) -> Plan:
-    """Compile the step of `config` for `where`.
+def plan(config: RunConfig, base: Base, where: Topology) -> Plan:
+    """Compile the step of `config`, whose base is `base`, for `where`.
 
     Raises:
       InputError: a mesh that these devices can't form, or a batch that it can't split.
     """
     if config.train.remat == "auto":
-        return _fastest(config, where)
+        return _fastest(config, base, where)
     mesh = make_mesh(config.mesh, where.devices)
-    config.train.check_mesh(mesh, config.data.max_length)
+    check_mesh(config, mesh)
     steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
-    abstract = abstract_step(config, mesh, where.platform, steps)
+    abstract = abstract_step(config, base, mesh, where.platform, steps)
     traced = abstract.traced(step_options(config))
     lowered = traced.lower()
     begin = time.perf_counter()
@@ -89,15 +91,14 @@ def plan(config: RunConfig, where: Topology) -> Plan:
     there = executable is not None
     sent = tuple(collectives(executable.as_text(), mesh)) if there else ()
     flops = matrix_flops(traced.jaxpr)
-    return _described(
-        config, where, mesh, _sizes(abstract.arguments), needed, there, sent, flops, seconds
-    )
+    sizes = _sizes(abstract.arguments)
+    return _described(config, base, where, mesh, sizes, needed, there, sent, flops, seconds)
 
 
-def _fastest(config: RunConfig, where: Topology) -> Plan:
+def _fastest(config: RunConfig, base: Base, where: Topology) -> Plan:
     """The plan with the fastest `remat` that fits; that of the smallest if none does."""
     for remat in AUTO:
-        found = plan(replace(config, train=replace(config.train, remat=remat)), where)
+        found = plan(replace(config, train=replace(config.train, remat=remat)), base, where)
         if found.fits is not False:
             break
     return found
@@ -122,6 +123,7 @@ def _bytes(tree: Any) -> int:
 
 def _described(
     config: RunConfig,
+    base: Base,
     where: Topology,
     mesh: Mesh,
     sizes: dict[str, int],
@@ -148,7 +150,7 @@ def _described(
             "mesh": dict(mesh.shape),
             "micro_batch": config.train.rows_per_pass,
             "remat": config.train.remat,
-            "attention": str(attention_kernel(config, mesh, where.platform)),
+            "attention": str(attention_kernel(config, base, mesh, where.platform)),
         },
         devices=mesh.size,
         fits=None if kind is None else compiled and needed <= kind.memory,
@@ -164,7 +166,9 @@ def _described(
         bound=bound,
         tokens_per_second=tokens / least if least else None,
         mfu_at_most=(
-            _useful_flops(config) / (least * mesh.size * kind.flops) if least and kind else None
+            _useful_flops(config, base.shape) / (least * mesh.size * kind.flops)
+            if least and kind
+            else None
         ),
         compile_seconds=compile_seconds,
     )
@@ -189,10 +193,8 @@ def _least_traffic(config: RunConfig, mesh: Mesh, sizes: dict[str, int]) -> int:
     return gathered * passes * (config.train.global_batch // config.train.rows_per_pass)
 
 
-def _useful_flops(config: RunConfig) -> int:
+def _useful_flops(config: RunConfig, c: ModelConfig) -> int:
     """4 a weight and token, as frozen weights have no gradient, and causal attention."""
-    folder = source.resolve(config.model.path, config.model.revision)
-    _, c = source.read_config(folder, config.model.ignore_config_keys)
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     weights = c.layers * (attention + 3 * c.width * c.ffn) + c.width * c.vocab_size
     length = config.data.max_length
@@ -200,11 +202,13 @@ def _useful_flops(config: RunConfig) -> int:
     return (4 * weights + causal) * length * config.train.global_batch
 
 
-def smallest_change(config: RunConfig, where: Topology) -> tuple[list[str], Plan] | None:
+def smallest_change(
+    config: RunConfig, base: Base, where: Topology
+) -> tuple[list[str], Plan] | None:
     """The first of `changes` whose plan fits, as overrides; None if none does."""
     for overrides, changed in changes(config, where):
         try:
-            found = plan(changed, where)
+            found = plan(changed, base, where)
         except InputError:
             continue
         if found.fits:

@@ -50,6 +50,7 @@ class Training:
         import droplora_jax as dl
         from droplora_jax.nn.options import StepOptions
         from droplora_jax.training import optimizer, step
+        from droplora_jax.training.config import OptimConfig
 
         self.side, self.work = side, work
         self.mesh = dl.make_mesh(devices=jax.devices()[:1])
@@ -65,7 +66,7 @@ class Training:
             ),
         )
         self.graphdef, adapters, self.mask_keys, self.frozen = dl.split(model)
-        settings = optimizer.OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
+        settings = OptimConfig(weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
         tx = optimizer.optimizer(settings, optax.constant_schedule(LEARNING_RATE))
         packed = work.line > 0 or side.document > 0
         self.options = StepOptions(packed, side.remat, side.attention)
@@ -146,19 +147,17 @@ def _base(side: Ours, work: Work, mesh: Any) -> Any:
     from flax import nnx
 
     from droplora_jax.core.errors import InputError
-    from droplora_jax.hf import load
-    from droplora_jax.hf.source import read_config, source
+    from droplora_jax.hf.base import Base
     from droplora_jax.nn.layer_paths import dotted
     from droplora_jax.nn.options import StepOptions
 
-    family, config = read_config(work.folder)
-    origin = source(work.folder)
-    model = load.abstract_model(config, mesh=mesh, dtype=work.dtype, source=origin)
+    base = Base.open(work.folder)
+    model = base.abstract(mesh, dtype=work.dtype)
     try:
         model.attention_kernel(StepOptions(attention=side.attention))
     except InputError as refused:  # no such kernel here
         raise Unavailable(str(refused)) from refused
-    names = family.tensor_names(config)
+    names = base.family.tensor_names(base.shape)
 
     def make(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
         leaf, name = parameter.get_value(), names[dotted(path)]

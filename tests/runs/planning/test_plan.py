@@ -18,11 +18,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from run_fixtures import CommandLine, make_base, write_run
 
+from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig, described, make_mesh
+from droplora_jax.core.sharding import described, make_mesh
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.compile import abstract_step, step_options
 from droplora_jax.runs.memory import _used
+from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.runs.planning.hardware import KINDS, topology
 from droplora_jax.runs.planning.hlo_collectives import collectives
@@ -145,7 +147,7 @@ def droplora(capsys) -> CommandLine:
 
 def test_a_plan_of_a_run(file, base):
     config = config_reader.read(file, ["train.global_batch=8", "train.micro_batch=4"])
-    found = plan(config, topology("cpu:8"))
+    found = plan(config, open_base(config.model), topology("cpu:8"))
     hf = json.loads((base / "config.json").read_text())
     assert (found.fits, found.hbm_limit_bytes, found.tokens_per_second) == (None, None, None)
     assert described(found.settings["mesh"]) == "data=2 x fsdp=2 x tensor=2"
@@ -170,7 +172,9 @@ def test_a_plan_of_a_run(file, base):
 
 
 def traced(config, mesh, where):
-    return abstract_step(config, mesh, where.platform, 10).traced(step_options(config))
+    return abstract_step(config, open_base(config.model), mesh, where.platform, 10).traced(
+        step_options(config)
+    )
 
 
 def gathered(config, where) -> list[str]:
@@ -199,9 +203,10 @@ def test_no_logits_are_gathered_and_the_head_only_for_many_rows(file, base, leng
 
 
 def test_fewer_operations_where_more_is_kept(file):
+    base = open_base(config_reader.read(file).model)
     of = {
         remat: plan(
-            config_reader.read(file, [f"train.remat={remat}"]), topology("cpu:8")
+            config_reader.read(file, [f"train.remat={remat}"]), base, topology("cpu:8")
         ).flops_per_step
         for remat in ("everything", "dots", "nothing")
     }
@@ -255,11 +260,13 @@ def test_a_slice_of_tpus(file):
     config = config_reader.read(
         file, ["mesh.data=1", "mesh.fsdp=4", "mesh.tensor=1", "model.dtype=bfloat16"]
     )
+    base = open_base(config.model)
     one = plan(
         config_reader.read(file, ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"]),
+        base,
         topology("v5e:1x1"),
     )
-    four = plan(config, topology("v5e:2x2"))
+    four = plan(config, base, topology("v5e:2x2"))
     assert one.fits
     assert four.fits
     assert four.hbm_limit_bytes == 16 * 2**30
@@ -304,7 +311,7 @@ def test_attention_on_a_slice(file, settings, words, kernels):
         file, ["mesh.data=1", "mesh.tensor=1", "data.max_length=48", *settings]
     )
     where = topology("v5e:2x2")
-    assert plan(config, where).settings["attention"].startswith(words)
+    assert plan(config, open_base(config.model), where).settings["attention"].startswith(words)
     mesh = make_mesh(config.mesh, where.devices)
     text = traced(config, mesh, where).lower().as_text()
     assert set(re.findall(r'kernel_name = "splash_mha_(fwd|dkv|dq)', text)) == kernels
@@ -341,7 +348,8 @@ def test_the_smallest_slice_of_every_kind_is_planned(name, base, tmp_path, dropl
 @needs_libtpu
 def test_too_much_for_a_chip(file):
     settings = ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1", f"train.global_batch={2**23}"]
-    found = plan(config_reader.read(file, settings), topology("v5e:1x1"))
+    config = config_reader.read(file, settings)
+    found = plan(config, open_base(config.model), topology("v5e:1x1"))
     assert not found.fits
     assert found.hbm_bytes_per_chip > 15 * 2**30
     assert not found.collectives

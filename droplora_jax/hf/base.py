@@ -1,0 +1,87 @@
+"""A base model: its folder, resolved and checked once, from which everything else of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from numpy.typing import DTypeLike
+
+from droplora_jax.hf import source
+from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.hf.weights import abstract_model, read_weights
+from droplora_jax.models.config import ModelConfig, Source
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.families.base import Family
+from droplora_jax.nn.options import Quantization
+from droplora_jax.nn.quantized_kernel import qwix
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found and whose `config.json` was read; no weight is loaded.
+
+    A command opens its base once and passes it on: to open it again would fetch it again, where it
+    is a hub id or on a bucket.
+
+    Attributes:
+      folder: the local folder; for a bucket, the copy of its small files.
+      family: the names and the rules of its checkpoints.
+      shape: the decoder that `config.json` describes.
+      source: where it came from, a hub id with its commit.
+    """
+
+    folder: Path
+    family: Family
+    shape: ModelConfig
+    source: Source
+
+    @classmethod
+    def open(
+        cls, path: str | Path, revision: str | None = None, ignore: Sequence[str] = ()
+    ) -> Base:
+        """Find a base model and read its `config.json`.
+
+        Args:
+          path: a folder with `config.json` and safetensors, the URL of one on a bucket (`gs://`,
+            `s3://`), or a hub id.
+          revision: branch, tag or commit of a hub id.
+          ignore: unknown keys of `config.json` known to change nothing.
+
+        Raises:
+          InputError: no such folder or hub id, or a key that is missing, unknown or not supported.
+        """
+        folder = source.resolve(path, revision)
+        family, shape = source.read_config(folder, ignore)
+        return cls(folder, family, shape, source.source_of(path, folder))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, loaded when it is first asked for."""
+        return load_tokenizer(self.folder)
+
+    def abstract(
+        self, mesh: Mesh, *, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> Decoder:
+        """The model with shapes, dtypes and shardings in place of arrays."""
+        return abstract_model(
+            self.shape, mesh=mesh, dtype=dtype, source=self.source, quantization=quantization
+        )
+
+    def load(
+        self, mesh: Mesh, *, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> Decoder:
+        """The model with its weights, each read straight onto its devices.
+
+        Raises:
+          InputError: a tensor that is missing, of another shape, or not finite.
+        """
+        if quantization is not None and quantization.kinds:
+            qwix()  # before anything is read
+        return read_weights(
+            self.folder, self.abstract(mesh, dtype=dtype, quantization=quantization)
+        )
