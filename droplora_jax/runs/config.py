@@ -7,19 +7,17 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import PydanticCustomError
 
 from droplora_jax.adapters.dora import DoRA
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.learned import Learned
-from droplora_jax.core.distributed import DistributedConfig
-from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import MeshConfig
+from droplora_jax.core.config import DistributedConfig, MeshConfig
 from droplora_jax.data.config import DataConfig
 from droplora_jax.nn.options import Kernel, Quantization, QuantizedKind
-from droplora_jax.training.config import TrainConfig
-from droplora_jax.training.optimizer import OptimConfig
+from droplora_jax.training.config import OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,13 @@ def _kind(adapter: Any) -> str:
     return getattr(adapter, "kind", "droplora")
 
 
+def _seed(seed: int) -> int:
+    """The seed, checked; a dataclass of pydantic's names the field itself."""
+    if not 0 <= seed < 2**32:
+        raise PydanticCustomError("seed", f"Input should be from 0 to {2**32 - 1}")
+    return seed
+
+
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class RunConfig:
     """One run, as its YAML describes it."""
@@ -76,7 +81,7 @@ class RunConfig:
     model: BaseConfig
     output: str
     data: DataConfig
-    seed: int = 0
+    seed: Annotated[int, AfterValidator(_seed)] = 0
     adapter: Annotated[
         Annotated[DropLoRA, Tag("droplora")]
         | Annotated[DoRA, Tag("dora")]
@@ -87,7 +92,3 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")

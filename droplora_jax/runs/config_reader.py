@@ -1,9 +1,9 @@
-"""A run's configuration: it composes the parts' own, and is read strictly from one YAML."""
+"""A run's YAML: read strictly, every mistake of the file named at once."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import difflib
 import io
 import json
 import typing
@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from droplora_jax.adapters import ADAPTERS
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, did_you_mean
 from droplora_jax.runs.config import RunConfig
+
+Tree = Mapping[str, Any]  # plain dicts, lists and scalars
+Mistake = ErrorDetails
 
 
 def read(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -76,57 +80,81 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _checked(tree: Mapping[str, Any], file: str, overridden: set[str]) -> RunConfig:
-    try:
-        # By way of JSON, where a list may stand for a tuple and nothing else is converted.
+def _checked(tree: Tree, file: str, overridden: set[str]) -> RunConfig:
+    # By way of JSON, where a list may stand for a tuple and nothing else is converted.
+    def validated(tree: Tree) -> RunConfig:
         return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
+
+    try:
+        return validated(tree)
     except ValidationError as error:
-        raise InputError("\n".join(_messages(error, tree, file, overridden))) from error
+        mistakes = error.errors()
+    # A section with an unknown key is checked no further, so it is checked again without the key.
+    try:
+        validated(_without_unknown(tree, mistakes))
+    except ValidationError as error:
+        mistakes += [mistake for mistake in error.errors() if mistake not in mistakes]
+    raise InputError(*_messages(mistakes, tree, file, overridden))
+
+
+def _without_unknown(tree: Tree, mistakes: Sequence[Mistake]) -> Tree:
+    known = copy.deepcopy(dict(tree))
+    for mistake in mistakes:
+        if mistake["type"] == "unexpected_keyword_argument":
+            *path, last = _keys(mistake, tree)
+            section: Any = known
+            for key in path:
+                section = section[int(key)] if isinstance(section, list) else section[key]
+            section.pop(last, None)
+    return known
 
 
 def _messages(
-    error: ValidationError, tree: Mapping[str, Any], file: str, overridden: set[str]
+    mistakes: Sequence[Mistake], tree: Tree, file: str, overridden: set[str]
 ) -> list[str]:
-    """One line a mistake; the alternatives of a union are one mistake."""
-    rules: dict[tuple[str, str], list[str]] = {}
-    details = [_of_kind(detail) for detail in error.errors()]
-    paths = [_keys(detail, tree) for detail in details]
-    for detail, path in zip(details, paths, strict=True):
-        if any(path == other[: len(path)] and len(path) < len(other) for other in paths):
-            continue  # an alternative that was not meant: what was is wrong further below
-        key, rule = ".".join(path), _rule(detail, path)
-        if detail["type"] == "value_error":  # one of ours, which names its key itself
-            key = rule.partition("=")[0]
-        where = "command line" if _touches(key, overridden) else file
-        start = "" if detail["type"] == "value_error" else f"{key}{_shown(detail)}"
-        rules.setdefault((where, start), []).append(rule)
-    return [f"{where}: {start}{' or '.join(rule)}" for (where, start), rule in rules.items()]
+    """One line for each mistake; the alternatives of a union are one mistake."""
+
+    def where(key: str) -> str:
+        return "command line" if _touches(key, overridden) else file
+
+    rules: dict[str, list[str]] = {}  # by the beginning of the line
+    mistakes = [_in_kind(mistake) for mistake in mistakes]
+    paths = [_keys(mistake, tree) for mistake in mistakes]
+    for mistake, path in zip(mistakes, paths, strict=True):
+        key = ".".join(path)
+        if mistake["type"] == "value_error":  # a dataclass has checked its fields
+            for problem in mistake["ctx"]["error"].within(key).problems:
+                problem = problem.replace(f"{key}.{key}.", f"{key}.", 1)  # TEMP
+                rules[f"{where(problem.partition('=')[0])}: {problem}"] = []
+        elif not any(path == other[: len(path)] and len(path) < len(other) for other in paths):
+            start = f"{where(key)}: {key}{_shown(mistake)}"
+            rules.setdefault(start, []).append(_rule(mistake, path))
+        # Else an alternative that was not meant: the mistake is further below.
+    return [start + " or ".join(alternatives) for start, alternatives in rules.items()]
 
 
-def _of_kind(detail: Any) -> Any:
-    """A section of a kind that is not known: the mistake is in its `kind`."""
-    if detail["type"] != "union_tag_invalid":
-        return detail
+def _in_kind(mistake: Mistake) -> Mistake:
+    """The mistake in a section of a kind that is not known is in its `kind`."""
+    if mistake["type"] != "union_tag_invalid":
+        return mistake
     rule = f"Input should be {' or '.join(map(repr, ADAPTERS))}"
-    return {**detail, "loc": (*detail["loc"], "kind"), "input": detail["ctx"]["tag"], "msg": rule}
+    tag = mistake["ctx"]["tag"]
+    return {**mistake, "loc": (*mistake["loc"], "kind"), "input": tag, "msg": rule}
 
 
-def _rule(detail: Any, path: list[str]) -> str:
+def _rule(mistake: Mistake, path: list[str]) -> str:
     """What is wrong, in words."""
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    if "missing" in detail["type"]:
+    if "missing" in mistake["type"]:
         return "is missing"
-    if detail["type"] == "unexpected_keyword_argument":
+    if mistake["type"] == "unexpected_keyword_argument":
         if path[:-1] == ["adapter"] and (others := _kinds_with(path[-1])):
             return (
-                f"{detail['loc'][1]!r} has no such option; of kind {' or '.join(others)} it is one"
+                f"{mistake['loc'][1]!r} has no such option; of kind {' or '.join(others)} it is one"
             )
-        known = _known_keys(path[:-1], detail["loc"])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        known = _known_keys(path[:-1], mistake["loc"])
+        hint = did_you_mean(path[-1], known) or f"there are {', '.join(known)}"
         return f"unknown key; {hint}"
-    rule = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
+    rule = mistake["msg"].removeprefix("Input should be ").removeprefix("Input ")
     return f"must be {rule}"
 
 
@@ -136,19 +164,19 @@ def _kinds_with(option: str) -> list[str]:
     return [kind for kind, of_kind in fields.items() if option in {f.name for f in of_kind}]
 
 
-def _shown(detail: Any) -> str:
-    return " " if "missing" in detail["type"] else f"={detail['input']!r}: "
+def _shown(mistake: Mistake) -> str:
+    return " " if "missing" in mistake["type"] else f"={mistake['input']!r}: "
 
 
 def _touches(key: str, overridden: set[str]) -> bool:
     return any(key == other or other.startswith(f"{key}.") for other in overridden)
 
 
-def _keys(detail: Any, tree: Any) -> list[str]:
+def _keys(mistake: Mistake, tree: Any) -> list[str]:
     """The keys in an error's location, which also names the alternatives of a union."""
     keys: list[str] = []
-    location = detail["loc"]
-    named = "missing" in detail["type"] or detail["type"] == "unexpected_keyword_argument"
+    location = mistake["loc"]
+    named = "missing" in mistake["type"] or mistake["type"] == "unexpected_keyword_argument"
     for i, part in enumerate(location):
         last = i == len(location) - 1
         is_key = isinstance(tree, dict) and (part in tree or (named and last))
@@ -175,9 +203,9 @@ def _section(hint: Any, location: Sequence[Any]) -> Any:
     if dataclasses.is_dataclass(hint):
         return hint
     inner = [_section(part, location) for part in typing.get_args(hint)]
-    found = [cls for cls in inner if cls is not None]
-    named = [cls for cls in found if getattr(cls, "kind", None) in location]
-    return next(iter(named or found), None)
+    classes = [cls for cls in inner if cls is not None]
+    named = [cls for cls in classes if getattr(cls, "kind", None) in location]
+    return next(iter(named or classes), None)
 
 
 def _first_lines(error: Exception) -> str:

@@ -6,9 +6,9 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,6 +23,8 @@ from droplora_jax.training.step import TrainState
 TEMPORARY = ".orbax-checkpoint-tmp"
 _SCORE = "worth"  # the name of the score on disk
 
+Record = dict[str, Any]  # JSON
+
 
 class Corrupt(InputError):
     """A checkpoint that can't be read, is not what was saved, or is not finite."""
@@ -31,13 +33,15 @@ class Corrupt(InputError):
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best of those that were evaluated.
 
-    Saving is asynchronous. One that was cut short is never listed: it gets its name when whole.
+    Saving is asynchronous. A checkpoint gets its name when it is complete, so that one that was cut
+    short is never listed. Until `close`, or the end of a `with` block, Orbax logs nothing: it would
+    log what it raises, with a traceback from each of its threads.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
         """`read_only` touches nothing: another process may be saving there."""
-        # Orbax logs what it raises, with a traceback from each of its threads.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._silence = lambda record: False
+        logging.getLogger("absl").addFilter(self._silence)
         self.folder = folder
         self.unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
@@ -67,6 +71,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
+    def newest_saved(self) -> int | None:
+        """The newest step, after waiting for a save in the background."""
+        self.wait()
+        return self.latest
+
     @property
     def best(self) -> int | None:
         """The step of the highest finite score, the newest of several; None without any."""
@@ -81,7 +90,7 @@ class Checkpoints:
     def _scores(self) -> dict[int, float]:
         """The finite scores of the checkpoints that were evaluated, by step."""
         metrics = {step: self._manager.metrics(step) for step in self.steps}
-        scores = {step: _score(of_step) for step, of_step in metrics.items() if of_step}
+        scores = {step: _score(numbers) for step, numbers in metrics.items() if numbers}
         return {step: score for step, score in scores.items() if math.isfinite(score)}
 
     def choose(self, which: str) -> int:
@@ -104,9 +113,7 @@ class Checkpoints:
             )
         return int(which)
 
-    def save(
-        self, state: TrainState, record: Mapping[str, Any], score: float | None = None
-    ) -> None:
+    def save(self, state: TrainState, record: Record, score: float | None = None) -> None:
         """Start saving `state` under its step, with a JSON `record` of the run.
 
         Args:
@@ -119,7 +126,7 @@ class Checkpoints:
         self._check_space(sum(leaf.nbytes for leaf in flat.values()))
         run = {**record, "digests": digests(flat)}
         run["data"] = {**record.get("data", {}), "next_batch": step}
-        with _SaveErrors(self):
+        with self._save_errors():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -170,23 +177,23 @@ class Checkpoints:
             state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
         )
         where = self._path(step)
-        with _ReadErrors(where):
-            saved = self._manager.item_metadata(step)["state"].tree
-            shapes = {name: tuple(leaf.shape) for name, leaf in saved.items()}
-        if shapes != (wanted := {name: leaf.shape for name, leaf in flat.items()}):
-            name = min(name for name, _ in shapes.items() ^ wanted.items())
+        with _read_errors(where):
+            metadata = self._manager.item_metadata(step)["state"].tree
+            shapes = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+        if shapes != (needed := {name: leaf.shape for name, leaf in flat.items()}):
+            name = min(name for name, _ in shapes.items() ^ needed.items())
             raise InputError(
                 f"{where}: {name} is {shapes.get(name, 'missing')} in it, and the run needs "
-                f"{wanted.get(name, 'no such array')}: a checkpoint of another run, or of another "
+                f"{needed.get(name, 'no such array')}: a checkpoint of another run, or of another "
                 "version of optax. Name another output, or move the checkpoint away"
             )
-        with _ReadErrors(where):
-            found = self._manager.restore(step, args=args)
-            restored, promised = found["state"], found["run"]["digests"]
-        if bad := sorted(name for name, d in digests(restored).items() if promised.get(name) != d):
+        with _read_errors(where):
+            saved = self._manager.restore(step, args=args)
+            restored, recorded = saved["state"], saved["run"]["digests"]
+        if bad := sorted(name for name, d in digests(restored).items() if recorded.get(name) != d):
             raise Corrupt(f"{where}: is corrupt ({bad[0]} is not what was saved)")
-        if (place := found["run"]["data"]["next_batch"]) != int(restored["step"]):
-            raise Corrupt(f"{where}: is corrupt (batch {place} is next after so many steps)")
+        if (batch := saved["run"]["data"]["next_batch"]) != int(restored["step"]):
+            raise Corrupt(f"{where}: is corrupt (batch {batch} is next after so many steps)")
         if names := not_finite(restored):
             raise Corrupt(f"{where}: {names[0]} in it holds a value that is not finite")
         paths, structure = jax.tree.flatten_with_path(like)
@@ -208,17 +215,17 @@ class Checkpoints:
         self._manager.reload()
         return aside
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> Record:
         """What was recorded of the run when it saved `step`, and its place in the data.
 
         Raises:
           Corrupt: it can't be read.
         """
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
-        with _ReadErrors(self._path(step)):
+        with _read_errors(self._path(step)):
             return self._manager.restore(step, args=args)["run"]
 
-    def newest_record(self) -> dict[str, Any] | None:
+    def newest_record(self) -> Record | None:
         """The record of the newest checkpoint that can be read, if there is one."""
         for step in reversed(self.steps):
             with contextlib.suppress(Corrupt):
@@ -227,16 +234,31 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything is on disk; raises what went wrong."""
-        with _SaveErrors(self):
+        with self._save_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        # What a save in the background raises is `wait`'s to tell.
+        """End the threads of Orbax; what a save in the background raises is for `wait` to tell."""
         with contextlib.suppress(Exception):
             self._manager.close()
+        logging.getLogger("absl").removeFilter(self._silence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """Turns what a failed save raises (a full disk, for example) into an InputError."""
+        try:
+            yield
+        except Exception as error:
+            raise self._failed(_first_line(error)) from error
 
     def _check_space(self, size: int) -> None:
-        """A full disk is better told before than half-way."""
+        """Raise InputError for a disk that is too full, before anything is written."""
         needed = int(1.1 * size) + 2**16
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -254,34 +276,14 @@ class Checkpoints:
         return f"the newest good one is step {good[-1]}" if good else "there is no earlier one"
 
 
-class _SaveErrors:
-    """Turns what a failed save raises (a full disk, say) into an InputError."""
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        raise self.checkpoints._failed(_first_line(error)) from error
-
-
-class _ReadErrors:
+@contextlib.contextmanager
+def _read_errors(where: Path) -> Iterator[None]:
     """Turns whatever a checkpoint that can't be read raises into `Corrupt`."""
-
-    def __init__(self, where: Path) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            reason = _first_line(error)
-            raise Corrupt(f"{self.where}: the checkpoint can't be read ({reason})") from error
+    try:
+        yield
+    except Exception as error:
+        reason = _first_line(error)
+        raise Corrupt(f"{where}: the checkpoint can't be read ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,23 +1,21 @@
-"""How long to train, in what portions, and how often to evaluate, save and log."""
+"""Options of training: how long, in what batches, how often to look, and the optimizer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import jax
-
-from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import RULES, axis_size
-from droplora_jax.data.batches import Batches
+from droplora_jax.core.errors import raise_all
+from droplora_jax.core.schedules import Schedule
 from droplora_jax.nn.options import Remat
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in what portions, and how often to look.
+    """How long to train, in what batches, and how often to evaluate, save and log.
 
     Attributes:
       steps: optimizer steps; or
@@ -26,18 +24,18 @@ class TrainConfig:
       micro_batch: rows of one forward and backward pass, over all devices; the gradients of the
         passes are summed. Default: the whole batch at once.
       eval_every: steps between evaluations, on `data.valid` and `eval_tasks`.
-      eval_tasks: files by the name of a task (`evaluate.TASKS`) whose accuracy is looked at too.
-      eval_examples: of each of them, the first so many.
+      eval_tasks: files by the name of a task (`evaluate.TASKS`) whose accuracy is measured too.
+      eval_examples: how many examples of each file are used, from its beginning.
       eval_run_code: whether tasks that run code which the model wrote may do so.
-      best: what the best checkpoint is best in: `loss`, or the name of a task. Default: the loss
-        if there are validation rows, else the first task.
+      best: the number that the best checkpoint is best in: `loss`, or the name of a task. Default:
+        the loss if there are validation rows, else the first task.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
       keep: how many of the newest checkpoints to keep, beside the best.
       stop_seconds: how long a run may take to save after SIGTERM (a preemption); then it ends.
       remat: what a layer saves for its backward pass: `everything`; `dots`, without what is cheap
-        to find again; `offload`, the same in the host's memory; `attention`, its output alone; or
-        `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits.
+        to compute again; `offload`, the same in the host's memory; `attention`, its output alone;
+        or `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits.
       neftune_alpha: NEFTune (arXiv 2310.05914): noise on the vectors of the tokens, uniform in
         +-alpha / sqrt(length of the row or document * model width); 0 for none.
       profile_steps: the first and the last step to trace, into `profile/` of the run's folder.
@@ -61,62 +59,83 @@ class TrainConfig:
     profile_steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "eval_every", "save_every"):
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        counts = ("steps", "global_batch", "micro_batch", "eval_every", "save_every")
+        for name in (*counts, "log_every", "keep", "stop_seconds", "eval_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"train.{name}={value}: must be at least 1")
-        for name in ("log_every", "keep", "stop_seconds", "eval_examples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
+                yield f"{name}={value}: must be at least 1"
         if not 0 <= self.neftune_alpha < math.inf:
-            raise InputError(f"train.neftune_alpha={self.neftune_alpha}: must be 0 or more")
+            yield f"neftune_alpha={self.neftune_alpha}: must be 0 or more"
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise InputError(f"train.epochs={self.epochs}: must be positive")
+            yield f"epochs={self.epochs}: must be positive"
         if self.steps is not None and self.epochs is not None:
-            raise InputError("train.steps and train.epochs are both given: give one of them")
+            yield "steps and epochs are both given: give one of them"
         if (steps := self.profile_steps) is not None and not (
             len(steps) == 2 and 1 <= steps[0] <= steps[1]
         ):
-            raise InputError(
-                f"train.profile_steps={list(steps)}: must be the first and the last step to trace, "
+            yield (
+                f"profile_steps={list(steps)}: must be the first and the last step to trace, "
                 "counted from 1, such as [3, 5]"
             )
-        if self.global_batch % self.rows_per_pass:
-            raise InputError(
-                f"train.global_batch={self.global_batch} is not divisible by "
-                f"train.micro_batch={self.micro_batch}"
+        if self.rows_per_pass > 0 and self.global_batch % self.rows_per_pass:
+            yield (
+                f"global_batch={self.global_batch} is not divisible by "
+                f"micro_batch={self.micro_batch}"
             )
 
     @property
     def rows_per_pass(self) -> int:
-        return self.micro_batch or self.global_batch
-
-    def check_mesh(self, mesh: jax.sharding.Mesh, length: int) -> None:
-        """Raise InputError unless every device gets the same rows and positions of `length`.
-
-        And for `remat=offload` where there is nowhere to offload to.
-        """
-        if self.remat == "offload" and mesh.devices.flat[0].platform == "cpu":
-            raise InputError(
-                "train.remat='offload': a CPU has no memory beside the host's; take 'dots', or an "
-                "accelerator"
-            )
-        parts = axis_size(mesh, RULES["batch"] or ())
-        if self.rows_per_pass % parts:
-            name = "micro_batch" if self.micro_batch else "global_batch"
-            raise InputError(
-                f"train.{name}={self.rows_per_pass} is not divisible by the {parts} parts that the "
-                f"mesh splits rows into (replica x data x fsdp); make it a multiple of {parts}, or "
-                "change the mesh"
-            )
-        if length % (parts := mesh.shape["context"] ** 2):
-            raise InputError(
-                f"data.max_length={length} is not divisible by {parts}, the square of "
-                f"mesh.context={mesh.shape['context']} (each of so many devices attends with a "
-                f"part of every other's positions); make it a multiple of {parts}"
-            )
+        """The rows of one forward and backward pass."""
+        return self.global_batch if self.micro_batch is None else self.micro_batch
 
 
-def total_steps(config: TrainConfig, batches: Batches) -> int:
-    """The optimizer steps of a whole run."""
-    return config.steps or batches.steps(config.epochs or 3.0)
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer; the defaults are the recipe behind the published numbers.
+
+    Attributes:
+      name: any optimizer of optax that takes a learning rate, such as `adamw`, `lion`, `sgd`.
+      learning_rate: its highest value.
+      schedule: what follows the warm-up: `constant`, or down to zero by `linear` or `cosine`.
+      warmup_steps: steps in which the learning rate rises from zero.
+      weight_decay: passed to optimizers that have it; must be 0 for others.
+      no_decay: patterns of what is not decayed, searched in the paths of what is trained
+        (`layers.q_proj.lora_b`).
+      b_ratio: the learning rate of every B is so many times that of the rest (LoRA+, arXiv
+        2402.12354, which takes 16).
+      clip_norm: gradients are scaled down to this global norm; null for no clipping.
+      options: further arguments of the optimizer, such as `b2: 0.95`.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    schedule: Schedule = "linear"
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ()
+    b_ratio: float = 1.0
+    clip_norm: float | None = 1.0
+    options: dict[str, float | bool | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            yield f"learning_rate={self.learning_rate}: must be positive"
+        if self.warmup_steps < 0:
+            yield f"warmup_steps={self.warmup_steps}: must not be negative"
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            yield f"weight_decay={self.weight_decay}: must not be negative"
+        if not (self.b_ratio > 0 and math.isfinite(self.b_ratio)):
+            yield f"b_ratio={self.b_ratio}: must be positive; 1 for no difference"
+        for pattern in self.no_decay:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"no_decay={pattern!r}: not a regular expression ({error})"
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            yield f"clip_norm={self.clip_norm}: must be positive, or null"

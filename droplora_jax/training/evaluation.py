@@ -1,10 +1,10 @@
-"""What a run is judged by while it goes on: the loss on validation rows, and tasks."""
+"""Evaluation while a run trains: the loss on validation examples, and the accuracy of tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,22 +23,26 @@ from droplora_jax.inference.generator import Generator
 from droplora_jax.inference.scoring import evaluate
 from droplora_jax.inference.task import Example, Task
 from droplora_jax.inference.tasks import TASKS
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.metrics_log import ACCURACY
 from droplora_jax.training.step import eval_step
 
 LOSS = "eval_loss"
-Measure = Callable[[Any], dict[str, float]]  # adapters to numbers by name
+Evaluate = Callable[[nnx.State], dict[str, float]]  # adapters to numbers by name
+# A batch to the sum of the losses of its trained tokens, and their number.
+LossSum = Callable[[Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """On what a run is evaluated, and in what its best checkpoint is best.
+class Evaluation:
+    """What a run is evaluated on, and which number ranks its checkpoints.
 
     Attributes:
-      valid: the rows, for the loss.
-      tasks: with the examples that are asked.
-      tokenizer: of the model, for the tasks.
-      rows: prompts at a time.
+      valid: the validation examples, for the loss.
+      tasks: each task with its examples.
+      tokenizer: the model's, for the tasks.
+      batch_size: prompts that are completed at a time.
       run_code: whether a task may run what the model wrote.
       best: `eval_loss`, or the key of a task; None if there is nothing to evaluate.
     """
@@ -46,43 +50,52 @@ class Measured:
     valid: Batches | None = None
     tasks: tuple[tuple[Task, Sequence[Example]], ...] = ()
     tokenizer: Any = None
-    rows: int = 8
+    batch_size: int = 8
     run_code: bool = False
     best: str | None = None
 
-    def by(self, graphdef: Any, mask_keys: Any, frozen: Any, mesh: Mesh) -> Measure | None:
-        """The numbers of a model's adapters, or None if there are none to find.
+    def function(
+        self,
+        graphdef: nnx.GraphDef[Decoder],
+        mask_keys: nnx.State,
+        frozen: nnx.State,
+        mesh: Mesh,
+        options: StepOptions = StepOptions(),
+    ) -> Evaluate | None:
+        """The function from a model's adapters to its numbers; None without anything to evaluate.
 
         `eval_loss` is the mean over all trained tokens of the validation rows.
         """
         if self.best is None:
             return None
         packed = self.valid is not None and self.valid.packed
-        evaluated = partial(eval_step, graphdef, packed=packed)
+        evaluated = partial(eval_step, graphdef, options=replace(options, packed=packed))
         step = jax.jit(evaluated, out_shardings=named_sharding(mesh))
 
-        def measure(adapters: Any) -> dict[str, float]:
-            found = {}
+        def evaluate_adapters(adapters: nnx.State) -> dict[str, float]:
+            numbers = {}
             if self.valid is not None:
                 run = partial(step, adapters, mask_keys, frozen)
-                found[LOSS] = _mean_loss(run, self.valid, mesh)
+                numbers[LOSS] = _mean_loss(run, self.valid, mesh)
             if self.tasks:
-                found |= self._accuracies(nnx.merge(graphdef, adapters, mask_keys, frozen))
-            # A program that ran into its time limit on one host may not have on another.
-            return distributed.of_first(found)
+                numbers |= self._accuracies(
+                    nnx.merge(graphdef, adapters, mask_keys, frozen), options
+                )
+            # Code that ran into its time limit on one host may have ended in time on another.
+            return distributed.of_first(numbers)
 
-        return measure
+        return evaluate_adapters
 
-    def _accuracies(self, model: Any) -> dict[str, float]:
-        complete = Generator(model, self.tokenizer, batch_size=self.rows)
-        found = {}
+    def _accuracies(self, model: Decoder, options: StepOptions) -> dict[str, float]:
+        complete = Generator(model, self.tokenizer, batch_size=self.batch_size, options=options)
+        accuracies = {}
         for task, examples in self.tasks:
             result = evaluate(
-                task, examples, complete, batch_size=self.rows, run_code=self.run_code
+                task, examples, complete, batch_size=self.batch_size, run_code=self.run_code
             )
             assert result.accuracy is not None  # `tasks_of` takes no others
-            found[key(task.name)] = result.accuracy
-        return found
+            accuracies[key(task.name)] = result.accuracy
+        return accuracies
 
     def score(self, numbers: Mapping[str, float]) -> float:
         """The number of an evaluation that ranks checkpoints: higher for better adapters."""
@@ -91,7 +104,7 @@ class Measured:
 
 
 def key(task: str) -> str:
-    """Of a task's accuracy in the log."""
+    """The key of a task's accuracy in the log."""
     return f"{ACCURACY}{task}"
 
 
@@ -133,7 +146,8 @@ def best_key(best: str | None, valid: bool, tasks: Sequence[str]) -> str | None:
     return LOSS if chosen == "loss" else None if chosen is None else key(chosen)
 
 
-def _mean_loss(step: Callable[[Any], Any], valid: Batches, mesh: Mesh) -> float:
+def _mean_loss(step: LossSum, valid: Batches, mesh: Mesh) -> float:
+    """Mean loss of all trained tokens of the validation examples."""
     numbers = grain.MapDataset.source(valid.lines_once())
     with closing(fed(valid, numbers, mesh)) as batches:
         sums = [step(batch) for batch in batches]

@@ -1,19 +1,19 @@
-"""The loop: data in, steps, guard, evaluation, checkpoints, and what a person sees."""
+"""The training loop: batches in, steps, guard, evaluation, checkpoints, and progress."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import optax
 from flax import nnx
 from rich.console import Console
 
@@ -24,14 +24,15 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.device_feed import fed
 from droplora_jax.models.decoder import Decoder
-from droplora_jax.training import optimizer, progress
-from droplora_jax.training.checkpoint import Checkpoints
-from droplora_jax.training.compiled_step import Program
-from droplora_jax.training.config import TrainConfig, total_steps
-from droplora_jax.training.evaluation import Measure, Measured
-from droplora_jax.training.metrics_log import MetricsLog, NoLog
-from droplora_jax.training.monitor import NonFinite, Watch
+from droplora_jax.nn.options import StepOptions
+from droplora_jax.training.checkpoint import Checkpoints, Record
+from droplora_jax.training.compiled_step import CompiledStep
+from droplora_jax.training.config import TrainConfig
+from droplora_jax.training.evaluation import Evaluate, Evaluation
+from droplora_jax.training.metrics_log import MetricsLog
+from droplora_jax.training.monitor import Monitor, NonFinite
 from droplora_jax.training.profiling import Profile
+from droplora_jax.training.progress import progress
 from droplora_jax.training.step import TrainState, init_state
 
 
@@ -43,35 +44,35 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """Everything that one run consists of, loaded and checked.
 
     Attributes:
-      program: its step, which may be in the making.
-      began, weights_seconds: when (`time.perf_counter`) the run did, and what of the time since
-        then its weights took.
+      compiled: its step, which may still be compiling.
+      options: how the layers are computed in evaluations.
+      tx: the optimizer; its learning rates are also in `schedule`, for the log.
+      record: what a checkpoint says of the run, as JSON.
+      began: when the run did (`time.perf_counter`).
+      weights_seconds: how long reading the weights took.
     """
 
     model: Decoder
-    program: Future[Program]
+    compiled: Future[CompiledStep]
     mesh: jax.sharding.Mesh
     train: Batches
-    measured: Measured
-    optim: optimizer.OptimConfig
+    evaluation: Evaluation
+    options: StepOptions
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    steps: int
     config: TrainConfig
     seed: int
     folder: Path
-    record: Mapping[str, Any]
+    record: Record
     console: Console
     began: float
     weights_seconds: float
-
-    def __post_init__(self) -> None:
-        self.config.check_mesh(self.mesh, self.train.max_length)
-        self.steps = total_steps(self.config, self.train)
-        self.schedule = optimizer.learning_rate(self.optim, self.steps)
-        self.mask_root = prng.fold_name(prng.root_key(self.seed), "mask")
 
     def feed(self, start: int) -> grain.DatasetIterator[Any]:
         """The global batches from step `start` on, on the mesh, as microbatches [k, m, T]."""
@@ -79,12 +80,23 @@ class Run:
         split = numbers.map(lambda lines: lines.reshape(-1, self.config.rows_per_pass))
         return fed(self.train, split, self.mesh, start=start)
 
-    def profile(self) -> Profile:
-        """Traces `train.profile_steps`; of several processes the first one does."""
+    def profile(self, compiled: CompiledStep) -> Profile:
+        """Traces `train.profile_steps`, in the first process of a run."""
         first, last = self.config.profile_steps or (0, 0)  # there is no step 0
         if not distributed.first():
             first = last = 0
-        return Profile(self.folder / "profile", first, last, partial(say, self.console))
+        return Profile(
+            self.folder / "profile", first, last, compiled.step, partial(say, self.console)
+        )
+
+
+class _Aftermath(NamedTuple):
+    """What may be due after a step."""
+
+    run: Run
+    monitor: Monitor
+    checkpoints: Checkpoints
+    evaluate: Evaluate | None
 
 
 def train(run: Run) -> Decoder:
@@ -96,42 +108,54 @@ def train(run: Run) -> Decoder:
       InputError: a file could not be written.
     """
     graphdef, adapters, mask_keys, frozen = split(run.model)
-    tx = optimizer.optimizer(run.optim, run.schedule)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    fresh = replace(init_state(adapters, tx), initial=initial_of(frozen))
+    fresh = replace(init_state(adapters, run.tx), initial=initial_of(frozen))
     saved = checkpoints.restore_newest(fresh, partial(say, run.console))
     state, frozen = replace(saved, initial=None), nnx.merge_state(frozen, saved.initial)
-    measure = run.measured.by(graphdef, mask_keys, frozen, run.mesh)
     start = int(state.step)
-    log = MetricsLog(run.folder, step=start) if distributed.first() else NoLog()
-    agreed = distributed.Agreement(run.mesh)
+    evaluate = run.evaluation.function(graphdef, mask_keys, frozen, run.mesh, run.options)
+    mask_root = prng.run_keys(run.seed).mask
+    log = MetricsLog(run.folder, step=start) if distributed.first() else None
     try:
-        program = run.program.result()
-        if program.why:
-            say(run.console, program.why)
+        compiled = run.compiled.result()
+        if compiled.reason:
+            say(run.console, compiled.reason)
+        step_of_run = compiled.step
+        agreed = distributed.Agreement(run.mesh)
+        last_words = partial(_too_late, run, checkpoints)
         with (
-            signals.collected(run.config.stop_seconds, partial(_late, run, checkpoints)) as stop,
-            progress.progress(run.console, start=start, total=run.steps) as show,
+            signals.collected(run.config.stop_seconds, last_words) as received,
+            progress(run.console, start=start, total=run.steps) as show,
             closing(run.feed(start)) as batches,
-            closing(run.profile()) as profile,
+            closing(run.profile(compiled)) as profile,
         ):
-            watch = Watch(run.config.log_every, run.steps, run.schedule, log, checkpoints, show)
-            for n in range(start, run.steps):
-                arguments = (state, mask_keys, frozen, next(batches), run.mask_root)
-                state, metrics = profile(n + 1, program.step, *arguments)
-                watch.after(n + 1, metrics)
-                if n + 1 == profile.last:
-                    with watch.pause():
-                        profile.close()
-                if n == start:
-                    say(run.console, _start_up(run, program))
-                signal_number = agreed(stop[0] if stop else 0)
-                whole = replace(state, initial=saved.initial)
-                _look_and_save(run, watch, measure, whole, n + 1, signal_number)
+            monitor = Monitor(
+                run.config.log_every,
+                run.steps,
+                run.schedule,
+                log=log,
+                show=show,
+                newest_checkpoint=checkpoints.newest_saved,
+            )
+            aftermath = _Aftermath(run, monitor, checkpoints, evaluate)
+            for step in range(start + 1, run.steps + 1):
+                batch = next(batches)
+                with profile.step(step, state):
+                    state, metrics = step_of_run(state, mask_keys, frozen, batch, mask_root)
+                monitor.after(step, metrics)
+                if step == profile.last:
+                    with monitor.pause():
+                        profile.close(metrics)
+                if step == start + 1:
+                    say(run.console, _start_up(run, compiled))
+                stop = agreed(received[0] if received else 0)
+                _evaluate_and_save(aftermath, replace(state, initial=saved.initial), step, stop)
         checkpoints.wait()
-        log.plot()
+        if log:
+            log.plot()
     except (NonFinite, Stopped):
-        log.plot()
+        if log:
+            log.plot()
         raise
     except OSError as error:
         raise InputError(
@@ -139,49 +163,49 @@ def train(run: Run) -> Decoder:
             f"{checkpoints.kept()}. Make room and run the same command again"
         ) from error
     finally:
-        log.close()
+        if log:
+            log.close()
         checkpoints.close()
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
 
 
-def _start_up(run: Run, program: Program) -> str:
-    """Where the time went until the first step was made; two of its parts, side by side."""
-    return (
-        f"first step after {time.perf_counter() - run.began:.1f} s "
-        f"(weights {run.weights_seconds:.1f}, compiling {program.seconds:.1f})"
-    )
+def _evaluate_and_save(due: _Aftermath, state: TrainState, step: int, stop: int) -> None:
+    """Whatever is due after `step`: an evaluation, a checkpoint, and the end of a stopped run.
 
-
-def _late(run: Run, checkpoints: Checkpoints) -> str:
-    return (
-        f"SIGTERM came {run.config.stop_seconds} seconds ago (train.stop_seconds) and the state "
-        f"could not be saved since; {checkpoints.kept()}"
-    )
-
-
-def _look_and_save(
-    run: Run, watch: Watch, measure: Measure | None, state: TrainState, step: int, stop: int
-) -> None:
-    """Whatever is due after `step`: evaluation, a checkpoint, and the stop that a signal asks.
-
-    `stop` is the signal's number, or 0.
+    Args:
+      stop: the number of the signal that asks the run to stop, or 0.
     """
-    config, checkpoints = run.config, watch.checkpoints
+    run, monitor, checkpoints, evaluate = due
     score = None
-    save = watch.due(step, config.save_every) or bool(stop)
-    evaluate = measure is not None and watch.due(step, config.eval_every)
-    if save or evaluate:
-        watch.settle()
-        watch.check_state(step, state)
-    if measure is not None and evaluate:
-        with watch.pause():
-            numbers = measure(state.adapters)
-        watch.check_numbers(step, numbers)
-        watch.write({"step": step, **numbers})
-        score = run.measured.score(numbers)
+    save = monitor.due(step, run.config.save_every) or bool(stop)
+    judged = evaluate is not None and monitor.due(step, run.config.eval_every)
+    if save or judged:
+        monitor.settle()
+        monitor.check_state(step, state)
+    if evaluate is not None and judged:
+        with monitor.pause():
+            numbers = evaluate(state.adapters)
+        monitor.check_numbers(step, numbers)
+        monitor.write({"step": step, **numbers})
+        score = run.evaluation.score(numbers)
         save |= checkpoints.best_score is None or score > checkpoints.best_score
     if save:
         checkpoints.save(state, run.record, score)
     if stop and step < run.steps:
         checkpoints.wait()
         raise Stopped(stop, step)
+
+
+def _start_up(run: Run, compiled: CompiledStep) -> str:
+    """How long the first step took to come; weights and compilation run side by side."""
+    return (
+        f"first step after {time.perf_counter() - run.began:.1f} s "
+        f"(weights {run.weights_seconds:.1f}, compiling {compiled.seconds:.1f})"
+    )
+
+
+def _too_late(run: Run, checkpoints: Checkpoints) -> str:
+    return (
+        f"SIGTERM came {run.config.stop_seconds} seconds ago (train.stop_seconds) and the state "
+        f"could not be saved since; {checkpoints.kept()}"
+    )

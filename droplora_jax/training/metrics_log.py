@@ -1,37 +1,52 @@
-"""What a run writes down as it goes: `metrics.jsonl`, `loss.png` and TensorBoard files."""
+"""The log of a run: `metrics.jsonl`, `loss.png` and TensorBoard files."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from droplora_jax.core.files import Row, read_jsonl, write_file
 
 ACCURACY = "accuracy/"  # before the name of a task
 
 
+@runtime_checkable
+class Board(Protocol):
+    """A writer of TensorBoard files; tensorboardX is imported when it is made."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Axes(Protocol):
+    """A diagram of Matplotlib, which is imported when the first one is drawn."""
+
+    def plot(self, *points: tuple[float, ...], **style: Any) -> object: ...
+
+
 class MetricsLog:
-    """One JSON object a logged step, written whole, and the same numbers for TensorBoard."""
+    """One JSON object for each logged step, written whole, and the same numbers for TensorBoard."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        """Carry on at `step`: rows beyond it, of steps that will run again, are cut."""
+        """Carry on at `step`: rows of later steps, which will run again, are removed."""
         self.folder, self.step = folder, step
         self.file = folder / "metrics.jsonl"
         self.plot_file = folder / "loss.png"
         self._cut(step)
 
     @cached_property
-    def _board(self) -> Any:
-        """Not there before the first step: where PyTorch is, tensorboardX imports it."""
+    def _board(self) -> Board:
+        """Made with the first row: tensorboardX imports PyTorch where that is installed."""
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Row) -> None:
+        """Append a row; it has its `step`, and numbers by name."""
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -40,6 +55,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, row["step"])
 
     def plot(self) -> None:
+        """Draw `loss.png` anew."""
         rows = read_jsonl(self.file)
         if rows:
             plot_losses(rows, self.plot_file)
@@ -51,22 +67,6 @@ class MetricsLog:
     def _cut(self, step: int) -> None:
         rows = [row for row in read_jsonl(self.file) if row["step"] <= step]
         write_file(self.file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-class NoLog(MetricsLog):
-    """Writes nothing: of several processes one does."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        pass
-
-    def plot(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def plot_losses(rows: list[Row], file: Path) -> None:
@@ -95,7 +95,7 @@ def plot_losses(rows: list[Row], file: Path) -> None:
     write_file(file, picture.getvalue())
 
 
-def _draw(axes: Any, rows: list[Row], key: str, label: str, **style: Any) -> None:
+def _draw(axes: Axes, rows: list[Row], key: str, label: str, **style: Any) -> None:
     points = [(row["step"], row[key]) for row in rows if key in row]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, **style)

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import numpy as np
-import optax
 
+from droplora_jax.core.files import Row
 from droplora_jax.core.finite import not_finite
-from droplora_jax.training import progress
-from droplora_jax.training.checkpoint import Checkpoints, flatten
+from droplora_jax.training.checkpoint import flatten
 from droplora_jax.training.metrics_log import MetricsLog
+from droplora_jax.training.progress import Show
 from droplora_jax.training.step import TrainState
 
 
 class NonFinite(Exception):
     """A loss, a gradient, an evaluation or the state of a run is not finite any more."""
 
-    def __init__(self, step: int, what: str, good: int | None) -> None:
+    def __init__(self, step: int, what: str, saved_step: int | None) -> None:
         """
         Args:
           what: the numbers that are not finite, in words.
-          good: the step of the newest checkpoint, if there is one.
+          saved_step: the step of the newest checkpoint, if there is one.
         """
-        kept = f"the last good checkpoint, step {good}, is kept" if good else "no checkpoint yet"
+        kept = (
+            f"the last good checkpoint, step {saved_step}, is kept"
+            if saved_step
+            else "no checkpoint yet"
+        )
         super().__init__(
             f"step {step}: {what}: stopped; {kept}. A lower optim.learning_rate or a longer "
             "warm-up usually helps"
@@ -35,41 +39,50 @@ class NonFinite(Exception):
         self.step = step
 
 
-class Watch:
-    """Follows the steps: the guard, the log, the speed.
+class Monitor:
+    """Follows the steps of a run: the guard against non-finite numbers, the log, the speed.
 
-    A step's numbers are read when the next step has been sent off, so that the device never waits
-    for the guard; before anything is saved they are read at once.
+    The numbers of a step are read when the next step has been dispatched, so that the device never
+    waits for the guard; before anything is saved they are read at once.
     """
 
     def __init__(
         self,
-        every: int,
-        total: int,
-        schedule: optax.Schedule,
-        log: MetricsLog,
-        checkpoints: Checkpoints,
-        show: progress.Show,
+        log_every: int,
+        total_steps: int,
+        learning_rate: Callable[[int], float | jax.Array],
+        *,
+        log: MetricsLog | None,
+        show: Show,
+        newest_checkpoint: Callable[[], int | None],
     ) -> None:
         """
         Args:
-          every: steps between rows of the log; the last of `total` has one too.
-          schedule: the learning rates.
+          log_every: steps between rows of the log; the last step has one too.
+          learning_rate: the rate of a step, counted from 0.
+          log: None in all processes of a run but the first.
+          show: tells a person of a step.
+          newest_checkpoint: the step of the newest one, after waiting for a save in progress.
         """
-        self.every, self.total, self.schedule = every, total, schedule
-        self.log, self.checkpoints, self.show = log, checkpoints, show
+        self.log_every, self.total_steps, self.learning_rate = log_every, total_steps, learning_rate
+        self.log, self.show, self.newest_checkpoint = log, show, newest_checkpoint
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens = 0
         self._since: float | None = None  # None while the first step compiles
 
     def after(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Take the numbers of `step`, which may still be running, and read those before it."""
         self.settle()
         self._pending = (step, metrics)
-        if self._since is None or self.due(step, self.every):
+        if self._since is None or self.due(step, self.log_every):
             self.settle()
 
     def settle(self) -> None:
-        """Read the last step's numbers, stop if one is not finite, log them if it is time."""
+        """Read the last step's numbers, stop if one is not finite, log them if it is time.
+
+        Raises:
+          NonFinite: the loss or the norm of the gradient.
+        """
         if self._pending is None:
             return
         step, metrics = self._pending[0], jax.device_get(self._pending[1])
@@ -77,7 +90,7 @@ class Watch:
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
             self._stop(step, f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}")
         self._tokens += int(metrics["tokens"])
-        row = self._row(step, metrics) if self.due(step, self.every) else None
+        row = self._row(step, metrics) if self.due(step, self.log_every) else None
         if self._since is None:
             self._since, self._tokens = time.perf_counter(), 0
         if row:
@@ -96,7 +109,7 @@ class Watch:
             self._stop(step, ", ".join(bad))
 
     def check_state(self, step: int, state: TrainState) -> None:
-        """Stop the run unless every value of the state is finite: before it is saved or judged.
+        """Stop the run unless every value of the state is finite: before it is saved or evaluated.
 
         Raises:
           NonFinite: names an array that is not.
@@ -105,8 +118,7 @@ class Watch:
             self._stop(step, f"{names[0]} is not finite ({len(names)} arrays in all)")
 
     def _stop(self, step: int, what: str) -> NoReturn:
-        self.checkpoints.wait()  # a checkpoint that is still being saved is the last good one
-        raise NonFinite(step, what, self.checkpoints.latest)
+        raise NonFinite(step, what, self.newest_checkpoint())
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -116,21 +128,24 @@ class Watch:
         if self._since is not None:
             self._since += time.perf_counter() - start
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Row) -> None:
+        """Show a row, and write it to the log."""
         self.show(row["step"], row)
+        if self.log is None:
+            return
         self.log.write({name: value for name, value in row.items() if name != "seconds_left"})
         if "loss" not in row:  # an evaluation
             self.log.plot()
 
     def due(self, step: int, every: int) -> bool:
         """Whether it is time for what happens every so many steps, and after the last."""
-        return step % every == 0 or step == self.total
+        return step % every == 0 or step == self.total_steps
 
-    def _row(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        row = {
+    def _row(self, step: int, metrics: Mapping[str, np.ndarray]) -> Row:
+        row: Row = {
             "step": step,
             "loss": float(metrics["loss"]),
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.learning_rate(step - 1)),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens": int(metrics["tokens"]),
         }
@@ -138,6 +153,6 @@ class Watch:
             now = time.perf_counter()
             row["tokens_per_second"] = self._tokens / (now - self._since)
             per_step = row["tokens_per_second"] / max(row["tokens"], 1)
-            row["seconds_left"] = (self.total - step) / per_step
+            row["seconds_left"] = (self.total_steps - step) / per_step
             self._since, self._tokens = now, 0
         return row

@@ -22,7 +22,7 @@ from droplora_jax.data.templates import TEMPLATES, TRAIN_ON
 from droplora_jax.inference.tasks import TASKS
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
-from droplora_jax.training.optimizer import _optimizer_names
+from droplora_jax.training.optimizer import optimizer_names
 
 # Keys that are any text, path or pattern: one value does.
 FREE = {
@@ -53,7 +53,7 @@ NAMED: dict[str, Sequence[str]] = {
     "data.template": (AUTO, *TEMPLATES),
     "data.too_long": TOO_LONG,
     "data.train_on": TRAIN_ON,
-    "optim.name": _optimizer_names(),
+    "optim.name": optimizer_names(),
     "train.eval_tasks": tuple(TASKS),
 }
 

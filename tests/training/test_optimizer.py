@@ -12,7 +12,8 @@ import torch
 from oracles import relative
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.training.optimizer import OptimConfig, learning_rate, optimizer
+from droplora_jax.training.config import OptimConfig
+from droplora_jax.training.optimizer import learning_rate, optimizer
 
 COMMON = {"adamw", "adam", "lion", "sgd", "adafactor", "lamb", "rmsprop", "radam"}
 
