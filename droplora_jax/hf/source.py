@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from droplora_jax.core import remote
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import check_links, read_json
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
@@ -42,9 +42,8 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     try:
         fetched = snapshot_download(str(path), revision=revision, allow_patterns=HUB_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
+            f"path={str(path)!r}: no such folder, and not to be had from the hub ({first_line(error)})"
         ) from error
     return Path(fetched)
 

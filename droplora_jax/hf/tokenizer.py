@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import read_json
 
 # Classes that add nothing to what `tokenizer.json` says.
@@ -29,8 +29,9 @@ def load_tokenizer(folder: Path) -> Any:
             return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"{folder}: no tokenizer could be loaded from it ({reason})") from error
+        raise InputError(
+            f"{folder}: no tokenizer could be loaded from it ({first_line(error)})"
+        ) from error
 
 
 def _is_generic(folder: Path) -> bool:

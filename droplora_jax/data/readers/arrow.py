@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
 from typing import Any
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.data.readers.base import BATCH, Reader, Record
 
 _MAGIC = b"ARROW1"  # begins a file; a stream begins with the length of its schema
@@ -20,8 +20,9 @@ def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
         stream.seek(0)
         yield from numbered(_batches(stream, magic == _MAGIC), name)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: not a whole Arrow file or stream ({reason})") from error
+        raise InputError(
+            f"{name}: not a whole Arrow file or stream ({first_line(error)})"
+        ) from error
 
 
 def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BufferedIOBase
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.data.readers.arrow import numbered
 from droplora_jax.data.readers.base import BATCH, Reader, Record
 
@@ -19,8 +19,7 @@ def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
         file = ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
         yield from numbered(file.iter_batches(batch_size=BATCH), name)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: not a whole Parquet file ({reason})") from error
+        raise InputError(f"{name}: not a whole Parquet file ({first_line(error)})") from error
 
 
 PARQUET = Reader(_records, seeks=True)

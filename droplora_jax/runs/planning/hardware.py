@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 
 GIB = 2**30
 
@@ -125,9 +125,8 @@ def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=full, **options).devices
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"--topology {name}: the TPU compiler can't make it ({reason}). It needs libtpu "
+            f"--topology {name}: the TPU compiler can't make it ({first_line(error)}). It needs libtpu "
             "(pip install 'jax[tpu]'), and a shape that such a slice has"
         ) from error
 
