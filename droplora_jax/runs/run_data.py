@@ -23,15 +23,15 @@ from droplora_jax.data.rows import Rows
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.training.checkpoint import Checkpoints
-from droplora_jax.training.config import total_steps
-from droplora_jax.training.evaluation import Measured, best_key, tasks_of
+from droplora_jax.training.config import TrainConfig
+from droplora_jax.training.evaluation import Evaluation, best_key, tasks_of
 
 
 class Read(NamedTuple):
     """Training batches, what the run is judged by, and what to record of it."""
 
     train: Batches
-    measured: Measured
+    evaluation: Evaluation
     record: dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def read(config: RunConfig, tokenizer: Any, vocab_size: int, console: Console) -
         rows, held_out = holdout.held_out(rows, config.data.valid_fraction, config.seed)
         say(console, f"{len(held_out):,} rows are held out for validation")
     train = _batches(config, rows, True)
-    measured = _measured(config, held_out, tokenizer)
+    evaluation = _evaluation(config, held_out, tokenizer)
     say(console, _outlook(config, train, int(rows.lengths.sum())))
     example(console, preview(rows[0], tokenizer))
     record = {
@@ -60,7 +60,7 @@ def read(config: RunConfig, tokenizer: Any, vocab_size: int, console: Console) -
         "template": report.sources[0].template,
         "data": _record(reports, list(config.train.eval_tasks.values())),
     }
-    return Read(train, measured, record)
+    return Read(train, evaluation, record)
 
 
 def _rows(
@@ -78,13 +78,13 @@ def _rows(
     return rows, report
 
 
-def _measured(config: RunConfig, held_out: Rows | None, tokenizer: Any) -> Measured:
+def _evaluation(config: RunConfig, held_out: Rows | None, tokenizer: Any) -> Evaluation:
     train = config.train
-    return Measured(
+    return Evaluation(
         valid=None if held_out is None else _batches(config, held_out, False),
         tasks=tasks_of(train.eval_tasks, train.eval_examples, train.eval_run_code),
         tokenizer=tokenizer,
-        rows=train.rows_per_pass,
+        batch_size=train.rows_per_pass,
         run_code=train.eval_run_code,
         best=best_key(train.best, held_out is not None, tuple(train.eval_tasks)),
     )
@@ -100,6 +100,11 @@ def _batches(config: RunConfig, rows: Rows, training: bool) -> Batches:
         packing=config.data.fit,
         weights=config.data.weights if training else None,
     )
+
+
+def total_steps(config: TrainConfig, batches: Batches) -> int:
+    """The optimizer steps of a whole run."""
+    return config.steps or batches.steps(config.epochs or 3.0)
 
 
 def _outlook(config: RunConfig, batches: Batches, tokens: int) -> str:
