@@ -71,7 +71,7 @@ def _failures_told_once(folder: str | None) -> Iterator[None]:
                 show(message, *rest, **named)
             elif not told:
                 told = True
-                reason = failed[1].splitlines()[0]
+                reason = failed[1].partition("\n")[0]
                 print(
                     f"droplora: the compilation cache in {folder} can't be used ({reason}): what "
                     f"it lacks is compiled again. Repair or delete it; {VARIABLE} names another",

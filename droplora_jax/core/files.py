@@ -73,27 +73,19 @@ def cache_folder(name: str) -> Path:
     return Path(home) / "droplora" / name
 
 
-def temporary_file(path: Path) -> Path:
-    """Where `write_file` writes first: what a killed process may leave."""
-    return path.with_name(f".{path.name}.tmp")
-
-
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all, in place of an old one."""
-    temporary = temporary_file(path)
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a file that appears complete or not at all, in place of an old one."""
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when the block ends well; else nothing remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `temporary_file`: other processes may write the same.
+    """A file to write that takes its name when the block ends well; else nothing remains.
+
+    Several threads and processes may write the same file: each has a temporary name of its own,
+    and the last one that ends stays.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -105,9 +97,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def temporary_files(path: Path) -> set[Path]:
+    """What processes that were killed while they wrote `path` have left beside it."""
+    return set(path.parent.glob(f".{path.name}.*.tmp"))
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Of all processes one at a time is in such a block for a path; one that dies leaves it."""
+    """A lock for `path` between threads and processes; it is released when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import cache_folder, locked, new_file, write_file
 
 URL_FILE = ".bucket"  # in a fetched folder: where its tensors are
@@ -31,29 +31,37 @@ def is_url(path: str | Path) -> bool:
 def fetch(url: str, patterns: Sequence[str]) -> Path:
     """A local folder with the bucket's small files (those that match); tensors stay where they are.
 
+    Threads and processes that fetch the same folder do so one after the other.
+
     Raises:
       InputError: no such folder, no access, or a package that is missing.
     """
     url = url.rstrip("/")
+    folder = _folder_of(url)
+    with locked(folder):
+        files = _small_files(url, patterns) | {URL_FILE: url.encode()}
+        folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            write_file(folder / name, content)
+        for old in folder.iterdir():
+            if old.name not in files:
+                old.unlink()
+    return folder
+
+
+def _small_files(url: str, patterns: Sequence[str]) -> dict[str, bytes]:
+    """The contents of the files in a folder whose names match a pattern."""
     fs, root = _filesystem(url)
     with _reading(url):
-        found = {Path(path).name: path for path in fs.ls(root, detail=False)}
-        small = {
+        paths = {Path(path).name: path for path in fs.ls(root, detail=False)}
+        contents = {
             name: fs.cat_file(path)
-            for name, path in found.items()
+            for name, path in paths.items()
             if any(fnmatch(name, pattern) for pattern in patterns)
         }
-    if not small:
+    if not contents:
         raise InputError(f"{url}: nothing of a model in it")
-    folder = _folder_of(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in small.items():
-        write_file(folder / name, content)
-    for old in folder.iterdir():
-        if old.name not in small and old.name != URL_FILE:
-            old.unlink()
-    write_file(folder / URL_FILE, url)
-    return folder
+    return contents
 
 
 def tensors_url(folder: Path) -> str | None:
@@ -156,8 +164,8 @@ def _reading(url: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 def _folder_of(url: str) -> Path:

@@ -47,7 +47,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
     """
     file = folder / CONFIG_FILE
     if folder.exists() and not file.exists():
-        files.check_free(folder, ignore=[files.temporary_file(file)])
+        files.check_free(folder, ignore=files.temporary_files(file))
     if file.exists():
         try:
             old = config_reader.read(file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,9 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import (
     atomic_folder,
     check_free,
+    new_file,
     read_json,
-    temporary_file,
+    temporary_files,
     write_file,
     write_json,
 )
@@ -24,12 +24,10 @@ def test_a_file_is_replaced_whole(tmp_path, content, monkeypatch):
     file.write_text("old")
     with monkeypatch.context() as patch:
 
-        def full(path: Path, data: bytes) -> None:
-            with path.open("wb") as partial:
-                partial.write(data[:2])
+        def full(number: int) -> None:
             raise OSError(errno.ENOSPC, "full")
 
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="full"):
             write_file(file, content)
     assert file.read_text() == "old"
@@ -40,9 +38,12 @@ def test_a_file_is_replaced_whole(tmp_path, content, monkeypatch):
 
 
 def test_what_a_killed_write_left_can_be_ignored(tmp_path):
-    left = temporary_file(tmp_path / "config.yaml")
+    file = tmp_path / "config.yaml"
+    with new_file(file):
+        (left,) = temporary_files(file)
+    file.unlink()
     left.touch()
-    check_free(tmp_path, ignore=[left])
+    check_free(tmp_path, ignore=temporary_files(file))
     with pytest.raises(InputError, match="not empty"):
         check_free(tmp_path)
 
