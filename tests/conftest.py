@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before jax is imported. The flags are a default: a run on real accelerators may say otherwise.
 # Most of the time goes into compiling small programs, so LLVM leaves them as they are.
@@ -16,6 +17,12 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiled programs are kept from one session to the next. The workers of xdist and the processes
+# that tests start inherit the folder, and so share them.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "droplora_jax" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
@@ -28,7 +35,10 @@ install_import_hook("droplora_jax", "oracles.checked")
 
 from oracles import Folder, model_folder
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "droplora_jax" / "tests"
+if TYPE_CHECKING:
+    from run_fixtures import CommandLine
+
+pytest_plugins = ["programs"]
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -48,9 +58,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning"
     )
     torch.set_num_threads(1)
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_unconfigure() -> None:
@@ -95,3 +102,25 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """As `untied`, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("bfloat16")
     return model_folder(folder, rope_parameters=LLAMA3, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """A tiny model with a tokenizer, to train. No test changes its files."""
+    from run_fixtures import make_base
+
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def base(base_folder: Folder) -> Path:
+    """The path of `base_folder`."""
+    return base_folder.path
+
+
+@pytest.fixture
+def droplora(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line, run in this process."""
+    from run_fixtures import CommandLine
+
+    return CommandLine(capsys)
