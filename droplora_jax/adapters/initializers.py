@@ -58,8 +58,10 @@ def first_factors(
 
     def one(key: Array, own: Array, scale: Array, w: Array | None) -> Factors:
         a_GIR, b_GRO = INITS[init](key, (G, I, O), rank, own, scale, w)
-        own_R = (jnp.arange(rank) < own).astype(jnp.float32)
-        return a_GIR * own_R, b_GRO * own_R[:, None]
+        # `where` and no product: a layer without a branch has scale 0, and parts of its kernel over
+        # that are not finite.
+        in_rank_R = jnp.arange(rank) < own
+        return jnp.where(in_rank_R, a_GIR, 0), jnp.where(in_rank_R[:, None], b_GRO, 0)
 
     keys = prng.fold_stack(key, stack).reshape(-1)
     ranks = jnp.asarray([branch.rank for branch in branches], jnp.int32)
