@@ -138,13 +138,7 @@ class Decoder(nnx.Module):
     def attention_kernel(self, options: StepOptions = StepOptions()) -> Choice:
         """The attention kernel that a call with these options runs, and why."""
         head_dim = self.config.head_dim
-        return choose(
-            options.attention,
-            mesh=self.mesh,
-            dtype=self.dtype,
-            head_dim=head_dim,
-            packed=options.packed,
-        )
+        return choose(options.attention, mesh=self.mesh, dtype=self.dtype, head_dim=head_dim)
 
     @property
     def stacks(self) -> Sequence[Layer]:

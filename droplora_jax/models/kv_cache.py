@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import constrain
 from droplora_jax.nn.attention.dispatch import cached_attention
+from droplora_jax.nn.attention.kernel import AttentionInputs
 
 AXES = ("batch", "heads", None, None)  # logical, for `sharding.RULES`
 
@@ -71,24 +72,19 @@ class Cache:
         return replace(self, filled=self.filled + length)
 
     def attend(
-        self,
-        q_BTNH: Float[Array, "B T N H"],
-        k_BTKH: Float[Array, "B T K H"],
-        v_BTKH: Float[Array, "B T K H"],
-        segment_ids_BT: Int[Array, "B T"],
-        window: Int[Array, ""] | None,
-        attention: Callable[..., Array],
+        self, inputs: AttentionInputs, attention: Callable[[AttentionInputs], Array]
     ) -> tuple[Float[Array, "B T N H"], Cache]:
-        """Attention of one layer's positions to those before and among them; they are kept.
+        """Attention of one layer's next positions to all so far; their keys and values are kept.
 
-        More than one position at a time are the first ones: there is nothing before them, and
-        `attention` is of themselves alone.
+        T is 1, or the cache is empty. Then there is nothing before the positions, and `attention`
+        is called with them alone.
         """
+        q_BTNH, k_BTKH, v_BTKH, _, window = inputs
         k_LBKHS = self._with(self.k_LBKHS, jnp.moveaxis(k_BTKH, 1, 3), axis=3)
         v_LBKSH = self._with(self.v_LBKSH, jnp.moveaxis(v_BTKH, 1, 2), axis=2)
         kept = replace(self, k_LBKHS=k_LBKHS, v_LBKSH=v_LBKSH, layer=self.layer + 1)
         if q_BTNH.shape[1] > 1:
-            return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window), kept
+            return attention(inputs), kept
         k_BKHS, v_BKSH = (x if x.ndim == 4 else x[self.layer] for x in (k_LBKHS, v_LBKSH))
         y = cached_attention(q_BTNH, k_BKHS, v_BKSH, self.segment_ids_BS, self.filled, window)
         return y, kept

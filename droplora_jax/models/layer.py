@@ -22,7 +22,8 @@ from droplora_jax.core.sharding import constrain
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.kv_cache import Cache
 from droplora_jax.nn import ops, rope
-from droplora_jax.nn.attention.dispatch import attention, saved_of_kernels
+from droplora_jax.nn.attention.dispatch import attention, saves_kernel
+from droplora_jax.nn.attention.kernel import AttentionInputs
 from droplora_jax.nn.branches import apply_all
 from droplora_jax.nn.options import Kernel, Remat, StepOptions
 from droplora_jax.nn.quantized_kernel import Quantized, dot_general
@@ -32,9 +33,7 @@ _policies = jax.checkpoint_policies
 
 def _saving(*names: str) -> Any:
     """Saves what has such a name by `checkpoint_name`, here, in `lowrank` and in `attention`."""
-    return _policies.save_from_both_policies(
-        _policies.save_only_these_names(*names), saved_of_kernels
-    )
+    return _policies.save_from_both_policies(_policies.save_only_these_names(*names), saves_kernel)
 
 
 # What `jax.checkpoint` saves of a layer, by `StepOptions.remat`; `everything` needs no checkpoint.
@@ -130,17 +129,13 @@ class Layer(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, *rotation), rope.rotate(k_BTKH, *rotation)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, v_BTKH), "dots")
-        run = partial(
-            attention,
-            windows=self.config.distinct_windows,
-            mesh=self.mesh,
-            kernel=kernel,
-        )
-        arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        inputs = AttentionInputs(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        windows = self.config.distinct_windows
+        run = partial(attention, windows=windows, mesh=self.mesh, kernel=kernel)
         if cache is None:
-            y_BTNH = run(*arguments)
+            y_BTNH = run(inputs)
         else:
-            y_BTNH, cache = cache.attend(*arguments, run)
+            y_BTNH, cache = cache.attend(inputs, run)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
     @jax.named_scope("feed_forward")

@@ -1,4 +1,4 @@
-"""Causal attention: one function, by the kernel that is best where it runs.
+"""Causal attention: one function that chooses a kernel and runs it on the mesh.
 
 Letters: `B` batch, `T` position, `S` slot of a cache, `N` query heads, `K` key/value heads,
 `H` head width.
@@ -10,48 +10,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
+from numpy.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import divides, partition_spec
 from droplora_jax.nn.attention import cudnn, splash, tokamax
 from droplora_jax.nn.attention.blockwise import attend
-from droplora_jax.nn.attention.context_parallel import dealt_attention
+from droplora_jax.nn.attention.context_parallel import attention_on_mesh
+from droplora_jax.nn.attention.kernel import AttentionInputs, PlatformKernel
 from droplora_jax.nn.options import Kernel
 
+Run = Callable[[AttentionInputs], Float[Array, "B T N H"]]
 
-@dataclass(frozen=True)
-class OfPlatform:
-    """A kernel that is made for one platform; `blockwise` is for every one.
-
-    Attributes:
-      refusal: why it can't be taken on a device of it, with a dtype and heads of a width.
-      run: `attention` of what one device has, with a window that is an int.
-      skips: keys of other segments, and so is ahead where a row has several.
-    """
-
-    platform: str
-    refusal: Callable[[Any, Any, int], str | None]
-    run: Callable[..., Array]
-    skips: bool = False
-
-
-# Of a platform's, `auto` takes the first that it can, and of rows of one segment last what skips.
-KERNELS: Mapping[Kernel, OfPlatform] = MappingProxyType(
+# `auto` takes the first kernel listed for the platform that accepts the dtype and head width.
+KERNELS: Mapping[Kernel, PlatformKernel] = MappingProxyType(
     {
-        "splash": OfPlatform("tpu", splash.refusal, splash.splash_attention),
-        "tokamax": OfPlatform("cuda", tokamax.refusal, tokamax.tokamax_attention, skips=True),
-        "cudnn": OfPlatform("cuda", cudnn.refusal, cudnn.cudnn_attention),
+        "splash": PlatformKernel("tpu", splash.refusal, splash.splash_attention),
+        "cudnn": PlatformKernel("cuda", cudnn.refusal, cudnn.cudnn_attention),
+        "tokamax": PlatformKernel(
+            "cuda", tokamax.refusal, tokamax.tokamax_attention, automatic=False
+        ),
     }
 )
 
-# What `jax.checkpoint` finds named `attention` in the other kernels.
-saved_of_kernels = cudnn.is_forward
+# A remat policy for the kernel that does not name its residuals "attention" itself.
+saves_kernel = cudnn.is_forward
 
 
 @dataclass(frozen=True)
@@ -65,51 +54,49 @@ class Choice:
         return f"{self.kernel} ({self.why})"
 
 
-def choose(
-    asked: Kernel, *, mesh: Mesh | None, dtype: Any, head_dim: int, packed: bool = True
-) -> Choice:
+def choose(kernel: Kernel, *, mesh: Mesh | None, dtype: DTypeLike, head_dim: int) -> Choice:
     """The kernel for activations of a dtype and heads of a width on the devices of a mesh.
 
-    Args:
-      packed: whether rows have segments.
+    See `PlatformKernel` for what `auto` takes.
 
     Raises:
-      InputError: the kernel that is asked for can't be had there.
+      InputError: the devices can't run the kernel that is named.
     """
-    if asked not in (known := get_args(Kernel)):
-        raise InputError(f"model.attention={asked!r}: must be one of {', '.join(known)}")
+    if kernel not in (known := get_args(Kernel)):
+        raise InputError(f"model.attention={kernel!r}: must be one of {', '.join(known)}")
+    if kernel == "blockwise":
+        return Choice(kernel, "asked for")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    platform, split = _platform(device), 1 if mesh is None else mesh.shape["context"]
-    if asked == "blockwise":
-        return Choice(asked, "asked for")
+    context = 1 if mesh is None else mesh.shape["context"]
+    if kernel != "auto":
+        if (reason := _refusal(KERNELS[kernel], device, context, dtype, head_dim)) is not None:
+            raise InputError(f"model.attention={kernel!r}: {reason}; use auto, or blockwise")
+        return Choice(kernel, "asked for")
+    platform, refusals = _platform(device), []
+    for name, candidate in KERNELS.items():
+        if candidate.automatic and candidate.platform == platform:
+            reason = _refusal(candidate, device, context, dtype, head_dim)
+            if reason is None:
+                return Choice(name, f"auto: made for {platform}")
+            refusals.append(f"not {name}, as {reason}")
+    why = "; ".join(refusals) or f"no other is made for {platform}"
+    return Choice("blockwise", f"auto: {why}")
 
-    def refusal(own: OfPlatform) -> str | None:
-        if own.platform != platform:
-            return f"it is made for {own.platform}, and the devices are {platform}"
-        if split > 1:
-            return f"it takes whole rows, and positions are split over mesh.context={split}"
-        return own.refusal(device, dtype, head_dim)
 
-    if asked != "auto":
-        if (reason := refusal(KERNELS[asked])) is not None:
-            raise InputError(f"model.attention={asked!r}: {reason}; use auto, or blockwise")
-        return Choice(asked, "asked for")
-    made = [name for name, own in KERNELS.items() if own.platform == platform]
-    refused: dict[str, list[str]] = {}
-    for name in sorted(made, key=lambda name: KERNELS[name].skips and not packed):
-        if (reason := refusal(KERNELS[name])) is None:
-            return Choice(name, f"auto: made for {platform}")
-        refused.setdefault(reason, []).append(f"not {name}")
-    why = "; ".join(f"{', '.join(names)}, as {reason}" for reason, names in refused.items())
-    return Choice("blockwise", f"auto: {why or f'no other is made for {platform}'}")
+def _refusal(
+    kernel: PlatformKernel, device: jax.Device, context: int, dtype: DTypeLike, head_dim: int
+) -> str | None:
+    """Why a kernel can't run on these devices; None if it can."""
+    platform = _platform(device)
+    if kernel.platform != platform:
+        return f"it is made for {kernel.platform}, and the devices are {platform}"
+    if context > 1:
+        return f"it takes whole rows, and positions are split over mesh.context={context}"
+    return kernel.refusal(device, dtype, head_dim)
 
 
 def attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"] | None = None,
-    window: Int[Array, ""] | None = None,
+    inputs: AttentionInputs,
     *,
     windows: Sequence[int] = (),
     mesh: Mesh | None = None,
@@ -117,70 +104,59 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Causal softmax attention with grouped keys and values, scaled by H ** -0.5.
 
-    A position sees earlier ones of its own segment only, and with a `window` itself and the
-    `window - 1` before it. The softmax is in float32, the result in the dtype of `q`. Under remat,
-    a policy that saves the name `attention`, and `saved_of_kernels`, runs it once.
+    A position sees earlier ones of its own segment only, and with a window itself and the
+    `window - 1` before it. The softmax is in float32, the result in the dtype of the queries.
+    Under remat, a policy that saves the name "attention", and `saves_kernel`, runs it only once.
 
     Args:
-      windows: all that `window` may be: kernels other than `blockwise` are made for each.
+      windows: all values that `inputs.window` may have, since kernels other than `blockwise` are
+        compiled for each.
       kernel: see `choose`.
     """
-    packed, head_dim = segment_ids_BT is not None, q_BTNH.shape[3]
-    chosen = choose(kernel, mesh=mesh, dtype=q_BTNH.dtype, head_dim=head_dim, packed=packed).kernel
-    arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    q_BTNH = inputs.q_BTNH
+    chosen = choose(kernel, mesh=mesh, dtype=q_BTNH.dtype, head_dim=q_BTNH.shape[3]).kernel
     if chosen == "blockwise":
-        return dealt_attention(*arguments, mesh=mesh)
+        return attention_on_mesh(inputs, mesh)
     run = partial(by_window, KERNELS[chosen].run, windows)
-    return on_each_device(run, mesh, *arguments)
+    return on_each_device(run, mesh, inputs)
 
 
-def on_each_device(
-    run: Callable[..., Array],
-    mesh: Mesh | None,
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"] | None,
-    window: Int[Array, ""] | None,
-) -> Float[Array, "B T N H"]:
-    """Every device with its rows and heads, or with all of those that can't be split evenly."""
+def on_each_device(run: Run, mesh: Mesh | None, inputs: AttentionInputs) -> Array:
+    """A kernel on every device, with the rows and heads that can be split evenly over the mesh."""
     if mesh is None or mesh.size == 1:
-        return run(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+        return run(inputs)
+    q_BTNH, k_BTKH, v_BTKH, *_ = inputs
     rows, _, heads, _ = q_BTNH.shape
     if divides(mesh, "heads", heads) and not divides(mesh, "heads", k_BTKH.shape[2]):
-        # Every device needs the keys of its queries.
+        # Fewer key heads than devices: every device needs the keys of its queries.
         k_BTKH, v_BTKH = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
-    of_heads = partition_spec(("batch", None, "heads", None), mesh, q_BTNH.shape)
-    of_rows = partition_spec(("batch", None), mesh, (rows, 1))
+    by_head = partition_spec(("batch", None, "heads", None), mesh, q_BTNH.shape)
+    by_row = partition_spec(("batch", None), mesh, (rows, 1))
     split = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(of_heads, of_heads, of_heads, of_rows, PartitionSpec()),
-        out_specs=of_heads,
+        in_specs=(AttentionInputs._make((by_head, by_head, by_head, by_row, PartitionSpec())),),
+        out_specs=by_head,
         check_vma=False,  # a kernel does not say over which axes its result varies
     )
-    return split(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, window)
+    return split(inputs._replace(k_BTKH=k_BTKH, v_BTKH=v_BTKH))
 
 
-def by_window(
-    by: Callable[..., Array],
-    windows: Sequence[int],
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"] | None,
-    window: Int[Array, ""] | None,
-) -> Float[Array, "B T N H"]:
-    """A kernel that is made for one window, as many times as there are windows."""
-    arguments, length = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), q_BTNH.shape[1]
+def by_window(run: Run, windows: Sequence[int], inputs: AttentionInputs) -> Array:
+    """A kernel that is compiled for one window, once for each of `windows`."""
+    window, length = inputs.window, inputs.q_BTNH.shape[1]
     if window is None:
-        return by(*arguments, None)
+        return run(inputs)
     if not windows:
-        raise ValueError("attention: a kernel is made for one window: say which there may be")
+        raise ValueError("attention: a kernel is compiled for one window: pass all `windows`")
     known = sorted({min(w, length) for w in windows})
-    kernels = [partial(by, window=w if w < length else None) for w in known]
+
+    def run_with(window: int | None, inputs: AttentionInputs) -> Array:
+        return run(inputs._replace(window=window))
+
+    kernels = [partial(run_with, w if w < length else None) for w in known]
     which = jnp.searchsorted(jnp.asarray(known, jnp.int32), jnp.minimum(window, length))
-    return jax.lax.switch(which, kernels, *arguments)
+    return jax.lax.switch(which, kernels, inputs._replace(window=None))
 
 
 def cached_attention(
@@ -189,9 +165,9 @@ def cached_attention(
     v_BKSH: Float[Array, "B K S H"],
     segment_ids_BS: Int[Array, "B S"],
     slot: Int[Array, ""],
-    window: Int[Array, ""] | None = None,
+    window: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "B 1 N H"]:
-    """The same of one position, in `slot`, with itself and those before it."""
+    """Attention of one position, which lies in `slot` of a cache, to itself and those before it."""
     rows, _, heads, width = q_B1NH.shape
     q_BKG1H = q_B1NH.reshape(rows, v_BKSH.shape[1], -1, 1, width)
     distance_S = slot - jnp.arange(v_BKSH.shape[2], dtype=jnp.int32)
@@ -202,8 +178,8 @@ def cached_attention(
     return y_BKG1H.reshape(rows, 1, heads, width)
 
 
-def _platform(device: Any) -> str:
-    """As JAX lowers for it: `tpu`, `cpu`, `cuda`, `rocm`."""
+def _platform(device: jax.Device) -> str:
+    """The platform's name as JAX lowers for it: `tpu`, `cpu`, `cuda`, `rocm`."""
     if device.platform != "gpu":
         return device.platform
     return "rocm" if "rocm" in device.client.platform_version else "cuda"

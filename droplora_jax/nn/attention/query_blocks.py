@@ -1,23 +1,29 @@
-"""The queries of blockwise attention in portions, and for each the keys that it may see.
+"""The queries of blockwise attention in blocks, each with a span of the keys that it may see.
 
-Letters: as in `blockwise.py`; `P` portion, `C` rows of the batch in a portion.
+Letters: as in `blockwise.py`; `P` blocks, `C` rows of the batch in a block, `Q` queries of one row
+in a block.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-SPANS = 8  # lengths that a span of keys may have, and portions at least
-SCORES = 2**23  # of a portion on one device, unless that left the matrix units too few rows
-ROWS = 128  # which is so many
+MAX_SPAN_LENGTHS = 8  # key-span lengths to compile; also the least number of query blocks
+MAX_SCORES = 2**23  # per block and device, exceeded only to keep MIN_ROWS
+MIN_ROWS = 128  # fewer leave matrix units idle
+
+Carry = TypeVar("Carry")
+Queries = TypeVar("Queries")
+Result = TypeVar("Result")
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -25,176 +31,216 @@ class Layout:
     """Where the queries and keys of a row are.
 
     Attributes:
-      devices: that share batch and heads.
-      runs: of consecutive positions that the queries are. With more than one, as many runs make
-        the row, and the queries are the same part of each.
-      apart: every long row of the batch by itself, with no more keys than it needs: on one
-        device that has enough to do with a part of a row.
+      devices: how many devices share batch and heads.
+      runs: how many runs of consecutive positions the queries are. With more than one, the row
+        consists of as many runs of equal length, and the queries are the same part of each.
+      separate_rows: long rows of the batch are attended one by one, each with no more keys than
+        it needs. This suits a single device that is busy with a part of a row.
     """
 
     devices: int = 1
     runs: int = 1
-    apart: bool = False
+    separate_rows: bool = False
 
     def keys(self, end: int, queries: int, keys: int) -> int:
-        """How many keys the queries before the `end`-th see at most."""
+        """How many keys the first `end` queries of a row see at most."""
         if self.runs == 1:
             return min(end, keys)
         return min(-(-end * self.runs // queries) * (keys // self.runs), keys)
 
     def rows(self, length: int, batch: int, heads: int, groups: int, keys: int) -> int:
-        """How many queries of a row a portion has."""
-        few = -(-ROWS // groups)
-        many = max(self.devices * SCORES // (batch * heads * keys), few)
-        return min(max(-(-length // SPANS), few), many, length)
+        """How many queries of a row a block has."""
+        fewest = -(-MIN_ROWS // groups)
+        most = max(self.devices * MAX_SCORES // (batch * heads * keys), fewest)
+        return min(max(-(-length // MAX_SPAN_LENGTHS), fewest), most, length)
 
 
-class Portions:
-    """The queries as [P, C, K, G, rows, ...], the last ones repeated, and the keys of each.
+class Visibility(NamedTuple):
+    """What decides which keys a query sees: earlier ones of its own segment, inside the window.
 
-    C rows of the batch make a portion: all B, or one where they are taken apart.
+    Attributes:
+      positions_T: the queries' positions in their row, ascending.
+      segment_ids_BT, segment_ids_BS: segments of queries and keys; None: a row is one segment.
+      window: how many positions a query sees, itself included; None: all before it.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        q_BTNH: Array,
-        k_BSKH: Array,
-        positions_T: Array,
-        segment_ids_BT: Array | None,
-        segment_ids_BS: Array | None,
-        window: Array | None,
-    ) -> None:
+    positions_T: Int[Array, "T"]
+    segment_ids_BT: Int[Array, "B T"] | None
+    segment_ids_BS: Int[Array, "B S"] | None
+    window: Int[Array, ""] | int | None
+
+
+class Block(NamedTuple):
+    """One block, or [P, ...] all of them: where its queries are, and where its keys begin.
+
+    Attributes:
+      row: the first row of the batch.
+      first_key: the first key of its span.
+      positions, segment_ids: of its queries.
+    """
+
+    row: Int[Array, "*P"]
+    first_key: Int[Array, "*P"]
+    positions: Int[Array, "*P 1 Q"]
+    segment_ids: Int[Array, "*P C Q"] | None
+
+
+# What is done with one block: `(carry, queries, block) -> (carry, result)`.
+Body = Callable[[Carry, Queries, Block], tuple[Carry, Result]]
+
+
+class QueryBlocks:
+    """The queries as [P, C, K, G, Q, ...], the last ones repeated to fill up, and each one's keys.
+
+    C rows of the batch make a block: all B, or one if rows are separate.
+    """
+
+    def __init__(self, layout: Layout, q_BTNH: Array, k_BSKH: Array, seen: Visibility) -> None:
         self.batch, self.length, heads, _ = q_BTNH.shape
         _, self.keys, self.kv_heads, _ = k_BSKH.shape
-        self.window, self.segment_ids_BS = window, segment_ids_BS
+        self.window, self.segment_ids_BS = seen.window, seen.segment_ids_BS
         groups = heads // self.kv_heads
-        self.apart = layout.apart and self.length >= SPANS * ROWS
-        self.together = 1 if self.apart else self.batch
-        self.rows = layout.rows(self.length, self.together, heads, groups, self.keys)
+        self.separate_rows = layout.separate_rows and self.length >= MAX_SPAN_LENGTHS * MIN_ROWS
+        self.batch_rows = 1 if self.separate_rows else self.batch  # C
+        self.rows = layout.rows(self.length, self.batch_rows, heads, groups, self.keys)  # Q
         self.count = -(-self.length // self.rows)
-        lengths = min(SPANS, self.count)
-        self.spans = [-(-self.keys * i // lengths) for i in range(1, lengths + 1)]
+        lengths = min(MAX_SPAN_LENGTHS, self.count)
+        self.span_lengths = [-(-self.keys * i // lengths) for i in range(1, lengths + 1)]
         ends = [min((i + 1) * self.rows, self.length) for i in range(self.count)]
         ends = [layout.keys(end, self.length, self.keys) for end in ends]
-        self.ends_P = np.repeat(np.asarray(ends, np.int32), self.batch // self.together)
-        self.row_P = np.tile(np.arange(0, self.batch, self.together, dtype=np.int32), self.count)
-        positions = jnp.broadcast_to(positions_T, (self.batch // self.together, self.length))
-        places = [positions, *([] if segment_ids_BT is None else [segment_ids_BT])]
-        # A query that only fills up sees what the last one does, and no gradient comes to it.
-        self.places = [self._split(x, mode="edge") for x in places]
-        # Devices that have dealt the queries out would not agree on the spans.
-        self.same_for_all = layout.runs > 1 or (segment_ids_BT is None and window is None)
+        groups_of_rows = self.batch // self.batch_rows
+        self.ends_P = np.repeat(np.asarray(ends, np.int32), groups_of_rows)
+        first_rows = np.arange(0, self.batch, self.batch_rows, dtype=np.int32)
+        self.row_P = np.tile(first_rows, self.count)
+        # A query that only fills up sees what the last one sees, and gets no gradient.
+        positions = jnp.broadcast_to(seen.positions_T, (groups_of_rows, self.length))
+        self.positions = self._split(positions, "edge")
+        segments = seen.segment_ids_BT
+        self.segment_ids = None if segments is None else self._split(segments, "edge")
+        # With several runs the span is not looked up, as devices would come to different ones.
+        self.spans_are_constant = layout.runs > 1 or (segments is None and seen.window is None)
 
-    def _split(self, x: Array, **pad: Any) -> Array:
-        """[B, T, ...] to [P, B, rows, ...]."""
+    def _split(self, x: Array, fill: str = "constant") -> Array:
+        """[B, T, ...] to [P, C, Q, ...]; `fill` is the mode of `jnp.pad`."""
         missing = self.count * self.rows - self.length
-        x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], **pad)
+        x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)], mode=fill)
         x = jnp.moveaxis(x.reshape(x.shape[0], self.count, self.rows, *x.shape[2:]), 0, 1)
-        return x if self.together > 1 else x.reshape(-1, 1, *x.shape[2:])
+        return x if self.batch_rows > 1 else x.reshape(-1, 1, *x.shape[2:])
 
-    def split(self, x_BTNX: Array) -> Float[Array, "P C K G rows X"]:
+    def split(self, x_BTNX: Array) -> Float[Array, "P C K G Q X"]:
+        """The rows of a tensor of the queries, block by block."""
         batch, length, _, width = x_BTNX.shape
         grouped = x_BTNX.reshape(batch, length, self.kv_heads, -1, width)
         return jnp.moveaxis(self._split(grouped), 2, 4)
 
-    def join(self, x: Float[Array, "P C K G rows X"]) -> Float[Array, "B T N X"]:
+    def join(self, x: Float[Array, "P C K G Q X"]) -> Float[Array, "B T N X"]:
+        """The inverse of `split`."""
         x = x.reshape(self.count, self.batch, *x.shape[2:])
         x = jnp.moveaxis(jnp.moveaxis(x, 4, 2), 1, 0)
         return x.reshape(x.shape[0], -1, x.shape[-3] * x.shape[-2], x.shape[-1])[:, : self.length]
 
-    def scan(self, with_keys: Callable[[int], Any], carry: Any, queries: Any) -> tuple[Any, Any]:
-        """`lax.scan` over the portions of `with_keys(span)`, with the shortest span that will do.
+    def scan(
+        self,
+        body_for: Callable[[int], Body[Carry, Queries, Result]],
+        carry: Carry,
+        queries: Queries,
+    ) -> tuple[Carry, Result]:
+        """`lax.scan` over the blocks, each with the shortest span that holds the keys it sees.
 
-        `with_keys(span)(carry, queries, where, place) -> (carry, result)`, `where` being the row
-        and the first key of the span.
+        Args:
+          body_for: makes the body for a span of so many keys.
+          queries: a tree of [P, ...], from `split`.
         """
-        if self.same_for_all:
-            return self._scan_known(with_keys, carry, queries)
-        bodies = [with_keys(span) for span in self.spans]
+        if self.spans_are_constant:
+            return self._scan_constant(body_for, carry, queries)
+        bodies = [body_for(length) for length in self.span_lengths]
 
-        def body(carry: Any, portion: Any) -> Any:
-            which, *rest = _tied(portion)
-            return jax.lax.switch(which, bodies, carry, *rest)
+        def body(carry: Carry, xs: tuple[Array, Queries, Block]) -> tuple[Carry, Result]:
+            which, block_queries, block = _not_hoisted(xs)
+            return jax.lax.switch(which, bodies, carry, block_queries, block)
 
-        which_P, first_P = self._spans(jnp.asarray(self.ends_P) - self._first_keys())
-        where = (jnp.asarray(self.row_P), first_P)
-        return jax.lax.scan(body, carry, (which_P, queries, where, self.places))
+        needed_P = jnp.asarray(self.ends_P) - self._first_visible_keys()
+        lengths = jnp.asarray(self.span_lengths, jnp.int32)
+        which_P = jnp.searchsorted(lengths, needed_P).astype(jnp.int32)
+        first_P = jnp.maximum(self.ends_P - lengths[which_P], 0)
+        return jax.lax.scan(body, carry, (which_P, queries, self._blocks(first_P)))
 
-    def _scan_known(self, with_keys: Any, carry: Any, queries: Any) -> tuple[Any, Any]:
-        """The same where a span depends on its portion alone: a scan for each span."""
-        which_P, first_P = map(np.asarray, self._spans(self.ends_P))
+    def _scan_constant(
+        self,
+        body_for: Callable[[int], Body[Carry, Queries, Result]],
+        carry: Carry,
+        queries: Queries,
+    ) -> tuple[Carry, Result]:
+        """The same where a span depends only on the block's place: one scan for each length."""
+        lengths = np.asarray(self.span_lengths, np.int32)
+        which_P = np.searchsorted(lengths, self.ends_P).astype(np.int32)
+        blocks = self._blocks(jnp.asarray(np.maximum(self.ends_P - lengths[which_P], 0)))
         results = []
         for which in np.unique(which_P):
-            attend_portion = with_keys(self.spans[which])
-            own = slice(*np.searchsorted(which_P, [which, which + 1]))
-            where = (jnp.asarray(self.row_P), jnp.asarray(first_P))
-            portions = (queries, where, self.places)
+            of_length = slice(*np.searchsorted(which_P, [which, which + 1]))
             carry, result = jax.lax.scan(
-                functools.partial(_tied_body, attend_portion),
+                functools.partial(_with_barrier, body_for(self.span_lengths[which])),
                 carry,
-                jax.tree.map(lambda x, own=own: x[own], portions),
+                jax.tree.map(lambda x, of_length=of_length: x[of_length], (queries, blocks)),
             )
             results.append(result)
         return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
-    def _spans(self, needed_P: Any) -> tuple[Any, Any]:
-        """Which span holds so many keys up to the last that a portion sees, and its first key."""
-        spans = np.asarray(self.spans, np.int32)
-        xp = np if isinstance(needed_P, np.ndarray) else jnp
-        which_P = xp.searchsorted(xp.asarray(spans), needed_P).astype(np.int32)
-        return which_P, xp.maximum(self.ends_P - xp.asarray(spans)[which_P], 0)
+    def _blocks(self, first_P: Int[Array, "P"]) -> Block:
+        return Block(jnp.asarray(self.row_P), first_P, self.positions, self.segment_ids)
 
-    def _first_keys(self) -> Int[Array, "P"]:
-        """Of each portion the first key that any of its queries sees."""
-        positions = self.places[0]
-        first = jnp.zeros_like(positions)
+    def _first_visible_keys(self) -> Int[Array, "P"]:
+        """For each block, the first key that any of its queries sees."""
+        first = jnp.zeros_like(self.positions)
         if self.segment_ids_BS is not None:
             segments, keys = self.segment_ids_BS, jnp.arange(self.keys, dtype=jnp.int32)
             begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
             starts_BS = jax.lax.cummax(jnp.where(begins, keys, 0), axis=1)
-            first = self._split(starts_BS, mode="edge")
+            first = self._split(starts_BS, "edge")
         if self.window is not None:
-            first = jnp.maximum(first, positions - self.window + 1)
+            first = jnp.maximum(first, self.positions - self.window + 1)
         return first.min(axis=(1, 2))
 
-    def part(self, x_BKSH: Array, where: Any, keys: int) -> Float[Array, "B K S H"]:
-        """So many keys, or values, of a portion."""
-        row, first = self._start(where)
-        x_CKSH = jax.lax.dynamic_slice_in_dim(x_BKSH, row, self.together, axis=0)
-        return jax.lax.dynamic_slice_in_dim(x_CKSH, first, keys, axis=2)
+    def keys_of(self, block: Block, x_BKSH: Array, length: int) -> Float[Array, "C K S H"]:
+        """The keys, or values, in a block's span of `length`."""
+        x_CKSH = jax.lax.dynamic_slice_in_dim(x_BKSH, self._row(block), self.batch_rows, axis=0)
+        return jax.lax.dynamic_slice_in_dim(x_CKSH, block.first_key, length, axis=2)
 
-    def added(self, where: Any, sums_BKHS: Array, x_CKHS: Array) -> Float[Array, "B K H S"]:
-        """Sums of all keys with those of a portion added."""
-        row, first = self._start(where)
-        start = (row, 0, 0, first)
-        there = jax.lax.dynamic_slice(sums_BKHS, start, x_CKHS.shape)
-        return jax.lax.dynamic_update_slice(sums_BKHS, there + x_CKHS, start)
+    def add(self, block: Block, sums_BKHS: Array, x_CKHS: Array) -> Float[Array, "B K H S"]:
+        """Sums over all keys, with a block's share added in its span."""
+        start = (self._row(block), 0, 0, block.first_key)
+        before = jax.lax.dynamic_slice(sums_BKHS, start, x_CKHS.shape)
+        return jax.lax.dynamic_update_slice(sums_BKHS, before + x_CKHS, start)
 
-    def _start(self, where: Any) -> tuple[Any, Any]:
-        """The row, a constant where the batch is not sliced, and the first key."""
-        row, first = where
-        return (row, first) if self.apart else (np.int32(0), first)
-
-    def visible(self, place: Sequence[Array], where: Any, keys: int) -> Bool[Array, "... T S"]:
-        """Which of so many keys the queries of a portion see."""
-        row, first = self._start(where)
-        positions_T, key_S = place[0][0], first + jnp.arange(keys, dtype=jnp.int32)
-        distance = positions_T[:, None] - key_S
+    def visible(self, block: Block, length: int) -> Bool[Array, "... Q S"]:
+        """Which of the `length` keys in its span the queries of a block see."""
+        key_S = block.first_key + jnp.arange(length, dtype=jnp.int32)
+        distance = block.positions[0][:, None] - key_S
         visible = distance >= 0
         if self.window is not None:
             visible = visible & (distance < self.window)
-        if self.segment_ids_BS is None:
+        if self.segment_ids_BS is None or block.segment_ids is None:
             return visible
-        own_CS = jax.lax.dynamic_slice(self.segment_ids_BS, (row, first), (self.together, keys))
-        same = place[1][:, :, None] == own_CS[:, None]
+        start = (self._row(block), block.first_key)
+        segments_CS = jax.lax.dynamic_slice(self.segment_ids_BS, start, (self.batch_rows, length))
+        same = block.segment_ids[:, :, None] == segments_CS[:, None]
         return (visible & same)[:, None, None]
 
+    def _row(self, block: Block) -> Int[Array, ""] | np.int32:
+        """A block's first row of the batch; a constant where a block has all rows."""
+        return block.row if self.separate_rows else np.int32(0)
 
-def _tied_body(attend_portion: Any, carry: Any, portion: Any) -> Any:
-    return attend_portion(carry, *_tied(portion))
+
+def _with_barrier(
+    body: Body[Carry, Queries, Result], carry: Carry, xs: tuple[Queries, Block]
+) -> tuple[Carry, Result]:
+    return body(carry, *_not_hoisted(xs))
 
 
-def _tied(portion: Any) -> Any:
-    """Else the compiler finds that what a query sees is the same in every layer, and keeps it."""
-    return jax.lax.optimization_barrier(portion)
+def _not_hoisted(xs: Tree) -> Tree:
+    """Keeps XLA from moving the visibility masks out of the scan over layers.
+
+    The masks do not depend on the layer, so XLA would compute them all before that scan and hold
+    them in memory.
+    """
+    return jax.lax.optimization_barrier(xs)

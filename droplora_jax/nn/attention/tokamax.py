@@ -11,20 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
 
 from droplora_jax.nn import ops
+from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
 
-# Its public function takes no segments but as a mask of all pairs, and can't be told what to save
-# for the backward pass. What can is not public: this version's.
+# Tokamax's public function takes segments only as a mask of all pairs, and does not let the caller
+# choose what is saved for the backward pass. The class that does is private, so this file is made
+# for one version and runs only if `model.attention` names it.
 VERSION = "0.0.17"
 
-# What the kernels' calls are named in a jaxpr.
+# The names of the kernel's calls in a jaxpr.
 FORWARD, BACKWARD = "tokamax_forward", "tokamax_backward"
 
 
-def refusal(device: Any, dtype: Any, head_dim: int) -> str | None:
-    """Why the kernel can't be taken on an NVIDIA GPU; None if it can."""
+def refusal(device: jax.Device, dtype: DTypeLike, head_dim: int) -> str | None:
+    """Why the kernel can't run on an NVIDIA GPU; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
     if head_dim not in (64, 128):
@@ -34,10 +37,10 @@ def refusal(device: Any, dtype: Any, head_dim: int) -> str | None:
             "it takes GPUs of compute capability 9 and 10, not of "
             f"{float(device.compute_capability):g}"
         )
-    found = _installed()
-    if found != VERSION:
-        there = "it is not installed" if found is None else f"it is of version {found}"
-        return f"{there}: pip install 'droplora-jax[tokamax]' (Python 3.12 or later)"
+    installed = _installed()
+    if installed != VERSION:
+        state = "it is not installed" if installed is None else f"it is of version {installed}"
+        return f"{state}: pip install 'droplora-jax[tokamax]' (Python 3.12 or later)"
     return None
 
 
@@ -48,18 +51,14 @@ def _installed() -> str | None:
         return None
 
 
-def tokamax_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segment_ids_BT: Int[Array, "B T"] | None,
-    window: int | None,
-) -> Float[Array, "B T N H"]:
-    """`attention.attention` of what one device has.
+def tokamax_attention(inputs: AttentionInputs) -> Float[Array, "B T N H"]:
+    """`dispatch.attention` of what one device has.
 
-    To the kernel a segment, which has no gaps, and a window are one thing: the first key that a
-    position sees.
+    The kernel is told the first key that each position sees. Segments, which have no gaps, and a
+    window are both expressed by it.
     """
+    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, _ = inputs
+    window = static_window(inputs)
     if segment_ids_BT is None and window is None:
         return _attend(q_BTNH, k_BTKH, v_BTKH, None)
     positions_T = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
@@ -76,28 +75,28 @@ def _attend(q_BTNH, k_BTKH, v_BTKH, first_BT):
     return tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT)[0]
 
 
-def _attended(q_BTNH, k_BTKH, v_BTKH, first_BT):
-    found = tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT)
-    y_BTNH, softmax = checkpoint_name(found, "attention")
+def _forward(q_BTNH, k_BTKH, v_BTKH, first_BT):
+    result = tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT)
+    y_BTNH, softmax = checkpoint_name(result, "attention")
     return y_BTNH, (q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax)
 
 
-def _gradients(saved, dy_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax = saved
-    found = tokamax_backward(q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax, dy_BTNH)
-    return *found, None
+def _backward(residuals, dy_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax = residuals
+    gradients = tokamax_backward(q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax, dy_BTNH)
+    return *gradients, None
 
 
-_attend.defvjp(_attended, _gradients)
+_attend.defvjp(_forward, _backward)
 
 
-# Without a configuration tokamax looks for one among those that were measured on some GPUs for some
-# shapes, warns that there is none for this one, and takes what is taken here at once.
+# Without a configuration tokamax looks for one that was measured for this GPU and shape, warns that
+# there is none, and falls back to its heuristics. Here the heuristics are used at once.
 
 
 @jax.jit
 def tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT):
-    """The result, and of every softmax the greatest score and the sum."""
+    """The result, and each softmax's greatest score and sum of exponentials."""
     kernel = _kernel()
     arguments, mask = (q_BTNH, k_BTKH, v_BTKH), _mask(first_BT)
     bound = kernel.bind(*arguments, mask=mask, return_residuals=True)
@@ -107,14 +106,14 @@ def tokamax_forward(q_BTNH, k_BTKH, v_BTKH, first_BT):
 
 @jax.jit
 def tokamax_backward(q_BTNH, k_BTKH, v_BTKH, first_BT, y_BTNH, softmax, dy_BTNH):
-    """Gradients of q, k and v, from what the forward pass found."""
+    """Gradients of q, k and v, from what the forward pass returned."""
     kernel = _kernel()
     options = kernel.bind(q_BTNH, k_BTKH, v_BTKH, mask=_mask(first_BT)).kwargs
     options = {name: value for name, value in options.items() if name != "return_residuals"}
     arguments = (softmax, y_BTNH, dy_BTNH, q_BTNH, k_BTKH, v_BTKH)
     bound = kernel.vjp.bind(*arguments, **options)
-    found = kernel.vjp.replace(config=bound.heuristics_config)(*arguments, **options)
-    return found["q"], found["k"], found["v"]
+    gradients = kernel.vjp.replace(config=bound.heuristics_config)(*arguments, **options)
+    return gradients["q"], gradients["k"], gradients["v"]
 
 
 def _kernel() -> Any:
