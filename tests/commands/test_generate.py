@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_jsonl
-from run_fixtures import CommandLine, contents, make_base
+from run_fixtures import contents, make_base
 
 from droplora_jax.commands.generate import prompt_document
 from droplora_jax.core.resumable import Partial
@@ -26,11 +26,6 @@ def base(tmp_path_factory) -> Path:
     folder = make_base(tmp_path_factory.mktemp("base")).path
     make_tokenizer(chat_template=CHATML).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from oracles import random_tokens, randomized, relative, torch_logits
-from run_fixtures import CommandLine, contents
+from run_fixtures import contents
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,11 +22,6 @@ from droplora_jax.core.sharding import make_mesh
 
 TOKENS = random_tokens(2, 24)
 CONFIG = dl.DropLoRA(rank=6, alpha=9.0, rank_pattern={r"\.1\.q_proj": 2}, exclude=(r"\.0\.v_",))
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def bad(result) -> str:

@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_fixtures import CommandLine, make_base, write_jsonl, write_run
+from run_fixtures import CommandLine, write_jsonl, write_run
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf import source
 from droplora_jax.hf.base import Base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
 
 
 @pytest.fixture

@@ -8,16 +8,10 @@ import sys
 
 import pytest
 import transformers
-from run_fixtures import make_base
 
 from droplora_jax.hf.tokenizer import load_tokenizer
 
 TEXTS = ["Is 7 odd? no", "  spaces\n\nand lines ", "émoji 🙂", "<s>a</s>"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", None])

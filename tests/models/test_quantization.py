@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from oracles import Folder
-from run_fixtures import CommandLine, adapter_bytes, make_base, metrics, write_run
+from run_fixtures import adapter_bytes, metrics, write_run
 
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
@@ -117,16 +117,6 @@ def test_without_qwix_it_is_said_what_to_install(untied, monkeypatch):
 
 
 # Runs.
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
 
 
 def test_a_run_carries_on_in_the_same_bits_and_is_used_as_it_was_trained(base, tmp_path, droplora):

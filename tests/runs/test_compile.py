@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from oracles import relative
-from run_fixtures import CommandLine, adapter_bytes, factors, make_base, metrics, process, write_run
+from run_fixtures import adapter_bytes, factors, metrics, process, write_run
 
 from droplora_jax import cli
 from droplora_jax.adapters.initializers import INITS, OF_KERNEL
@@ -31,16 +31,6 @@ from droplora_jax.training.optimizer import learning_rate, optimizer
 from droplora_jax.training.step import init_state
 
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 ADAPTERS = {

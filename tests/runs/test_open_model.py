@@ -9,18 +9,13 @@ import jax
 import numpy as np
 import pytest
 from oracles import relative
-from run_fixtures import CommandLine, make_base, write_run
+from run_fixtures import write_run
 
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
 from droplora_jax.runs.open_model import decoding_mesh, open_model
 
 TOKENS = np.arange(1, 9, dtype=np.int32)[None]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +27,6 @@ def run(base, tmp_path_factory):
         cli.main(["train", str(write_run(base, folder, train={"steps": 4, "eval_every": 2}))]) == 0
     )
     return folder / "run"
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def logits(model) -> np.ndarray:

@@ -18,7 +18,6 @@ import transformers
 from data_fixtures import write_jsonl
 from run_fixtures import (
     LENGTH,
-    CommandLine,
     contents,
     factors,
     make_base,
@@ -40,11 +39,6 @@ from droplora_jax.runs.folder import changed_keys, check_folder
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture(scope="module")
 def folder(base, tmp_path_factory):
     """A run whose validation gets worse all the time, so that the best is not the last."""
     folder = tmp_path_factory.mktemp("run")
@@ -52,11 +46,6 @@ def folder(base, tmp_path_factory):
     valid = write_jsonl(folder / "other.jsonl", other)
     assert cli.main(["train", str(write_run(base, folder, data={"valid": valid}))]) == 0
     return folder / "run"
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def merged_tensors(path) -> dict[str, torch.Tensor]:

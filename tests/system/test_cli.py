@@ -11,21 +11,11 @@ import numpy as np
 import pytest
 from data_fixtures import make_tokenizer, write_jsonl
 from oracles import with_config
-from run_fixtures import CommandLine, contents, make_base, rows, settings, write_run, write_yaml
+from run_fixtures import contents, make_base, rows, settings, write_run, write_yaml
 from safetensors.numpy import load_file, save_file
 
 from droplora_jax import cli
 from droplora_jax.runs import config_reader
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture

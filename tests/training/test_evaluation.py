@@ -7,7 +7,7 @@ import re
 
 import pytest
 from data_fixtures import write_jsonl
-from run_fixtures import CommandLine, make_base, metrics, rows, write_run
+from run_fixtures import metrics, rows, write_run
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.inference.decode import decode, prefill
@@ -24,16 +24,6 @@ def questions(folder, count=24):
         for row in rows(count, seed=2)
     ]
     return write_jsonl(folder / "boolq.jsonl", asked)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_a_task_is_scored_as_the_exported_adapter_is(base, droplora, tmp_path):

@@ -10,19 +10,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from run_fixtures import CommandLine, adapter_bytes, make_base, metrics, write_run
+from run_fixtures import adapter_bytes, metrics, write_run
 
 from droplora_jax.training.profiling import PARTS, Profile, parts_of
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def trace(folder: Path) -> list[dict]:

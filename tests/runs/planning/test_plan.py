@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from run_fixtures import CommandLine, make_base, write_run
+from run_fixtures import write_run
 
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
@@ -130,19 +130,9 @@ def test_cpu_devices_are_made_where_nobody_asked_for_a_number():
 # A run's step.
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
 @pytest.fixture
 def file(base, tmp_path):
     return write_run(base, tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
 
 
 def test_a_plan_of_a_run(file, base):
