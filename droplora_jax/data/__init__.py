@@ -1,7 +1,7 @@
 """From files to batches.
 
     rows, report = load("train.json", tokenizer, config)     # load.py: files, formats, templates
-    batches = Batches(rows, rows_per_batch=128, seed=0, shuffle=True, max_length=1024)
+    batches = Batches(rows, batch_size=128, seed=0, shuffle=True, max_length=1024)
     batches[n]                                               # batches.py: a function of n alone
     placed(batches, batches.lines(n), mesh)                  # device_feed.py: on a mesh
     fed(batches, batches.numbers, mesh, start=n)             # the same for all from n, made ahead

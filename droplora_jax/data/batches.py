@@ -1,4 +1,4 @@
-"""Batches as an endless sequence that is a function of rows, seed and index alone."""
+"""Batches without end, each a pure function of the examples, the seed and its index."""
 
 from __future__ import annotations
 
@@ -9,53 +9,57 @@ from fractions import Fraction
 from typing import SupportsIndex, TypedDict
 
 import grain
+import jax
 import numpy as np
+from jaxtyping import Int
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.mixing import Schedule
-from droplora_jax.data.packing import Fit, Lines, joined, one_row_a_line, packed
+from droplora_jax.data.packing import Fit, Sequences, joined, one_example_each, packed
 from droplora_jax.data.rows import Row, Rows
 
-PADDING = -1
+IGNORE = -1  # a target without loss
+NOTHING = -1  # the index of a sequence that is padding alone
 
 
 class Batch(TypedDict):
-    """G lines of T tokens, int32.
+    """Sequences of T tokens, int32: [G, T] on the host, [k, G / k, T] for a step of k microbatches.
 
     Attributes:
-      tokens: [G, T], 0 in padding.
-      targets: [G, T], the next token of the same document where that is trained, else -1.
-      segment_ids: [G, T], 1, 2, ... for the documents of a line; 0 is padding.
+      tokens: 0 in padding.
+      targets: the next token of the same document where that is trained, else `IGNORE`.
+      segment_ids: 1, 2, ... for the documents of a sequence; 0 is padding.
     """
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray
+    tokens: Int[np.ndarray | jax.Array, "*batch T"]
+    targets: Int[np.ndarray | jax.Array, "*batch T"]
+    segment_ids: Int[np.ndarray | jax.Array, "*batch T"]
 
 
 class Batches:
     """`batches[n]` is batch n, for every n >= 0.
 
-    Every epoch holds each line once, in an order of its own if `shuffle`; one follows the other
-    without a gap, so a batch can span two. Which rows share a line is settled here, once.
+    Every epoch holds each sequence once, shuffled anew if `shuffle`; epochs follow one another
+    without a gap, so a batch can span two. Which examples share a sequence is decided here, once.
 
-    With weights the rows are of several sources. Each goes through epochs of its own, and the
-    lines are taken from them in proportion to the weights. An epoch of the whole is as many lines
-    as all sources have together, of which some are then there more than once and some not at all.
+    With weights the examples come from several sources. Each source has epochs of its own, and
+    sequences are taken from the sources in proportion to the weights. An epoch of the mixture has
+    as many sequences as all sources together; some then occur more than once and some not at all.
 
     Attributes:
-      lines_per_epoch: lines that hold all rows once: as many as rows, or fewer with packing.
-      utilisation: the part of their positions that holds a token.
-      max_length: T, the tokens of a line.
-      packed: whether a line may hold several rows.
-      numbers: the numbers of every batch's lines, [G] each.
+      sequences_per_epoch: sequences that hold all examples once: one for each example, or fewer
+        with packing.
+      utilisation: the fraction of their positions that hold a token.
+      max_length: T, the tokens of a sequence.
+      packed: whether a sequence may hold several documents.
+      indices: the indices [G] of the sequences of every batch, an endless dataset.
     """
 
     def __init__(
         self,
         rows: Sequence[Row],
         *,
-        rows_per_batch: int,
+        batch_size: int,
         seed: int,
         shuffle: bool,
         max_length: int,
@@ -64,103 +68,98 @@ class Batches:
     ) -> None:
         """
         Args:
-          rows: the documents, each of 1 to `max_length` tokens.
-          rows_per_batch: G, the lines of a batch.
-          seed: of the order of the rows while they are packed, and of the lines in every epoch.
-          shuffle: or keep the order of the rows.
-          max_length: T, the tokens of a line.
-          packing: several documents a line, none of them split and none of another source.
+          rows: the examples, each of 1 to `max_length` tokens.
+          batch_size: G, the sequences of a batch.
+          seed: for the order in which examples are packed, and of the sequences in every epoch.
+          shuffle: if false, the examples keep their order.
+          max_length: T, the tokens of a sequence.
+          packing: several documents to a sequence; none is split, and all are of one source.
           weights: of the sources of `Rows` that are mixed.
 
         Raises:
-          InputError: there is no row, a row is too long, or a number is out of range.
+          InputError: there is no example, one is too long, or a number is out of range.
         """
         lengths = rows.lengths if isinstance(rows, Rows) else np.array([len(r) for r in rows], int)
-        _check(lengths, rows_per_batch, seed, max_length)
-        self._rows, self.max_length, self._rows_per_batch = rows, max_length, rows_per_batch
+        _check(lengths, batch_size, seed, max_length)
+        self._rows, self.max_length, self._batch_size = rows, max_length, batch_size
         self.packed = packing is not None
         counts = rows.counts if weights and isinstance(rows, Rows) else [len(rows)]
         # Through SeedSequence, since grain takes seed + epoch: run 1 would repeat run 0.
         seeds = np.random.SeedSequence(seed).generate_state(2 * len(counts)).reshape(-1, 2).tolist()
-        parts = [
-            _lines(own, packing, max_length, packing_seed if shuffle else None)
-            for own, (packing_seed, _) in zip(_cut(lengths, counts), seeds, strict=True)
+        sources = [
+            _sequences(source, packing, max_length, packing_seed if shuffle else None)
+            for source, (packing_seed, _) in zip(_cut(lengths, counts), seeds, strict=True)
         ]
-        self._lines = joined(parts)
-        self.utilisation = float(lengths.sum()) / (len(self._lines) * max_length)
-        numbers, start = [], 0
-        for part, (_, shuffle_seed) in zip(parts, seeds, strict=True):
-            own = grain.MapDataset.range(start, start + len(part))
-            # `repeat` after `shuffle` gives every epoch an order of its own.
-            numbers.append((own.shuffle(seed=shuffle_seed) if shuffle else own).repeat())
-            start += len(part)
-        mixed = numbers[0]
+        self._sequences = joined(sources)
+        self.utilisation = float(lengths.sum()) / (len(self._sequences) * max_length)
+        epochs, start = [], 0
+        for source, (_, shuffle_seed) in zip(sources, seeds, strict=True):
+            indices = grain.MapDataset.range(start, start + len(source))
+            # `repeat` after `shuffle` gives every epoch another order.
+            epochs.append((indices.shuffle(seed=shuffle_seed) if shuffle else indices).repeat())
+            start += len(source)
+        mixed = epochs[0]
         if weights:
-            mixed = grain.MapDataset.select_from_datasets(numbers, Schedule(weights))
-        # What has no end has no remainder to drop; but only so is its length computed in whole
-        # numbers. As a float it is rounded up, beyond what a length may be in batches of one line.
-        batched = mixed.batch(rows_per_batch, drop_remainder=True)
-        self.numbers: grain.MapDataset[np.ndarray] = batched
+            mixed = grain.MapDataset.select_from_datasets(epochs, Schedule(weights))
+        # An endless dataset has no remainder to drop. But only with `drop_remainder` is its length
+        # computed in integers; else it is a float, rounded up beyond what a length may be.
+        self.indices: grain.MapDataset[np.ndarray] = mixed.batch(batch_size, drop_remainder=True)
 
     @property
-    def lines_per_epoch(self) -> int:
-        return len(self._lines)
+    def sequences_per_epoch(self) -> int:
+        return len(self._sequences)
 
     def steps(self, epochs: float) -> int:
-        """Batches that hold the rows `epochs` times, the last one full."""
-        # By way of the decimal that was written: 1.1 * 10 is above 11 in binary.
-        lines = Fraction(str(epochs)) * self.lines_per_epoch
-        return math.ceil(lines / self._rows_per_batch)
+        """Batches that hold the examples `epochs` times, the last one full."""
+        # From the decimal as it was written: 1.1 * 10 is above 11 in binary.
+        sequences = Fraction(str(epochs)) * self.sequences_per_epoch
+        return math.ceil(sequences / self._batch_size)
 
     def __getitem__(self, n: SupportsIndex) -> Batch:
-        return self.collate(self.lines(n))
-
-    def lines(self, n: SupportsIndex) -> np.ndarray:
-        """The numbers of batch n's lines [G]."""
         index = operator.index(n)
         if index < 0:
             raise IndexError(f"batch {index}: batches are counted from 0 and have no last one")
-        return np.asarray(self.numbers[index], np.int64)
+        return self.take(self.indices[index])
 
-    def lines_once(self) -> np.ndarray:
-        """The numbers of all lines, unshuffled, batch by batch [n, G]; the last is filled up.
+    def all_indices(self) -> np.ndarray:
+        """The indices of all sequences in order [n, G]; `NOTHING` fills the last batch."""
+        size = self._batch_size
+        indices = np.arange(-(-self.sequences_per_epoch // size) * size)
+        indices[self.sequences_per_epoch :] = NOTHING
+        return indices.reshape(-1, size)
 
-        `PADDING` is the number of a line that is nothing else.
-        """
-        size = self._rows_per_batch
-        numbers = np.arange(-(-self.lines_per_epoch // size) * size)
-        numbers[self.lines_per_epoch :] = PADDING
-        return numbers.reshape(-1, size)
-
-    def collate(self, lines: Sequence[int] | np.ndarray) -> Batch:
-        """The lines of these numbers."""
+    def take(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The sequences of these indices [m], which may be `NOTHING`."""
         documents = [
-            [] if line == PADDING else [self._rows[int(i)] for i in self._lines[int(line)]]
-            for line in lines
+            [] if index == NOTHING else [self._rows[int(i)] for i in self._sequences[int(index)]]
+            for index in indices
         ]
-        return collate(documents, len(documents), self.max_length)
+        return collate(documents, self.max_length)
 
 
-def collate(lines: Sequence[Sequence[Row]], count: int, length: int) -> Batch:
-    """Lay documents out in `count` lines of `length` tokens, the rest of which is padding."""
-    tokens = np.zeros((count, length), np.int32)
-    targets = np.full((count, length), -1, np.int32)
-    segment_ids = np.zeros((count, length), np.int32)
-    for g, documents in enumerate(lines):
+def collate(sequences: Sequence[Sequence[Row]], length: int) -> Batch:
+    """Lay out the documents of each sequence in `length` tokens, the rest of which is padding."""
+    shape = len(sequences), length
+    tokens = np.zeros(shape, np.int32)
+    targets = np.full(shape, IGNORE, np.int32)
+    segment_ids = np.zeros(shape, np.int32)
+    for g, documents in enumerate(sequences):
         start = 0
         for number, row in enumerate(documents, 1):
             end = start + len(row)
             tokens[g, start:end] = row.ids
-            targets[g, start : end - 1] = np.where(row.trained[1:], row.ids[1:], -1)
+            targets[g, start : end - 1] = np.where(row.trained[1:], row.ids[1:], IGNORE)
             segment_ids[g, start:end] = number
             start = end
     return Batch(tokens=tokens, targets=targets, segment_ids=segment_ids)
 
 
-def _lines(lengths: np.ndarray, packing: Fit | None, capacity: int, seed: int | None) -> Lines:
-    """The lines of one source; its rows are placed in order if there is no seed."""
+def _sequences(
+    lengths: np.ndarray, packing: Fit | None, capacity: int, seed: int | None
+) -> Sequences:
+    """The sequences of one source; its examples are placed in order if there is no seed."""
     if packing is None:
-        return one_row_a_line(len(lengths))
+        return one_example_each(len(lengths))
     order = np.arange(len(lengths)) if seed is None else _order(len(lengths), seed)
     return packed(lengths, order, capacity, packing)
 
@@ -174,7 +173,7 @@ def _order(count: int, seed: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
-def _check(lengths: np.ndarray, rows_per_batch: int, seed: int, max_length: int) -> None:
+def _check(lengths: np.ndarray, batch_size: int, seed: int, max_length: int) -> None:
     if not len(lengths):
         raise InputError("there is no row to make batches of")
     if lengths.max() > max_length or lengths.min() < 1:
@@ -182,7 +181,7 @@ def _check(lengths: np.ndarray, rows_per_batch: int, seed: int, max_length: int)
         raise InputError(
             f"row {index} has {lengths[index]} tokens: must be from 1 to max_length={max_length}"
         )
-    if rows_per_batch < 1:
-        raise InputError(f"rows_per_batch={rows_per_batch}: must be at least 1")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: must be at least 1")
     if seed < 0:
         raise InputError(f"seed={seed}: must be at least 0")

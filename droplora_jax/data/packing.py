@@ -1,4 +1,4 @@
-"""Which rows share a line."""
+"""Which examples share a sequence."""
 
 from __future__ import annotations
 
@@ -15,49 +15,51 @@ _NONE = 2**62  # no bin
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Lines of one row or several.
+class Sequences:
+    """Sequences of one example or several.
 
     Attributes:
-      rows: int64, the indices of the rows, line after line.
-      ends: int64 [lines], where each line ends in them.
+      examples: int64, the indices of the examples, sequence after sequence.
+      ends: int64 [sequences], where each sequence ends in `examples`.
     """
 
-    rows: np.ndarray
+    examples: np.ndarray
     ends: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, line: int) -> np.ndarray:
-        return self.rows[self.ends[line - 1] if line else 0 : self.ends[line]]
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The indices of the examples of one sequence."""
+        return self.examples[self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
-def one_row_a_line(count: int) -> Lines:
-    return Lines(np.arange(count), np.arange(1, count + 1))
+def one_example_each(count: int) -> Sequences:
+    return Sequences(np.arange(count), np.arange(1, count + 1))
 
 
-def packed(lengths: np.ndarray, order: np.ndarray, capacity: int, fit: Fit) -> Lines:
-    """Every row in one line.
+def packed(lengths: np.ndarray, order: np.ndarray, capacity: int, fit: Fit) -> Sequences:
+    """Every example in one sequence.
 
     Args:
-      lengths: int [rows], none above `capacity`.
-      order: int [rows], the order in which they are placed, at `best_fit` those of one length.
-      capacity: tokens of a line.
-      fit: `first_fit`: the first line with room. `best_fit`: the line with the least room that is
-        enough, longer rows before shorter ones.
+      lengths: int [examples], none above `capacity`.
+      order: int [examples], the order in which they are placed; with `best_fit` it holds among
+        examples of the same length.
+      capacity: tokens of a sequence.
+      fit: `first_fit`: the first sequence with room. `best_fit`: the sequence with the least room
+        that is enough, longer examples before shorter ones.
     """
     if fit == "best_fit":
         order = order[np.argsort(-lengths[order], kind="stable")]
-    line_of = bins(lengths[order], capacity, fit)
-    return Lines(order[np.argsort(line_of, kind="stable")], np.cumsum(np.bincount(line_of)))
+    bin_of = bins(lengths[order], capacity, fit)
+    return Sequences(order[np.argsort(bin_of, kind="stable")], np.cumsum(np.bincount(bin_of)))
 
 
-def joined(parts: list[Lines]) -> Lines:
-    """The lines of several sources, whose rows are numbered one source after the other."""
-    offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
-    return Lines(
-        np.concatenate([part.rows + at for part, at in zip(parts, offsets, strict=False)]),
+def joined(parts: list[Sequences]) -> Sequences:
+    """The sequences of several sources, whose examples are numbered source after source."""
+    offsets = np.cumsum([0, *(len(part.examples) for part in parts)])
+    return Sequences(
+        np.concatenate([part.examples + at for part, at in zip(parts, offsets, strict=False)]),
         np.concatenate([part.ends + at for part, at in zip(parts, offsets, strict=False)]),
     )
 
@@ -65,25 +67,25 @@ def joined(parts: list[Lines]) -> Lines:
 def bins(sizes: np.ndarray, capacity: int, fit: Fit) -> np.ndarray:
     """The bin of every item, int64, bins numbered from 0 in the order in which they are opened.
 
-    Of the bins that the best fit may choose from it takes the one that was opened first. An item
-    costs the logarithm of the capacity and of the number of bins with room. A bin with less room
-    than the smallest item is forgotten, so that hardly more than the rows themselves is held.
+    Among bins of equal room the best fit takes the one that was opened first. An item takes time
+    logarithmic in the capacity and in the number of bins with room. A bin with less room than the
+    smallest item is dropped, so that memory stays close to that of the sizes.
     """
     if len(sizes) and sizes.max() > capacity:
         raise ValueError(f"an item of {sizes.max()} does not fit a bin of {capacity}")
     open_bins = _OpenBins(capacity, fit)
     smallest = int(sizes.min(initial=capacity))
-    found = np.empty(len(sizes), np.int64)
+    bin_of = np.empty(len(sizes), np.int64)
     count = 0
     for i, size in enumerate(_numbers(sizes)):
         bin, room = open_bins.take(size)
         if bin == _NONE:
             bin, room = count, capacity
             count += 1
-        found[i] = bin
+        bin_of[i] = bin
         if room - size >= smallest:
             open_bins.put(bin, room - size)
-    return found
+    return bin_of
 
 
 def _numbers(sizes: np.ndarray) -> Iterator[int]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -18,7 +17,7 @@ from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.data.batches import Batches
-from droplora_jax.data.device_feed import fed
+from droplora_jax.data.device_feed import feed, once
 from droplora_jax.inference.generator import Generator
 from droplora_jax.inference.scoring import evaluate
 from droplora_jax.inference.task import Example, Task
@@ -148,8 +147,7 @@ def best_key(best: str | None, valid: bool, tasks: Sequence[str]) -> str | None:
 
 def _mean_loss(step: LossSum, valid: Batches, mesh: Mesh) -> float:
     """Mean loss of all trained tokens of the validation examples."""
-    numbers = grain.MapDataset.source(valid.lines_once())
-    with closing(fed(valid, numbers, mesh)) as batches:
+    with closing(feed(valid, once(valid), mesh)) as batches:
         sums = [step(batch) for batch in batches]
     losses, counts = zip(*jax.device_get(sums), strict=True)
     return float(np.sum(losses, dtype=np.float64) / np.sum(counts))

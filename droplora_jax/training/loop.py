@@ -9,11 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
-import optax
 from flax import nnx
 from rich.console import Console
 
@@ -21,8 +20,8 @@ from droplora_jax.adapters.surgery import initial_of, split
 from droplora_jax.core import distributed, prng, signals
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.batches import Batches
-from droplora_jax.data.device_feed import fed
+from droplora_jax.data.batches import Batch, Batches
+from droplora_jax.data.device_feed import feed
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.checkpoint import Checkpoints, Record
@@ -31,6 +30,7 @@ from droplora_jax.training.config import TrainConfig
 from droplora_jax.training.evaluation import Evaluate, Evaluation
 from droplora_jax.training.metrics_log import MetricsLog
 from droplora_jax.training.monitor import Monitor, NonFinite
+from droplora_jax.training.optimizer import Optimizer
 from droplora_jax.training.profiling import Profile
 from droplora_jax.training.progress import progress
 from droplora_jax.training.step import TrainState, init_state
@@ -51,7 +51,6 @@ class Run:
     Attributes:
       compiled: its step, which may still be compiling.
       options: how the layers are computed in evaluations.
-      tx: the optimizer; its learning rates are also in `schedule`, for the log.
       record: what a checkpoint says of the run, as JSON.
       began: when the run did (`time.perf_counter`).
       weights_seconds: how long reading the weights took.
@@ -63,8 +62,7 @@ class Run:
     train: Batches
     evaluation: Evaluation
     options: StepOptions
-    tx: optax.GradientTransformation
-    schedule: optax.Schedule
+    optim: Optimizer
     steps: int
     config: TrainConfig
     seed: int
@@ -74,11 +72,11 @@ class Run:
     began: float
     weights_seconds: float
 
-    def feed(self, start: int) -> grain.DatasetIterator[Any]:
+    def feed(self, start: int) -> grain.DatasetIterator[Batch]:
         """The global batches from step `start` on, on the mesh, as microbatches [k, m, T]."""
-        numbers = self.train.numbers[: self.steps]
-        split = numbers.map(lambda lines: lines.reshape(-1, self.config.rows_per_pass))
-        return fed(self.train, split, self.mesh, start=start)
+        microbatches = self.config.global_batch // self.config.rows_per_pass
+        indices = self.train.indices[: self.steps]
+        return feed(self.train, indices, self.mesh, start=start, microbatches=microbatches)
 
     def profile(self, compiled: CompiledStep) -> Profile:
         """Traces `train.profile_steps`, in the first process of a run."""
@@ -109,7 +107,7 @@ def train(run: Run) -> Decoder:
     """
     graphdef, adapters, mask_keys, frozen = split(run.model)
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
-    fresh = replace(init_state(adapters, run.tx), initial=initial_of(frozen))
+    fresh = replace(init_state(adapters, run.optim.tx), initial=initial_of(frozen))
     saved = checkpoints.restore_newest(fresh, partial(say, run.console))
     state, frozen = replace(saved, initial=None), nnx.merge_state(frozen, saved.initial)
     start = int(state.step)
@@ -132,7 +130,7 @@ def train(run: Run) -> Decoder:
             monitor = Monitor(
                 run.config.log_every,
                 run.steps,
-                run.schedule,
+                run.optim.learning_rate,
                 log=log,
                 show=show,
                 newest_checkpoint=checkpoints.newest_saved,

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import RULES, axis_size
+from droplora_jax.data.batches import IGNORE
 
-IGNORE = -1  # a target that has no loss
 BLOCKS = 8  # of positions, whose logits exist one block at a time
 
 Project = Callable[..., Array]  # hidden [B, T, D] and what else it needs to logits [B, T, V]

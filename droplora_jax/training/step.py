@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax.adapters.surgery import draw
+from droplora_jax.data.batches import Batch
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.loss import projected_cross_entropy
-
-
-class Batch(TypedDict):
-    """Rows of fixed length T; a step takes them as k microbatches [k, m, T].
-
-    `targets` is the next token, or -1 where there is no loss; segment 0 is padding.
-    """
-
-    tokens: Int[Array, "*rows T"]
-    targets: Int[Array, "*rows T"]
-    segment_ids: Int[Array, "*rows T"]
 
 
 @partial(

@@ -59,11 +59,11 @@ def first_rows(rows: tuple[Row, ...], batch: int, lines: int) -> int:
         own = [examples.Row(row.ids, row.trained) for row in rows[:count]]
         return batches.Batches(
             own,
-            rows_per_batch=lines,
+            batch_size=lines,
             seed=0,
             shuffle=False,
             max_length=LINE,
             packing="best_fit",
-        ).lines_per_epoch
+        ).sequences_per_epoch
 
     return max(count for count in range(1, batch + 1) if needed(count) <= lines)

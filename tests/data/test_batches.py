@@ -14,7 +14,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.batches import Batches, collate
 from droplora_jax.data.config import DataConfig
-from droplora_jax.data.device_feed import placed
+from droplora_jax.data.device_feed import place
 from droplora_jax.data.load import load
 from droplora_jax.data.rows import Row, Rows
 
@@ -23,10 +23,10 @@ FITS = ("first_fit", "best_fit")
 BOTH = pytest.mark.parametrize("packing", [None, *FITS])
 
 
-def make(rows, *, rows_per_batch=4, seed=0, shuffle=True, max_length=T, packing=None, **rest):
+def make(rows, *, batch_size=4, seed=0, shuffle=True, max_length=T, packing=None, **rest):
     return Batches(
         rows,
-        rows_per_batch=rows_per_batch,
+        batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
         max_length=max_length,
@@ -42,7 +42,7 @@ def labels(rows):
 
 def lines(batches, epoch):
     """The token lines of one epoch, across its batches."""
-    count, size = batches.lines_per_epoch, batches[0]["tokens"].shape[0]
+    count, size = batches.sequences_per_epoch, batches[0]["tokens"].shape[0]
     start, stop = epoch * count, (epoch + 1) * count
     found = [
         (n * size + g, {name: array[g] for name, array in batches[n].items()})
@@ -71,14 +71,14 @@ def test_an_epoch_holds_every_label_once(count, shuffle, packing):
 def test_once_holds_every_label_once_in_order(packing):
     rows = random_rows(13, T, seed=1)
     batches = make(rows, shuffle=False, packing=packing)
-    found = [batches.collate(lines) for lines in batches.lines_once()]
+    found = [batches.take(indices) for indices in batches.all_indices()]
     assert {array.shape for batch in found for array in batch.values()} == {(4, T)}
-    assert len(found) == math.ceil(batches.lines_per_epoch / 4)
+    assert len(found) == math.ceil(batches.sequences_per_epoch / 4)
     targets = np.concatenate([batch["targets"] for batch in found])
     assert sorted(targets[targets >= 0].tolist()) == labels(rows)
     filled = [bool(line.any()) for batch in found for line in batch["segment_ids"]]
-    empty = -batches.lines_per_epoch % 4
-    assert filled == [True] * batches.lines_per_epoch + [False] * empty
+    empty = -batches.sequences_per_epoch % 4
+    assert filled == [True] * batches.sequences_per_epoch + [False] * empty
     if not packing:
         firsts = [line[0] for batch in found for line in batch["tokens"] if line[0]]
         assert firsts == [row.ids[0] for row in rows]
@@ -145,7 +145,7 @@ def test_without_shuffling_the_order_is_that_of_the_rows():
 
 
 def test_batches_go_on_over_the_end_of_an_epoch_and_before_the_first_there_is_none():
-    batches = make(random_rows(3, T, seed=6), rows_per_batch=8)
+    batches = make(random_rows(3, T, seed=6), batch_size=8)
     assert (batches[0]["segment_ids"][:, 0] == 1).all()
     with pytest.raises(IndexError, match="counted from 0"):
         batches[-1]
@@ -155,7 +155,7 @@ def test_batches_go_on_over_the_end_of_an_epoch_and_before_the_first_there_is_no
 @pytest.mark.parametrize("count", [1, 23])
 def test_batches_of_one_line_are_the_lines_of_larger_ones_in_order(packing, count):
     rows = random_rows(count, T, seed=3)
-    single, eight = (make(rows, rows_per_batch=g, packing=packing) for g in (1, 8))
+    single, eight = (make(rows, batch_size=g, packing=packing) for g in (1, 8))
     for n in (0, 1, 5, 10**12):
         expected = eight[n]
         parts = [single[8 * n + g] for g in range(8)]
@@ -163,16 +163,16 @@ def test_batches_of_one_line_are_the_lines_of_larger_ones_in_order(packing, coun
         for name in expected:
             np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), expected[name])
     assert single.steps(0.01) == 1
-    assert single.steps(1.0) == single.lines_per_epoch == len(single.lines_once())
-    assert len(single.numbers[: single.steps(3.0)]) == 3 * single.lines_per_epoch
+    assert single.steps(1.0) == single.sequences_per_epoch == len(single.all_indices())
+    assert len(single.indices[: single.steps(3.0)]) == 3 * single.sequences_per_epoch
 
 
 def test_steps():
-    batches = make(random_rows(10, T, seed=7), rows_per_batch=4)
-    assert batches.lines_per_epoch == 10
+    batches = make(random_rows(10, T, seed=7), batch_size=4)
+    assert batches.sequences_per_epoch == 10
     assert [batches.steps(e) for e in (1.0, 2.0, 3.0, 0.4, 0.41, 1e-3)] == [3, 5, 8, 1, 2, 1]
-    assert make(random_rows(10, T, seed=7), rows_per_batch=11).steps(1.1) == 1
-    packed_lines = make(random_rows(10, T, seed=7), packing="first_fit").lines_per_epoch
+    assert make(random_rows(10, T, seed=7), batch_size=11).steps(1.1) == 1
+    packed_lines = make(random_rows(10, T, seed=7), packing="first_fit").sequences_per_epoch
     assert packed_lines < 10
 
 
@@ -181,7 +181,7 @@ def test_packing_follows_the_seed_only_when_shuffled():
 
     def first_line(seed, shuffle):
         batches = make(rows, seed=seed, shuffle=shuffle, packing="first_fit")
-        return batches.collate(batches.lines_once()[0])["tokens"][0]
+        return batches.take(batches.all_indices()[0])["tokens"][0]
 
     assert not np.array_equal(first_line(0, True), first_line(1, True))
     assert np.array_equal(first_line(0, False), first_line(1, False))
@@ -195,7 +195,7 @@ def test_eos_is_learnt_and_padding_never_is_where_both_are_one_token(tmp_path, p
     path = write_json(tmp_path / "a.json", data)
     rows, _ = load(path, tokenizer, DataConfig(train=path, max_length=64))
     batches = make(rows, max_length=64, packing=packing)
-    batch = collate([[row] for row in rows], len(rows), 64)
+    batch = collate([[row] for row in rows], 64)
     assert (batch["targets"] == tokenizer.eos_token_id).sum(axis=1).tolist() == [1] * 7
     seen = [line for n in range(4) for line in zip(*batches[n].values(), strict=True)]
     for tokens, targets, segments in seen:
@@ -211,7 +211,7 @@ def test_eos_is_learnt_and_padding_never_is_where_both_are_one_token(tmp_path, p
         ([], {}, "there is no row"),
         (random_rows(3, T, seed=9), {"max_length": 2}, r"row \d has \d+ tokens: must be from 1 to"),
         ([Row(np.zeros(0, np.int32), np.zeros(0, bool))], {}, "row 0 has 0 tokens"),
-        (random_rows(3, T, seed=9), {"rows_per_batch": 0}, "rows_per_batch=0: must be at least 1"),
+        (random_rows(3, T, seed=9), {"batch_size": 0}, "batch_size=0: must be at least 1"),
         (random_rows(3, T, seed=9), {"seed": -1}, "seed=-1: must be at least 0"),
     ],
 )
@@ -224,19 +224,19 @@ def test_batches_that_can_not_be(rows, values, message):
 def test_a_mesh_gets_the_lines_of_the_batch_each_made_once(monkeypatch, microbatches):
     batches = make(Rows.of(random_rows(40, T, seed=1)), packing="first_fit")
     made = []
-    collated = batches.collate
+    take = batches.take
 
-    def collate(lines):
-        made.extend(lines)
-        return collated(lines)
+    def counted(indices):
+        made.extend(indices)
+        return take(indices)
 
-    monkeypatch.setattr(batches, "collate", collate)
+    monkeypatch.setattr(batches, "take", counted)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2, context=2))
-    lines = batches.lines(3).reshape(microbatches, -1)
-    found = placed(batches, lines, mesh)
-    assert sorted(made) == sorted(lines.ravel())
-    for name, expected in collated(batches.lines(3)).items():
-        assert found[name].shape == (*lines.shape, batches.max_length)
+    indices = np.asarray(batches.indices[3]).reshape(microbatches, -1)
+    found = place(batches, indices, mesh)
+    assert sorted(made) == sorted(indices.ravel())
+    for name, expected in take(batches.indices[3]).items():
+        assert found[name].shape == (*indices.shape, batches.max_length)
         np.testing.assert_array_equal(found[name].reshape(expected.shape), expected)
     shard = found["tokens"].addressable_shards[0].data
-    assert shard.shape == (microbatches, lines.shape[1] // 2, batches.max_length // 2)
+    assert shard.shape == (microbatches, indices.shape[1] // 2, batches.max_length // 2)

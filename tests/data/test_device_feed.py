@@ -6,7 +6,6 @@ import threading
 import time
 from contextlib import closing
 
-import grain
 import numpy as np
 import pytest
 from data_fixtures import random_rows
@@ -14,7 +13,7 @@ from data_fixtures import random_rows
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.batches import Batches
-from droplora_jax.data.device_feed import fed
+from droplora_jax.data.device_feed import feed, once
 from droplora_jax.data.rows import Rows
 
 T = 16
@@ -23,14 +22,13 @@ T = 16
 @pytest.fixture
 def batches() -> Batches:
     rows = Rows.of(random_rows(40, T, seed=1))
-    return Batches(rows, rows_per_batch=8, seed=0, shuffle=True, max_length=T, packing="best_fit")
+    return Batches(rows, batch_size=8, seed=0, shuffle=True, max_length=T, packing="best_fit")
 
 
 @pytest.mark.parametrize("start", [0, 3, 10**6])
 def test_what_is_fed_is_every_batch_from_the_start_on(batches, start):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    numbers = batches.numbers.map(lambda lines: lines.reshape(2, -1))
-    with closing(fed(batches, numbers, mesh, start=start)) as iterator:
+    with closing(feed(batches, batches.indices, mesh, start=start, microbatches=2)) as iterator:
         for n in range(start, start + 9):
             assert iterator.get_state() == {"next_index": n}
             batch = next(iterator)
@@ -39,25 +37,24 @@ def test_what_is_fed_is_every_batch_from_the_start_on(batches, start):
                 np.testing.assert_array_equal(np.asarray(batch[name]).reshape(8, T), expected)
 
 
-def test_it_ends_with_the_numbers(batches):
+def test_it_ends_with_the_indices(batches):
     mesh = make_mesh(MeshConfig())
-    numbers = grain.MapDataset.source(batches.lines_once())
-    with closing(fed(batches, numbers, mesh)) as iterator:
-        assert len(list(iterator)) == len(batches.lines_once())
+    with closing(feed(batches, once(batches), mesh)) as iterator:
+        assert len(list(iterator)) == len(batches.all_indices())
 
 
 def test_batches_are_made_while_a_step_runs_and_no_further_than_a_few(batches, monkeypatch):
     made = []
-    collate = batches.collate
+    take = batches.take
 
-    def slow(lines):
+    def slow(indices):
         time.sleep(0.1)
         made.append(threading.current_thread())
-        return collate(lines)
+        return take(indices)
 
-    monkeypatch.setattr(batches, "collate", slow)
+    monkeypatch.setattr(batches, "take", slow)
     mesh = make_mesh(MeshConfig(tensor=8, fsdp=1))  # whose devices share their lines
-    with closing(fed(batches, batches.numbers, mesh)) as iterator:
+    with closing(feed(batches, batches.indices, mesh)) as iterator:
         next(iterator)
         waited = 0.0
         for _ in range(8):
@@ -72,12 +69,12 @@ def test_batches_are_made_while_a_step_runs_and_no_further_than_a_few(batches, m
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(batches, monkeypatch):
-    def broken(lines):
+    def broken(indices):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(batches, "collate", broken)
+    monkeypatch.setattr(batches, "take", broken)
     with (
-        closing(fed(batches, batches.numbers, make_mesh(MeshConfig()))) as iterator,
+        closing(feed(batches, batches.indices, make_mesh(MeshConfig()))) as iterator,
         pytest.raises(OSError, match="the disk is gone"),
     ):
         next(iterator)

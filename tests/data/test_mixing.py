@@ -26,7 +26,7 @@ def sources(*counts: int) -> Rows:
 
 
 def batches(rows, weights, **options):
-    settings = {"rows_per_batch": 5, "seed": 0, "shuffle": True, "max_length": T} | options
+    settings = {"batch_size": 5, "seed": 0, "shuffle": True, "max_length": T} | options
     return Batches(rows, weights=weights, **settings)
 
 
@@ -80,9 +80,9 @@ def test_a_mixture_takes_lines_by_weight_and_each_source_goes_through_its_own_ep
 
 def test_batches_of_one_line_of_a_mixture_are_the_lines_of_larger_ones():
     rows = sources(9, 5)
-    single, five = (batches(rows, (3.0, 1.0), rows_per_batch=g) for g in (1, 5))
+    single, five = (batches(rows, (3.0, 1.0), batch_size=g) for g in (1, 5))
     for n in range(12):
-        assert [int(single.lines(5 * n + g)[0]) for g in range(5)] == five.lines(n).tolist()
+        assert [int(single.indices[5 * n + g][0]) for g in range(5)] == list(five.indices[n])
 
 
 def test_a_mixture_is_a_function_of_rows_seed_and_index():
@@ -97,7 +97,7 @@ def test_a_mixture_is_a_function_of_rows_seed_and_index():
 
 def test_an_epoch_of_a_mixture_is_as_many_lines_as_its_sources_have():
     made = batches(sources(30, 4), (3.0, 1.0))
-    assert made.lines_per_epoch == 34
+    assert made.sequences_per_epoch == 34
     assert made.steps(2.0) == 14
 
 
@@ -111,9 +111,9 @@ def test_without_weights_sources_are_one_after_the_other():
 def test_utilisation(packing):
     rows = sources(40)
     made = batches(rows, None, packing=packing)
-    once = [made.collate(lines) for lines in made.lines_once()]
+    once = [made.take(indices) for indices in made.all_indices()]
     filled = sum(int((batch["segment_ids"] > 0).sum()) for batch in once)
-    assert made.utilisation == filled / (made.lines_per_epoch * T)
+    assert made.utilisation == filled / (made.sequences_per_epoch * T)
     assert (packing is None) == (made.utilisation < 0.8)
 
 

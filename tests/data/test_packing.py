@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from droplora_jax.data.packing import bins, joined, one_row_a_line, packed
+from droplora_jax.data.packing import bins, joined, one_example_each, packed
 
 FITS = pytest.mark.parametrize("fit", ["first_fit", "best_fit"])
 
@@ -45,9 +45,9 @@ def test_every_row_is_in_one_line_and_no_line_is_too_long(fit):
     random = np.random.default_rng(1)
     lengths = random.integers(1, 17, 500)
     found = packed(lengths, random.permutation(500), 16, fit)
-    assert sorted(found.rows.tolist()) == list(range(500))
+    assert sorted(found.examples.tolist()) == list(range(500))
     parts = [found[line].tolist() for line in range(len(found))]
-    assert list(itertools.chain(*parts)) == found.rows.tolist()
+    assert list(itertools.chain(*parts)) == found.examples.tolist()
     assert all(0 < sum(lengths[part]) <= 16 for part in parts)
     most = 1.15 if fit == "first_fit" else 1.02
     assert len(found) < most * lengths.sum() / 16
@@ -59,9 +59,9 @@ def test_best_fit_goes_from_long_rows_to_short_ones():
 
 
 def test_lines_of_several_sources():
-    assert [one_row_a_line(3)[line].tolist() for line in range(3)] == [[0], [1], [2]]
+    assert [one_example_each(3)[line].tolist() for line in range(3)] == [[0], [1], [2]]
     first = packed(np.array([3, 4, 1]), np.array([2, 1, 0]), 5, "first_fit")
-    both = joined([first, one_row_a_line(2)])
+    both = joined([first, one_example_each(2)])
     assert [both[line].tolist() for line in range(len(both))] == [[2, 1], [0], [3], [4]]
 
 
@@ -71,4 +71,4 @@ def test_many_rows_pack_in_seconds(fit):
     start = time.perf_counter()
     found = packed(lengths, np.arange(len(lengths)), 1024, fit)
     assert time.perf_counter() - start < 10  # half a second where nothing else runs
-    assert len(found.rows) == len(lengths)
+    assert len(found.examples) == len(lengths)

@@ -157,7 +157,7 @@ def assert_equal(path: str, tokenizer: Any, expected: Iterator[Expected], **conf
         where, labels = f"{path}, row {number}", np.array([IGNORED, *want.labels[1:]])
         np.testing.assert_array_equal(row.ids, want.ids, where)
         np.testing.assert_array_equal(np.where(row.trained, row.ids, IGNORED), labels, where)
-        (targets,) = collate([[row]], 1, len(row) + 1)["targets"]  # the model's, shifted by one
+        (targets,) = collate([[row]], len(row) + 1)["targets"]  # the model's, shifted by one
         given = np.where(targets < 0, IGNORED, targets)
         np.testing.assert_array_equal(given, [*labels[1:], IGNORED, IGNORED], where)
     return len(rows)

@@ -73,9 +73,9 @@ def packed(rows: tuple[Any, ...]) -> list[dict[str, Any]]:
     from droplora_jax.data.batches import Batches
 
     own = [examples.Row(row.ids, row.trained) for row in rows]
-    settings = {"rows_per_batch": 2, "seed": 0, "shuffle": False, "max_length": 32}
+    settings = {"batch_size": 2, "seed": 0, "shuffle": False, "max_length": 32}
     batches = Batches(own, **settings, packing="best_fit")
-    return [batches.collate(lines) for lines in batches.lines_once()]
+    return [batches.take(indices) for indices in batches.all_indices()]
 
 
 def padded_tally(rows: tuple[Any, ...], batch: int) -> Any:

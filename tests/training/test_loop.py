@@ -574,7 +574,7 @@ def test_a_full_disk(base, finished, tmp_path, droplora):
     ],
 )
 def test_how_long(config, steps):
-    batches = Batches(random_rows(10, 8, 0), rows_per_batch=4, seed=0, shuffle=True, max_length=8)
+    batches = Batches(random_rows(10, 8, 0), batch_size=4, seed=0, shuffle=True, max_length=8)
     assert total_steps(config, batches) == steps
 
 

@@ -188,21 +188,19 @@ def _documents(rows: int, length: int, mean: int) -> np.ndarray:
 
 def _packed(work: Work, rows: tuple[Row, ...], mesh: Any) -> Any:
     """Every row once, through the pipeline that a run has."""
-    import grain
-
     from droplora_jax.data import device_feed
     from droplora_jax.data import rows as examples
     from droplora_jax.data.batches import Batches
 
     batches = Batches(
         [examples.Row(row.ids, row.trained) for row in rows],
-        rows_per_batch=work.lines,
+        batch_size=work.lines,
         seed=0,
         shuffle=False,
         max_length=work.line,
         packing="best_fit",
     )
-    return device_feed.fed(batches, grain.MapDataset.source(batches.lines_once()[:, None]), mesh)
+    return device_feed.feed(batches, device_feed.once(batches), mesh, microbatches=1)
 
 
 def _tally(batch: dict[str, Any]) -> Tally:
