@@ -5,32 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Traced, Wrapped
 
 from droplora_jax.adapters.surgery import inject, split
 from droplora_jax.core import prng
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.hf.base import Base
-from droplora_jax.models.decoder import with_noise
+from droplora_jax.models.decoder import Decoder, with_noise
 from droplora_jax.nn.attention.dispatch import Choice, choose
 from droplora_jax.nn.options import Remat, StepOptions
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import GIB, compiled
-from droplora_jax.training import optimizer
 from droplora_jax.training.compiled_step import CompiledStep
+from droplora_jax.training.optimizer import Optimizer
 from droplora_jax.training.profiling import COMPILER_OPTIONS
 from droplora_jax.training.step import TrainState, compile_train_step, state_shardings
 
-# What `auto` tries, the fastest first. `everything` is not among them: to read what `dots` finds
-# again takes longer than to find it. Nor is `offload`: where that is faster than to compute again
-# depends on the link to the host, which no compiler knows.
+# What `auto` tries, the fastest first. `everything` is not among them: reading what `dots`
+# recomputes takes longer than recomputing it. Nor is `offload`: whether it is faster than
+# recomputing depends on the link to the host, which no compiler knows.
 AUTO: tuple[Remat, ...] = ("dots", "attention", "nothing")
 
 
@@ -38,28 +39,33 @@ class Arguments(NamedTuple):
     """What a step takes, as shapes and shardings."""
 
     state: TrainState
-    mask_keys: Any
-    frozen: Any
-    batch: Any
-    mask_root: Any
+    mask_keys: nnx.State
+    frozen: nnx.State
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    mask_root: jax.ShapeDtypeStruct
 
 
 @dataclass(frozen=True)
 class AbstractStep:
-    """A run's step before it is traced: all but how its layers are computed."""
+    """A run's step before it is traced: all but how its layers are computed.
 
-    graphdef: nnx.GraphDef
-    tx: optax.GradientTransformation
+    Attributes:
+      optim: the optimizer and its learning rates.
+      share: the share of its drop rates that each step of the run has; None if that is constant.
+    """
+
+    graphdef: nnx.GraphDef[Decoder]
+    optim: Optimizer
     share: optax.Schedule | None
     arguments: Arguments
 
-    def traced(self, options: StepOptions) -> Any:
+    def traced(self, options: StepOptions) -> Traced:
         """The step with these options, traced for the arguments."""
         adapters = self.arguments.state.adapters
-        step: Any = compile_train_step(
-            self.graphdef, self.tx, adapters, self.share, options=options
+        step = compile_train_step(
+            self.graphdef, self.optim.tx, adapters, self.share, options=options
         )
-        return step.trace(*self.arguments)
+        return cast(Wrapped, step).trace(*self.arguments)
 
 
 def step_options(config: RunConfig) -> StepOptions:
@@ -68,7 +74,7 @@ def step_options(config: RunConfig) -> StepOptions:
     return StepOptions(config.data.packed, remat, config.model.attention)
 
 
-def attention_kernel(config: RunConfig, base: Base, mesh: Mesh, platform: str) -> Choice:
+def attention_kernel(config: RunConfig, base: Base, mesh: Mesh) -> Choice:
     """The attention kernel that a run takes on these devices.
 
     Raises:
@@ -77,31 +83,37 @@ def attention_kernel(config: RunConfig, base: Base, mesh: Mesh, platform: str) -
     return choose(
         config.model.attention,
         mesh=mesh,
-        dtype=config.model.jax_dtype(platform),
+        dtype=config.model.dtype_on(mesh.devices.flat[0].platform),
         head_dim=base.shape.head_dim,
     )
 
 
 def abstract_step(
-    config: RunConfig, base: Base, mesh: Mesh, platform: str, steps: int
+    config: RunConfig, base: Base, mesh: Mesh, optim: Optimizer, share: optax.Schedule | None
 ) -> AbstractStep:
-    """The step of a run of `steps` steps, from shapes alone."""
+    """The step of a run, from shapes alone.
+
+    Raises:
+      InputError: an adapter that does not fit the base, or options of the optimizer that match
+        nothing that is trained.
+    """
     model = base.abstract(
         mesh,
-        dtype=config.model.jax_dtype(platform),
+        dtype=config.model.dtype_on(mesh.devices.flat[0].platform),
         quantization=config.model.quantization(),
     )
     model = with_noise(model, config.train.neftune_alpha)
     graphdef, adapters, mask_keys, frozen = split(inject(model, config.adapter, key=None))
-    tx = optimizer.optimizer(config.optim, optimizer.learning_rate(config.optim, steps))
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda a: TrainState(jnp.zeros((), jnp.int32), a, tx.init(a)), adapters),
-        state_shardings(adapters, tx),
+        jax.eval_shape(
+            lambda a: TrainState(jnp.zeros((), jnp.int32), a, optim.tx.init(a)), adapters
+        ),
+        state_shardings(adapters, optim.tx),
     )
     replicated = named_sharding(mesh)
 
-    def everywhere(leaf: Any) -> jax.ShapeDtypeStruct:
+    def everywhere(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
     arguments = Arguments(
@@ -111,7 +123,7 @@ def abstract_step(
         _batch(config, mesh),
         everywhere(prng.root_key(0)),
     )
-    return AbstractStep(graphdef, tx, config.adapter.share(steps), arguments)
+    return AbstractStep(graphdef, optim, share, arguments)
 
 
 def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -123,8 +135,8 @@ def _batch(config: RunConfig, mesh: Mesh) -> Mapping[str, jax.ShapeDtypeStruct]:
     return {name: tokens for name in ("tokens", "targets", "segment_ids")}
 
 
-def program(
-    config: RunConfig, base: Base, mesh: Mesh, steps: int, limit: int | None
+def compile_step(
+    step: AbstractStep, config: RunConfig, platform: str, limit: int | None
 ) -> CompiledStep:
     """The step of a run, compiled with the `remat` that it names, or with the fastest that fits.
 
@@ -138,22 +150,20 @@ def program(
       InputError: it does not fit.
     """
     begin = time.perf_counter()
-    remat = config.train.remat
-    platform = mesh.devices.flat[0].platform
+    remat, options = config.train.remat, step_options(config)
     compiler_options = COMPILER_OPTIONS.get(platform, {}) if config.train.profile_steps else {}
-    abstract, options = abstract_step(config, base, mesh, platform, steps), step_options(config)
     tried: list[str] = []
     for policy in AUTO if remat == "auto" else (remat,):
-        traced = abstract.traced(replace(options, remat=policy))
-        step, needed = compiled(traced.lower(), platform, compiler_options)
-        if step is not None and (remat != "auto" or limit is None or needed <= limit):
+        traced = step.traced(replace(options, remat=policy))
+        executable, needed = compiled(traced.lower(), platform, compiler_options)
+        if executable is not None and (remat != "auto" or limit is None or needed <= limit):
             reason = _reason(policy, needed, limit, platform, tried) if remat == "auto" else None
-            return CompiledStep(step, policy, reason, time.perf_counter() - begin)
+            return CompiledStep(executable, policy, reason, time.perf_counter() - begin)
         tried.append(f"{policy} {needed / GIB:.2f} GiB")
-    of = f", and {limit / GIB:.2f} GiB are usable" if limit else ""
+    usable = f", and {limit / GIB:.2f} GiB are usable" if limit else ""
     raise InputError(
         f"train.remat={remat!r}: a step takes more memory than a device has ({', '.join(tried)}"
-        f"{of}); lower train.micro_batch or data.max_length, or take more devices"
+        f"{usable}); lower train.micro_batch or data.max_length, or take more devices"
         + ("" if remat in ("auto", "nothing") else "; train.remat=auto takes less if it has to")
     )
 

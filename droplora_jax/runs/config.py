@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
 from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import PydanticCustomError
@@ -25,16 +24,17 @@ class BaseConfig:
     """The base model.
 
     Attributes:
-      path: a folder, a bucket's URL, or a hub id.
+      path: a folder with `config.json`, safetensors and tokenizer; a bucket's URL; or a hub id.
       dtype: `bfloat16`, `float32`, or `auto`: bfloat16 on accelerators, float32 on CPU.
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
-      adapter: an adapter in PEFT's format to start from; what it adapts, its ranks and its scales
-        are its own, and the run's `adapter` says how its ranks are dropped.
+      adapter: an adapter in PEFT's format to train on from; its layers, ranks and scales stay, and
+        the run's `adapter` says how its ranks are dropped.
       attention: the kernel that attends: `splash` (TPU), `cudnn` or `tokamax` (NVIDIA GPU),
         `blockwise` (any), or `auto`: the platform's best that can be taken, else `blockwise`.
-      quantize: store the linear layers of the frozen base as `int8`, `int4` or `nf4`; or `none`.
-      quantize_tile: inputs of a layer that share a scale.
+      quantize: how the linear layers of the frozen base are stored.
+      quantize_tile: inputs of a layer that share a scale; even, and a divisor of every layer's
+        inputs.
       quantize_pattern: other kinds by pattern, searched in the layers' paths (`layers.down_proj`),
         such as `{down_proj: int8, o_proj: none}`; the first that matches counts.
     """
@@ -55,9 +55,18 @@ class BaseConfig:
     def quantization(self) -> Quantization:
         return Quantization(self.quantize, self.quantize_tile, self.quantize_pattern)
 
-    def jax_dtype(self, platform: str) -> Any:
-        automatic = "float32" if platform == "cpu" else "bfloat16"
-        return jnp.dtype(automatic if self.dtype == "auto" else self.dtype)
+    def dtype_on(self, platform: str) -> Literal["bfloat16", "float32"]:
+        """The dtype on a platform of JAX, such as `cpu`."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if platform == "cpu" else "bfloat16"
+
+
+AdapterOptions = (
+    Annotated[DropLoRA, Tag("droplora")]
+    | Annotated[DoRA, Tag("dora")]
+    | Annotated[Learned, Tag("learned")]
+)
 
 
 def _kind(adapter: Any) -> str:
@@ -76,18 +85,25 @@ def _seed(seed: int) -> int:
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class RunConfig:
-    """One run, as its YAML describes it."""
+    """One run, as its YAML describes it.
+
+    Attributes:
+      model: the base model.
+      output: the folder of the run.
+      data: what it is trained on.
+      seed: of the initial adapters, the masks and the order of the data.
+      adapter: what is trained.
+      optim: how.
+      train: how long.
+      mesh: on which devices.
+      distributed: in which processes.
+    """
 
     model: BaseConfig
     output: str
     data: DataConfig
     seed: Annotated[int, AfterValidator(_seed)] = 0
-    adapter: Annotated[
-        Annotated[DropLoRA, Tag("droplora")]
-        | Annotated[DoRA, Tag("dora")]
-        | Annotated[Learned, Tag("learned")],
-        Discriminator(_kind),
-    ] = field(default_factory=DropLoRA)
+    adapter: Annotated[AdapterOptions, Discriminator(_kind)] = field(default_factory=DropLoRA)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

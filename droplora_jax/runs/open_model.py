@@ -28,9 +28,8 @@ from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
-from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
+from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE, adapter_record
 from droplora_jax.runs.open_base import open_base
-from droplora_jax.runs.train_run import what_to_record
 from droplora_jax.training import optimizer
 from droplora_jax.training.checkpoint import Checkpoints
 from droplora_jax.training.step import init_state
@@ -108,7 +107,7 @@ class ModelFiles:
         mesh = mesh or decoding_mesh(self.base.shape)
         model = self.base.load(
             mesh,
-            dtype=replace(config, dtype=dtype).jax_dtype(mesh.devices.flat[0].platform),
+            dtype=replace(config, dtype=dtype).dtype_on(mesh.devices.flat[0].platform),
             quantization=config.quantization(),
         )
         if self.run is not None:
@@ -243,7 +242,7 @@ def restored(
     state = checkpoints.restore(step, like)
     frozen = nnx.merge_state(frozen, state.initial)
     model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
-    return model, what_to_record(checkpoints.record(step))
+    return model, adapter_record(checkpoints.record(step))
 
 
 def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:

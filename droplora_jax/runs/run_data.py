@@ -15,33 +15,40 @@ from droplora_jax.core.console import example, say
 from droplora_jax.core.errors import InputError
 from droplora_jax.data import holdout
 from droplora_jax.data.batches import Batches
+from droplora_jax.data.config import Place
 from droplora_jax.data.data_file import local
 from droplora_jax.data.load import load
 from droplora_jax.data.preview import preview
 from droplora_jax.data.report import Report
 from droplora_jax.data.rows import Rows
+from droplora_jax.hf.base import Base
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
-from droplora_jax.training.checkpoint import Checkpoints
+from droplora_jax.training.checkpoint import Record
 from droplora_jax.training.config import TrainConfig
 from droplora_jax.training.evaluation import Evaluation, best_key, tasks_of
 
 
-class Read(NamedTuple):
-    """Training batches, what the run is judged by, and what to record of it."""
+class RunData(NamedTuple):
+    """Training batches, what the run is evaluated on, and what its checkpoints record of it."""
 
     train: Batches
     evaluation: Evaluation
-    record: dict[str, Any]
+    record: Record
 
 
-def read(config: RunConfig, tokenizer: Any, vocab_size: int, console: Console) -> Read:
+def read(config: RunConfig, base: Base, console: Console) -> RunData:
     """The data of a run; says what it holds, and shows one example.
 
     Raises:
-      InputError: a file or a row that is not as it should be; names it.
+      InputError: names a file or a row that is wrong; sequences longer than the base's positions.
     """
-    load = partial(_rows, config=config, tokenizer=tokenizer, size=vocab_size, console=console)
+    if config.data.max_length > base.shape.max_positions:
+        raise InputError(
+            f"data.max_length={config.data.max_length}: the model is made for "
+            f"{base.shape.max_positions} positions (max_position_embeddings in its config.json)"
+        )
+    load = partial(_rows, config=config, base=base, console=console)
     rows, report = load(config.data.train)
     reports = [report]
     held_out = None
@@ -52,23 +59,24 @@ def read(config: RunConfig, tokenizer: Any, vocab_size: int, console: Console) -
         rows, held_out = holdout.held_out(rows, config.data.valid_fraction, config.seed)
         say(console, f"{len(held_out):,} rows are held out for validation")
     train = _batches(config, rows, True)
-    evaluation = _evaluation(config, held_out, tokenizer)
+    evaluation = _evaluation(config, held_out, base.tokenizer)
     say(console, _outlook(config, train, int(rows.lengths.sum())))
-    example(console, preview(rows[0], tokenizer))
+    example(console, preview(rows[0], base.tokenizer))
     record = {
         "config": config_reader.as_tree(config),
         "template": report.sources[0].template,
         "data": _record(reports, list(config.train.eval_tasks.values())),
     }
-    return Read(train, evaluation, record)
+    return RunData(train, evaluation, record)
 
 
 def _rows(
-    places: Any, config: RunConfig, tokenizer: Any, size: int, console: Console
+    sources: Place | Sequence[Place], config: RunConfig, base: Base, console: Console
 ) -> tuple[Rows, Report]:
-    rows, report = load(places, tokenizer, config.data)
+    rows, report = load(sources, base.tokenizer, config.data)
     for line in report.lines():
         say(console, line)
+    size = base.shape.vocab_size
     if rows.largest_id >= size:
         raise InputError(
             f"{', '.join(source.path for source in report.sources)}: token id {rows.largest_id} is "
@@ -93,7 +101,7 @@ def _evaluation(config: RunConfig, held_out: Rows | None, tokenizer: Any) -> Eva
 def _batches(config: RunConfig, rows: Rows, training: bool) -> Batches:
     return Batches(
         rows,
-        rows_per_batch=config.train.global_batch if training else config.train.rows_per_pass,
+        batch_size=config.train.global_batch if training else config.train.rows_per_pass,
         seed=config.seed,
         shuffle=training,
         max_length=config.data.max_length,
@@ -109,7 +117,7 @@ def total_steps(config: TrainConfig, batches: Batches) -> int:
 
 def _outlook(config: RunConfig, batches: Batches, tokens: int) -> str:
     """How full the lines are, and how long the run will be."""
-    lines, size, packing = batches.lines_per_epoch, config.train.global_batch, config.data.fit
+    lines, size, packing = batches.sequences_per_epoch, config.train.global_batch, config.data.fit
     steps = total_steps(config.train, batches)
     return (
         f"{lines:,} lines of {batches.max_length:,} tokens an epoch, {batches.utilisation:.1%} full"
@@ -119,41 +127,39 @@ def _outlook(config: RunConfig, batches: Batches, tokens: int) -> str:
     )
 
 
-def _record(reports: Sequence[Report], asked: Sequence[str]) -> dict[str, Any]:
+def _record(reports: Sequence[Report], task_files: Sequence[str]) -> Record:
     """What a checkpoint says of the data and of tasks' files: the run goes on with the same."""
-    found = [(source.path, source.sha256) for report in reports for source in report.sources]
-    found += [(path, local(path).sha256()) for path in asked]
+    files = [(source.path, source.sha256) for report in reports for source in report.sources]
+    files += [(path, local(path).sha256()) for path in task_files]
     return {
-        "files": [{"path": path, "sha256": sha256} for path, sha256 in found],
+        "files": [{"path": path, "sha256": sha256} for path, sha256 in files],
         "rows": sum(report.kept for report in reports),
         "tokens": sum(report.tokens for report in reports),
     }
 
 
-def check_same(checkpoints: Path, now: Mapping[str, Any]) -> None:
-    """Raise InputError unless the data is what the newest checkpoint was trained on.
+def check_same(saved: Record | None, now: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError unless the data is what the run in a folder was trained on so far.
 
     Args:
+      saved: the record of its newest checkpoint; None without one.
       now: `record["data"]` of what was read.
     """
     if not distributed.same(json.dumps(now, sort_keys=True).encode()):
         here = ", ".join(f"{file['path']} is {file['sha256'][:12]}" for file in now["files"])
         raise InputError(f"data: the files are not the same on all hosts (SHA-256; here {here})")
-    if not checkpoints.is_dir():
+    if saved is None:
         return
-    record = Checkpoints(checkpoints, read_only=True).newest_record()
-    if record is None:
-        return
-    before = record["data"]
+    before = saved["data"]
     if changes := _changed_files(before["files"], now["files"]):
         raise InputError(
-            f"{checkpoints.parent} holds a run on other data: {'; '.join(changes)} (SHA-256). "
+            f"{folder} holds a run on other data: {'; '.join(changes)} (SHA-256). "
             "Put it back to carry on, or name another output"
         )
     for what in ("rows", "tokens"):
         if before[what] != now[what]:
             raise InputError(
-                f"{checkpoints.parent} holds a run on the same files, of which {before[what]:,} "
+                f"{folder} holds a run on the same files, of which {before[what]:,} "
                 f"{what} were made, and now {now[what]:,}: the tokenizer has changed, or this "
                 "package. Put it back to carry on, or name another output"
             )

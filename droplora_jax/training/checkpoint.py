@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -243,7 +243,7 @@ class Checkpoints:
             self._manager.close()
         logging.getLogger("absl").removeFilter(self._silence)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:

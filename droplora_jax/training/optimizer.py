@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,5 +138,5 @@ def optimizer_names() -> list[str]:
     return [name for name in public if "learning_rate" in _parameters(getattr(optax, name))]
 
 
-def _parameters(make: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+def _parameters(make: object) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(make).parameters if inspect.isfunction(make) else {}

@@ -292,4 +292,4 @@ def test_a_file_that_can_not_be_read(tmp_path):
     ],
 )
 def test_the_dtype_of_a_platform(dtype, platform, expected):
-    assert BaseConfig(path="a", dtype=dtype).jax_dtype(platform) == expected
+    assert BaseConfig(path="a", dtype=dtype).dtype_on(platform) == expected

@@ -19,13 +19,13 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.runs.compile import AUTO, Arguments, abstract_step, attention_kernel, step_options
+from droplora_jax.runs.compile import AUTO, Arguments, attention_kernel, step_options
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import compiled
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.runs.planning.hardware import Topology
 from droplora_jax.runs.planning.hlo_collectives import Collective, collectives
-from droplora_jax.runs.preparation import check_mesh
+from droplora_jax.runs.preparation import prepared_step
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ def plan(config: RunConfig, base: Base, where: Topology) -> Plan:
     if config.train.remat == "auto":
         return _fastest(config, base, where)
     mesh = make_mesh(config.mesh, where.devices)
-    check_mesh(config, mesh)
     steps = config.train.steps or 10**6  # no data is read: only the shape of the step counts
-    abstract = abstract_step(config, base, mesh, where.platform, steps)
-    traced = abstract.traced(step_options(config))
+    step = prepared_step(config, base, mesh, steps)
+    traced = step.traced(step_options(config))
     lowered = traced.lower()
     begin = time.perf_counter()
     executable, needed = compiled(lowered, where.platform)
@@ -91,7 +90,7 @@ def plan(config: RunConfig, base: Base, where: Topology) -> Plan:
     there = executable is not None
     sent = tuple(collectives(executable.as_text(), mesh)) if there else ()
     flops = matrix_flops(traced.jaxpr)
-    sizes = _sizes(abstract.arguments)
+    sizes = _sizes(step.arguments)
     return _described(config, base, where, mesh, sizes, needed, there, sent, flops, seconds)
 
 
@@ -150,7 +149,7 @@ def _described(
             "mesh": dict(mesh.shape),
             "micro_batch": config.train.rows_per_pass,
             "remat": config.train.remat,
-            "attention": str(attention_kernel(config, base, mesh, where.platform)),
+            "attention": str(attention_kernel(config, base, mesh)),
         },
         devices=mesh.size,
         fits=None if kind is None else compiled and needed <= kind.memory,
