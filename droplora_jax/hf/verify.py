@@ -23,8 +23,8 @@ from droplora_jax.hf.shards import Each, open_folder
 from droplora_jax.hf.weights import abstract_model
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.families.base import TensorName
 from droplora_jax.models.layer import Layer, run_layers
+from droplora_jax.models.parameters import TensorName
 from droplora_jax.nn import ops, rope
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
 

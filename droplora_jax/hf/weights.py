@@ -19,10 +19,10 @@ from numpy.typing import DTypeLike
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.hf.shards import Each, TensorFiles, open_folder
-from droplora_jax.models.config import LOGICAL_AXES, ModelConfig, Source
+from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.families.base import TensorName
+from droplora_jax.models.parameters import LOGICAL_AXES, TensorName
 from droplora_jax.models.quantization import quantized_shapes
 from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.options import Quantization

@@ -1,10 +1,9 @@
-"""What a decoder looks like, where its weights came from, and how they lie on a mesh."""
+"""The shape of a decoder, and where its weights came from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -12,33 +11,6 @@ from jaxtyping import Array, Int
 from droplora_jax.nn import rope
 
 SEES_ALL = 2**30  # a window wider than any row
-
-# The logical axes of every parameter, for `sharding.RULES`.
-LOGICAL_AXES: MappingProxyType[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "embed.embedding": ("vocab", "width"),
-        "layers.attention_norm.scale": ("layers", "norm"),
-        "layers.q_proj.kernel": ("layers", "width", "heads"),
-        "layers.q_proj.bias": ("layers", "heads"),
-        "layers.k_proj.kernel": ("layers", "width", "heads"),
-        "layers.k_proj.bias": ("layers", "heads"),
-        "layers.v_proj.kernel": ("layers", "width", "heads"),
-        "layers.v_proj.bias": ("layers", "heads"),
-        "layers.q_norm.scale": ("layers", "norm"),
-        "layers.k_norm.scale": ("layers", "norm"),
-        "layers.o_proj.kernel": ("layers", "heads", "width"),
-        "layers.o_proj.bias": ("layers", "norm"),
-        "layers.mlp_norm.scale": ("layers", "norm"),
-        "layers.gate_proj.kernel": ("layers", "width", "ffn"),
-        "layers.gate_proj.bias": ("layers", "ffn"),
-        "layers.up_proj.kernel": ("layers", "width", "ffn"),
-        "layers.up_proj.bias": ("layers", "ffn"),
-        "layers.down_proj.kernel": ("layers", "ffn", "width"),
-        "layers.down_proj.bias": ("layers", "norm"),
-        "final_norm.scale": ("norm",),
-        "lm_head.kernel": ("width", "vocab"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +35,7 @@ class ModelConfig:
     Attributes:
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
       qk_norm: queries and keys are normed head by head before they are rotated.
-      windows: of each layer, how many positions it sees, itself included; None sees all of them.
+      windows: for each layer, how many positions a position sees, itself included; None: all.
     """
 
     family: str
@@ -85,8 +57,13 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
 
     @property
+    def has_head(self) -> bool:
+        """Whether the output projection has a kernel of its own."""
+        return not self.tie_embeddings
+
+    @property
     def distinct_windows(self) -> tuple[int, ...]:
-        """Those in `windows_L`."""
+        """The values in `windows_L`."""
         return tuple(sorted({window or SEES_ALL for window in self.windows}))
 
     @property

@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from droplora_jax.commands.quickstart import random_number, random_word
+from droplora_jax.commands.demonstration import random_number, random_word
 from droplora_jax.core.files import write_json
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
+from droplora_jax.models.parameters import tensor_names
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import loss_sum
 
@@ -109,9 +110,9 @@ def pretrain(model: Decoder, tokenizer: PreTrainedTokenizerFast, steps: int) -> 
 
 
 def save(model: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tensors = {}
+    tensors, names = {}, tensor_names(model.config)
     for path, parameter in nnx.to_flat_state(nnx.state(model)):
-        name = FAMILIES["llama"].names[".".join(map(str, path))]
+        name = names[".".join(map(str, path))]
         stacked = np.asarray(parameter[...])
         for layer, value in enumerate(stacked if name.stacked else stacked[None]):
             tensor = value.T if name.transposed else value

@@ -36,7 +36,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import EXPORTERS, merged
-from droplora_jax.models.families.base import NAMES
+from droplora_jax.models.parameters import PARAMETERS
 
 KEY = dl.root_key(0)
 TOKENS = random_tokens(2, 80)
@@ -169,6 +169,7 @@ WRONG_MERGES = {
     "transposed": lambda merges, kernel: merges[Q_PROJ.of_layer(1)].run(kernel.T).T,
     "twice": lambda merges, kernel: honest(merges, honest(merges, kernel)),
 }
+NAMES = {parameter.path: parameter.tensor for parameter in PARAMETERS}
 Q_PROJ = NAMES["layers.q_proj.kernel"]
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.families.base import TensorName
+from droplora_jax.models.parameters import TensorName
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"

@@ -1,4 +1,4 @@
-"""What a model family tells the rest: how to read its configuration, and its tensors' names."""
+"""The contract of a model family, and the parts of a `config.json` that families share."""
 
 from __future__ import annotations
 
@@ -9,59 +9,41 @@ from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.models.config import ModelConfig
+from droplora_jax.models.parameters import TensorName, tensor_names
 from droplora_jax.nn.rope import SCALINGS, RopeConfig
-
-
-@dataclass(frozen=True)
-class TensorName:
-    """The Hugging Face name of a parameter; `{layer}` stands for the layer's index."""
-
-    pattern: str
-    transposed: bool = False
-
-    @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.pattern
-
-    def of_layer(self, layer: int) -> str:
-        return self.pattern.format(layer=layer)
-
-    @property
-    def module(self) -> str:
-        """The name of the module that owns the tensor."""
-        return self.pattern.rsplit(".", 1)[0]
 
 
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints over the one decoder.
 
+    A new family is one file and one line. The file, such as `qwen3.py`, defines `model_config`,
+    which turns the family's `config.json` into a `ModelConfig` (with `decoder_config` for the keys
+    that all families share), and `FAMILY`, a record of this class. The line, in `FAMILIES`, names
+    the `model_type`. No other module asks which family a model is of: features such as biases,
+    normed queries or windows are fields of `ModelConfig`, and a family that needs a feature which
+    no other has adds a field there and its parameters in `models/parameters.py`. Every key of a
+    `config.json` must be accounted for as read, harmless or refused, because a key that is
+    silently skipped is a model that silently computes something else.
+    `tests/contracts/test_families.py` compares each family with transformers.
+
     Attributes:
       model_config: the shape, from the `config.json` as a dict.
-      names: parameter path to tensor name: the one table for import and export.
       read: configuration keys that `model_config` uses.
       harmless: keys that do not change what the model computes.
       refused: keys whose other values would change it, with the values that are accepted.
-      buffers: suffixes of stored tensors that are no parameters.
+      buffers: suffixes of stored tensors that are not parameters.
     """
 
     model_config: Callable[[Mapping[str, Any]], ModelConfig]
-    names: Mapping[str, TensorName]
     read: frozenset[str]
     harmless: frozenset[str]
     refused: Mapping[str, Sequence[Any]]
     buffers: tuple[str, ...] = ()
 
     def tensor_names(self, config: ModelConfig) -> dict[str, TensorName]:
-        """The names of the parameters that a model of this shape has."""
-        has = {
-            "lm_head.kernel": not config.tie_embeddings,
-            **{f"layers.{name}_proj.bias": config.qkv_bias for name in ("q", "k", "v")},
-            "layers.o_proj.bias": config.o_bias,
-            **{f"layers.{name}_proj.bias": config.mlp_bias for name in ("gate", "up", "down")},
-            **{f"layers.{name}_norm.scale": config.qk_norm for name in ("q", "k")},
-        }
-        return {path: name for path, name in self.names.items() if has.get(path, True)}
+        """The tensors of the parameters that a model of this shape has, by path."""
+        return tensor_names(config)
 
     def check_keys(self, hf: Mapping[str, Any], where: str, ignore: Sequence[str] = ()) -> None:
         """Raise InputError for a configuration key that is refused or not known."""
@@ -81,29 +63,7 @@ class Family:
                 )
 
 
-def _layer(name: str, of: str = "weight") -> TensorName:
-    transposed = name.endswith("_proj") and of == "weight"
-    return TensorName(f"model.layers.{{layer}}.{name}.{of}", transposed=transposed)
-
-
-# How LLaMA's tensors are called, and those of all the families that follow it.
-NAMES = {
-    "embed.embedding": TensorName("model.embed_tokens.weight"),
-    "layers.attention_norm.scale": _layer("input_layernorm"),
-    **{
-        f"layers.{name}_proj.{ours}": _layer(f"{block}.{name}_proj", theirs)
-        for block, names in {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}.items()
-        for name in names
-        for ours, theirs in {"kernel": "weight", "bias": "bias"}.items()
-    },
-    "layers.q_norm.scale": _layer("self_attn.q_norm"),
-    "layers.k_norm.scale": _layer("self_attn.k_norm"),
-    "layers.mlp_norm.scale": _layer("post_attention_layernorm"),
-    "final_norm.scale": TensorName("model.norm.weight"),
-    "lm_head.kernel": TensorName("lm_head.weight", transposed=True),
-}
-
-# The keys of `config.json` that all these families have.
+# The keys of `config.json` that all families have.
 READ = frozenset(
     {
         "head_dim",
@@ -151,33 +111,33 @@ def decoder_config(
     """The shape that the common keys describe.
 
     Args:
-      defaults: of the family, for keys that `hf` lacks.
-      features: what else a `ModelConfig` has.
+      defaults: the family's values for keys that `hf` lacks.
+      features: further fields of the `ModelConfig`.
     """
     given = {"rms_norm_eps": 1e-6, **defaults, **hf}
-    width, heads = whole(given, "hidden_size"), whole(given, "num_attention_heads")
+    width, heads = positive_int(given, "hidden_size"), positive_int(given, "num_attention_heads")
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = heads
     if given.get("head_dim") is None:
         given["head_dim"] = width // heads
     return ModelConfig(
         family=family,
-        vocab_size=whole(given, "vocab_size"),
+        vocab_size=positive_int(given, "vocab_size"),
         width=width,
-        layers=whole(given, "num_hidden_layers"),
+        layers=positive_int(given, "num_hidden_layers"),
         heads=heads,
-        kv_heads=whole(given, "num_key_value_heads"),
-        head_dim=whole(given, "head_dim"),
-        ffn=whole(given, "intermediate_size"),
-        norm_epsilon=positive(given, "rms_norm_eps"),
+        kv_heads=positive_int(given, "num_key_value_heads"),
+        head_dim=positive_int(given, "head_dim"),
+        ffn=positive_int(given, "intermediate_size"),
+        norm_epsilon=positive_float(given, "rms_norm_eps"),
         rope=rope_config(given),
         tie_embeddings=bool(given.get("tie_word_embeddings", False)),
-        max_positions=whole(given, "max_position_embeddings"),
+        max_positions=positive_int(given, "max_position_embeddings"),
         **features,
     )
 
 
-# What `windows` reads.
+# The keys that `windows` reads.
 WINDOW_KEYS = frozenset(
     {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
 )
@@ -185,11 +145,11 @@ WINDOW_KEYS = frozenset(
 
 def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The window of each layer as Qwen describes them: `layer_types`, or from a layer on."""
-    layers = whole(hf, "num_hidden_layers")
+    layers = positive_int(hf, "num_hidden_layers")
     given = {"sliding_window": 4096, "max_window_layers": 28, **hf}
     if not given.get("use_sliding_window") or given["sliding_window"] is None:
         return ()
-    window, first = whole(given, "sliding_window"), given["max_window_layers"]
+    window, first = positive_int(given, "sliding_window"), given["max_window_layers"]
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise InputError(f"max_window_layers={first!r}: must be a whole number, the first layer")
     types = given.get("layer_types") or [
@@ -202,7 +162,7 @@ def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def whole(hf: Mapping[str, Any], key: str) -> int:
+def positive_int(hf: Mapping[str, Any], key: str) -> int:
     """A configuration value that must be a positive whole number."""
     value = hf[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -210,7 +170,7 @@ def whole(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def positive(hf: Mapping[str, Any], key: str) -> float:
+def positive_float(hf: Mapping[str, Any], key: str) -> float:
     """A configuration value that must be a positive number."""
     value = hf[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -222,7 +182,7 @@ def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
     """The rotary settings, in the old spelling (`rope_theta` + `rope_scaling`) or the new one."""
     settings = dict(hf.get("rope_parameters") or {})
     settings |= hf.get("rope_scaling") or {}
-    theta = positive({"rope_theta": 10_000.0, **hf, **settings}, "rope_theta")
+    theta = positive_float({"rope_theta": 10_000.0, **hf, **settings}, "rope_theta")
     settings.pop("rope_theta", None)
     kind = settings.pop("rope_type", settings.pop("type", "default"))
     settings.pop("type", None)
@@ -232,7 +192,7 @@ def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
             f"rotary scaling {kind!r} is not supported; supported: {', '.join(SCALINGS)}"
         )
     required, optional = SCALINGS[kind].required, SCALINGS[kind].optional
-    # What the model was made for stands beside the settings, not in them.
+    # The length that the model was trained for is a key beside the settings, not among them.
     for name in ("max_position_embeddings", "original_max_position_embeddings"):
         if name in required and "max_position_embeddings" in hf:
             settings.setdefault(name, hf["max_position_embeddings"])
@@ -242,7 +202,7 @@ def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
         raise InputError(f"rotary scaling {kind!r} has unknown keys {', '.join(unknown)}")
     read = {"truncate": lambda settings, name: float(bool(settings[name]))}
     parameters = tuple(
-        (name, read.get(name, positive)(settings, name))
+        (name, read.get(name, positive_float)(settings, name))
         for name in (*required, *optional)
         if name in settings
     )

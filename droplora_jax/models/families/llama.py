@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import HARMLESS, NAMES, READ, REFUSED, Family, decoder_config
+from droplora_jax.models.families.base import HARMLESS, READ, REFUSED, Family, decoder_config
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -23,7 +23,6 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 FAMILY = Family(
     model_config=model_config,
-    names=NAMES,
     read=READ | {"attention_bias", "mlp_bias"},
     harmless=HARMLESS,
     refused=REFUSED,

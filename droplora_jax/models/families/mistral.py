@@ -8,26 +8,24 @@ from typing import Any
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families.base import (
     HARMLESS,
-    NAMES,
     READ,
     REFUSED,
     Family,
     decoder_config,
-    whole,
+    positive_int,
 )
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     given = {"sliding_window": 4096, **hf}
-    layers = whole(given, "num_hidden_layers")
-    window = None if given["sliding_window"] is None else whole(given, "sliding_window")
+    layers = positive_int(given, "num_hidden_layers")
+    window = None if given["sliding_window"] is None else positive_int(given, "sliding_window")
     defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131_072}
     return decoder_config(hf, "mistral", defaults, windows=(window,) * layers if window else ())
 
 
 FAMILY = Family(
     model_config=model_config,
-    names=NAMES,
     read=READ | {"sliding_window"},
     harmless=HARMLESS,
     refused=REFUSED,

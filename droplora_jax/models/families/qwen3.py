@@ -8,7 +8,6 @@ from typing import Any
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families.base import (
     HARMLESS,
-    NAMES,
     READ,
     REFUSED,
     WINDOW_KEYS,
@@ -33,7 +32,6 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 FAMILY = Family(
     model_config=model_config,
-    names=NAMES,
     read=READ | WINDOW_KEYS | {"attention_bias"},
     harmless=HARMLESS,
     refused=REFUSED,
