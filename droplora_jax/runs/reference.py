@@ -55,17 +55,18 @@ def options() -> Iterator[Option]:
         for name in names:
             holders = [s for s in sections if name in {f.name for f in dataclasses.fields(s)}]
             field_of = {f.name: f for f in dataclasses.fields(holders[0])}[name]
-            kinds = [f"`{section.kind}`" for section in holders] if len(sections) > 1 else []
+            kinds = [f"`{_kind(section)}`" for section in holders] if len(sections) > 1 else []
             only = f" Kind {' or '.join(kinds)} only." if len(holders) < len(sections) else ""
-            yield _option(holders[0], field_of, f"{field.name}.{name}", only)
+            option = _option(holders[0], field_of, f"{field.name}.{name}", only)
+            yield option._replace(values=", ".join(kinds)) if name == "kind" else option
 
 
 def meanings(cls: type) -> dict[str, str]:
     """What the `Attributes` of a dataclass and its bases say of each field."""
-    found: dict[str, str] = {}
+    found = {"kind": "the kind of adapter: see `adapters/README.md`"}
     for base in reversed(inspect.getmro(cls)):
-        _, _, text = (base.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        section = inspect.cleandoc("\n" + text.partition("\n\n")[0])
+        _, *text = re.split(r"Attributes[^\n]*:\n", base.__dict__.get("__doc__") or "")
+        section = inspect.cleandoc("\n" + "".join(text).partition("\n\n")[0])
         for entry in re.split(r"\n(?=\S)", section):
             names, colon, meaning = entry.partition(":")
             if colon:
@@ -119,6 +120,11 @@ def _dataclasses(hint: Any) -> list[type]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
     return [cls for part in typing.get_args(hint) for cls in _dataclasses(part)]
+
+
+def _kind(section: type) -> str:
+    """The kind of adapter that a dataclass is read for."""
+    return typing.cast(str, getattr(section, "kind", ""))
 
 
 def _cell(text: str) -> str:

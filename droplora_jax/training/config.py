@@ -18,27 +18,32 @@ class TrainConfig:
     """How long to train, in what batches, and how often to evaluate, save and log.
 
     Attributes:
-      steps: optimizer steps; or
-      epochs: passes over the training rows (3 if neither is given).
-      global_batch: rows (lines, with packing) of one optimizer step, over all devices.
-      micro_batch: rows of one forward and backward pass, over all devices; the gradients of the
-        passes are summed. Default: the whole batch at once.
+      steps: optimizer steps; instead of `epochs`.
+      epochs: passes over the training examples; 3 if `steps` is not given either.
+      global_batch: sequences of one optimizer step, over all devices. A sequence holds one example,
+        or, with packing, several.
+      micro_batch: sequences of one forward and backward pass, over all devices; the gradients of
+        the passes are summed. Default: the whole batch at once.
       eval_every: steps between evaluations, on `data.valid` and `eval_tasks`.
-      eval_tasks: files by the name of a task (`evaluate.TASKS`) whose accuracy is measured too.
+      eval_tasks: files by the name of a task whose accuracy is measured too, such as
+        `{gsm8k: gsm8k_test.jsonl}`.
       eval_examples: how many examples of each file are used, from its beginning.
-      eval_run_code: whether tasks that run code which the model wrote may do so.
+      eval_run_code: lets `humaneval` and `mbpp` run the code that the model writes.
       best: the number that the best checkpoint is best in: `loss`, or the name of a task. Default:
-        the loss if there are validation rows, else the first task.
+        the loss if there are validation examples, else the first task.
       save_every: steps between checkpoints.
       log_every: steps between rows of metrics.jsonl.
       keep: how many of the newest checkpoints to keep, beside the best.
       stop_seconds: how long a run may take to save after SIGTERM (a preemption); then it ends.
       remat: what a layer saves for its backward pass: `everything`; `dots`, without what is cheap
-        to compute again; `offload`, the same in the host's memory; `attention`, its output alone;
-        or `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits.
-      neftune_alpha: NEFTune (arXiv 2310.05914): noise on the vectors of the tokens, uniform in
-        +-alpha / sqrt(length of the row or document * model width); 0 for none.
-      profile_steps: the first and the last step to trace, into `profile/` of the run's folder.
+        to compute again; `offload`, the same in the host's memory (not on a CPU); `attention`, its
+        output alone; or `nothing`. `auto`: the first of `dots`, `attention` and `nothing` that fits
+        by the compiler's word; the run says which and why.
+      neftune_alpha: NEFTune (arXiv 2310.05914): in training, noise on the embedded tokens, uniform
+        in +-alpha / sqrt(L D), L the length of the token's own document and D the model's width;
+        0 for none. The paper's values are 5 to 15.
+      profile_steps: the first and the last step to trace, such as `[3, 5]`, into `profile/` of the
+        run's folder.
     """
 
     steps: int | None = None
@@ -100,14 +105,16 @@ class OptimConfig:
       name: any optimizer of optax that takes a learning rate, such as `adamw`, `lion`, `sgd`.
       learning_rate: its highest value.
       schedule: what follows the warm-up: `constant`, or down to zero by `linear` or `cosine`.
-      warmup_steps: steps in which the learning rate rises from zero.
+      warmup_steps: steps in which the learning rate rises from zero; fewer than the run has.
       weight_decay: passed to optimizers that have it; must be 0 for others.
       no_decay: patterns of what is not decayed, searched in the paths of what is trained
         (`layers.q_proj.lora_b`).
       b_ratio: the learning rate of every B is so many times that of the rest (LoRA+, arXiv
         2402.12354, which takes 16).
       clip_norm: gradients are scaled down to this global norm; null for no clipping.
-      options: further arguments of the optimizer, such as `b2: 0.95`.
+      options: further arguments of the optimizer, such as `{b2: 0.95}`. `{mu_dtype: bfloat16}`
+        halves the first moment of Adam and Lion (optax has no low precision for the second, and no
+        8 bits).
     """
 
     name: str = "adamw"

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from data_fixtures import write_jsonl
+from fake_step import FakeStep, use
 from run_fixtures import (
     LENGTH,
     contents,
@@ -35,7 +36,7 @@ from droplora_jax.data.config import DataConfig
 from droplora_jax.data.load import load as load_rows
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.runs import config_reader
-from droplora_jax.runs.folder import changed_keys, check_folder
+from droplora_jax.runs.folder import changed_keys, previous_config
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,8 @@ def test_dtype(folder, droplora, tmp_path, dtype):
     assert json.loads((target / "config.json").read_text())["dtype"] == dtype
 
 
-def test_a_run_on_a_bfloat16_base_is_exported_in_bfloat16(tmp_path, droplora):
+def test_a_run_on_a_bfloat16_base_is_exported_in_bfloat16(tmp_path, droplora, monkeypatch):
+    use(monkeypatch)
     base = make_base(tmp_path / "base", dtype=torch.bfloat16)
     yaml = write_run(base.path, tmp_path, model={"dtype": "bfloat16"}, train={"steps": 4})
     droplora.good("train", yaml)
@@ -264,10 +266,12 @@ def test_nothing_else_may():
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    least = {"model": {"path": "a"}, "output": str(tmp_path), "data": {"train": "t"}}
-    config = config_reader._checked(least, "run.yaml", set())
     with pytest.raises(InputError, match="exists and is not empty; nothing is overwritten"):
-        check_folder(config, tmp_path)
+        previous_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(InputError, match="holds a config.yaml that is not a run's"):
+        previous_config(tmp_path)
+    assert previous_config(tmp_path / "new") is None
 
 
 # From an adapter that is there.
@@ -278,10 +282,10 @@ def started(folder, base, target, **sections):
     return write_run(base, target, model=model, **sections)
 
 
-def test_a_run_goes_on_from_an_adapter(folder, base, droplora, tmp_path):
+def test_a_run_goes_on_from_an_adapter(folder, base, droplora, tmp_path, monkeypatch):
     """With the adapter's own shape, and the run's way of dropping ranks; and it resumes."""
-    still = {"optim": {"learning_rate": 1e-12, "warmup_steps": 0}, "adapter": {"drop_rate": 0.25}}
-    file = started(folder, base, tmp_path, **still)
+    use(monkeypatch, FakeStep(change=0.0))
+    file = started(folder, base, tmp_path, optim={"warmup_steps": 0}, adapter={"drop_rate": 0.25})
     droplora.good("train", file, "train.steps=1")
     config = config_reader.read(tmp_path / "run" / "config.yaml").adapter
     theirs = config_reader.read(folder / "config.yaml").adapter
@@ -307,7 +311,8 @@ def test_options_that_contradict_the_adapter(folder, base, droplora, tmp_path):
     assert "/nowhere/adapter_config.json: missing" in result.err
 
 
-def test_dora_from_the_command_line(base, droplora, tmp_path):
+def test_dora_from_the_command_line(base, droplora, tmp_path, monkeypatch):
+    use(monkeypatch)
     adapter = {
         "kind": "dora",
         "rank": 4,

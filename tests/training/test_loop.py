@@ -18,63 +18,35 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from data_fixtures import make_tokenizer, random_rows, write_jsonl
+from data_fixtures import make_tokenizer, write_jsonl
+from fake_step import FakeStep, use
 from matplotlib.image import imread
 from run_fixtures import (
-    CommandLine,
     adapter_bytes,
     contents,
     factors,
-    make_base,
     metrics,
     process,
     write_run,
 )
 
-from droplora_jax import cli
-from droplora_jax.core.config import MeshConfig
-from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import make_mesh
-from droplora_jax.data.batches import Batches
+from droplora_jax.core import prng
 from droplora_jax.data.load import load
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.runs import config_reader
 from droplora_jax.training import evaluation
-from droplora_jax.training import loop as training
 from droplora_jax.training.checkpoint import Checkpoints
-from droplora_jax.training.config import TrainConfig, total_steps
 from droplora_jax.training.loop import Run
 
 STEPS = 40
 LONG = {"train": {"steps": STEPS, "save_every": 5, "eval_every": 20}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
-
-
-@pytest.fixture(scope="module")
-def finished(base, tmp_path_factory) -> Path:
-    """The folder of a run and its YAML, trained to the end; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    assert cli.main(["train", str(write_run(base, folder, **LONG))]) == 0
-    return folder
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture
-def copy(finished, base, tmp_path) -> Path:
-    """The same as if it had been trained here."""
-    shutil.copytree(finished / "run", tmp_path / "run")
-    file = tmp_path / "run" / "config.yaml"
-    file.write_text(file.read_text().replace(str(finished), str(tmp_path)))
-    write_run(base, tmp_path, **LONG)
-    return tmp_path
-
-
-@pytest.fixture
-def droplora(capsys) -> CommandLine:
-    return CommandLine(capsys)
+def fake(monkeypatch) -> FakeStep:
+    """Runs take a step that is not compiled."""
+    return use(monkeypatch)
 
 
 def trained(folder: Path) -> list[dict]:
@@ -127,7 +99,7 @@ def test_the_rows_of_metrics(finished):
     assert [row["step"] for row in metrics(finished / "run") if "eval_loss" in row] == [20, 40]
 
 
-def test_what_a_person_sees(finished, base, tmp_path, droplora):
+def test_what_a_person_sees(base, tmp_path, droplora, fake):
     yaml = write_run(base, tmp_path, train={"steps": 4})
     out = droplora.good("train", yaml)
     folder = tmp_path / "run"
@@ -146,26 +118,26 @@ def test_what_a_person_sees(finished, base, tmp_path, droplora):
         assert text in out
 
 
-def test_every_step_of_a_run_draws_other_masks(base, tmp_path):
+def test_every_step_of_a_run_draws_other_masks(base, tmp_path, droplora):
     """Equal rows and a rate of next to nothing: only masks can make two steps differ."""
+    row = {"instruction": "odd? 7", "output": "the answer is true"}
+    yaml = write_run(
+        base,
+        tmp_path,
+        data={"train": write_jsonl(tmp_path / "one.jsonl", [row] * 16), "valid": None},
+        optim={"learning_rate": 1e-30, "weight_decay": 0.0},
+        train={"steps": 4},
+    )
+    droplora.good("train", yaml)
+    assert len({round(line["grad_norm"], 5) for line in trained(tmp_path / "run")}) == 4
 
-    def norms(name: str, drop_rate: float) -> set[float]:
-        folder = tmp_path / name
-        folder.mkdir()
-        row = {"instruction": "odd? 7", "output": "the answer is true"}
-        yaml = write_run(
-            base,
-            folder,
-            data={"train": write_jsonl(folder / "one.jsonl", [row] * 16), "valid": None},
-            adapter={"drop_rate": drop_rate},
-            optim={"learning_rate": 1e-30, "weight_decay": 0.0},
-            train={"steps": 4},
-        )
-        assert cli.main(["train", str(yaml)]) == 0
-        return {round(line["grad_norm"], 5) for line in trained(folder / "run")}
 
-    assert len(norms("masks", 0.5)) == 4
-    assert len(norms("none", 0.0)) == 1
+def test_all_steps_of_a_run_have_the_mask_root_of_its_seed(base, tmp_path, droplora, fake):
+    droplora.good("train", write_run(base, tmp_path, seed=11, train={"steps": 3}))
+    expected = jax.random.key_data(prng.run_keys(11).mask)
+    assert len(fake.mask_roots) == 3
+    for root in fake.mask_roots:
+        np.testing.assert_array_equal(jax.random.key_data(root), expected)
 
 
 # --- stopping and carrying on ---------------------------------------------------------------------
@@ -181,8 +153,8 @@ def wait_for(condition: Callable[[], bool], running: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
-    ids=["kill -9", "SIGTERM", "SIGINT"],
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)],
+    ids=["kill -9", "SIGTERM"],
 )
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     finished, base, tmp_path, droplora, number, code
@@ -249,14 +221,24 @@ def send(monkeypatch, numbers: list[signal.Signals], *, at: int) -> None:
     monkeypatch.setattr(Run, "feed", feed)
 
 
-def test_a_signal_lets_the_step_end_and_saves_it(base, tmp_path, droplora, monkeypatch):
-    send(monkeypatch, [signal.SIGTERM], at=2)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_and_saves_it(base, tmp_path, droplora, fake, number, code):
+    """And the same command ends in the bits of a run that was never stopped."""
+    yaml = write_run(base, tmp_path)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    result = droplora("train", write_run(base, tmp_path))
-    assert result.code == 143
-    assert result.err == "droplora: stopped by SIGTERM: step 3 is saved\n"
+    with pytest.MonkeyPatch.context() as patch:
+        send(patch, [number], at=2)
+        result = droplora("train", yaml)
+    assert result.code == code
+    assert result.err == f"droplora: stopped by {number.name}: step 3 is saved\n"
     assert (tmp_path / "run" / "checkpoints" / "step_3").is_dir()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert "carrying on from the checkpoint of step 3\n" in droplora.good("train", yaml)
+    (tmp_path / "whole").mkdir()
+    droplora.good("train", write_run(base, tmp_path / "whole"))
+    runs = [tmp_path / "run", tmp_path / "whole" / "run"]
+    stopped, whole = (adapter_bytes(run)["adapter_model.safetensors"] for run in runs)
+    assert stopped == whole
 
 
 def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
@@ -264,15 +246,19 @@ def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
     hanging = tmp_path / "hanging.py"
     hanging.write_text(
         "import sys, time\n"
+        f"sys.path.insert(0, {str(SUPPORT)!r})\n"
+        "import pytest\n"
+        "from fake_step import use\n"
         "from droplora_jax import cli\n"
         "from droplora_jax.training import monitor\n"
-        "after = monitor.Watch.after\n"
+        "use(pytest.MonkeyPatch())\n"
+        "after = monitor.Monitor.after\n"
         "def hang(self, step, metrics):\n"
         "    if step == 3:\n"
         "        print('hanging', flush=True)\n"
         "        time.sleep(100)\n"
         "    after(self, step, metrics)\n"
-        "monitor.Watch.after = hang\n"
+        "monitor.Monitor.after = hang\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     yaml = write_run(base, tmp_path, train={"save_every": 1, "stop_seconds": 2})
@@ -287,13 +273,13 @@ def test_a_run_that_can_not_stop_in_time_is_ended(base, tmp_path):
     assert "the newest good one is step 2" in err
 
 
-def test_a_signal_in_the_last_step_is_too_late(base, tmp_path, droplora, monkeypatch):
+def test_a_signal_in_the_last_step_is_too_late(base, tmp_path, droplora, fake, monkeypatch):
     send(monkeypatch, [signal.SIGINT], at=3)
     droplora.good("train", write_run(base, tmp_path, train={"steps": 4}))
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
-def test_a_second_interrupt_acts_at_once(base, tmp_path, droplora, monkeypatch):
+def test_a_second_interrupt_acts_at_once(base, tmp_path, droplora, fake, monkeypatch):
     send(monkeypatch, [signal.SIGINT, signal.SIGINT], at=2)
     result = droplora("train", write_run(base, tmp_path))
     assert (result.code, result.err) == (130, "droplora: interrupted\n")
@@ -378,7 +364,9 @@ def test_a_checkpoint_says_where_in_which_data_the_run_is(finished, base):
         assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_mixture_with_rows_held_out(base, tmp_path, droplora):
+def test_a_mixture_with_rows_held_out(base, tmp_path, droplora, fake, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(evaluation, "_mean_loss", lambda *given: evaluated.append(given[1]) or 0.5)
     data = {
         "train": [
             {"path": str(tmp_path / "data" / "train.jsonl"), "weight": 0.7},
@@ -392,7 +380,9 @@ def test_a_mixture_with_rows_held_out(base, tmp_path, droplora):
     kept = sum(int(n) for n in re.findall(r"(\d+) rows to train on", out))
     assert f"{round(0.2 * kept)} rows are held out for validation" in out
     assert "full (best_fit)" in out
-    assert metrics(tmp_path / "run")[-1]["eval_loss"] > 0
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] == 0.5
+    assert evaluated
+    assert all(batches.packed for batches in evaluated)
 
 
 def test_noise_of_a_run_is_drawn_anew_in_every_step_and_exact_on_resume(base, tmp_path, droplora):
@@ -443,7 +433,7 @@ def test_longer_on_another_mesh_and_with_other_cadences(copy, droplora):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_finished_run_whose_adapter_is_gone_writes_it_again(copy, droplora):
+def test_a_finished_run_whose_adapter_is_gone_writes_it_again(copy, droplora, fake):
     old = adapter_bytes(copy / "run")
     shutil.rmtree(copy / "run" / "adapter")
     droplora.good("train", copy / "run.yaml")
@@ -457,7 +447,7 @@ def test_a_run_that_was_moved_carries_on(copy, droplora):
     assert "finished already" in out
 
 
-def test_a_folder_without_a_checkpoint_starts_over_with_any_settings(copy, droplora):
+def test_a_folder_without_a_checkpoint_starts_over_with_any_settings(copy, droplora, fake):
     shutil.rmtree(copy / "run" / "checkpoints")
     shutil.rmtree(copy / "run" / "adapter")
     out = droplora.good("train", copy / "run.yaml", "seed=9", "train.steps=4")
@@ -468,17 +458,16 @@ def test_a_folder_without_a_checkpoint_starts_over_with_any_settings(copy, dropl
 
 # --- what goes wrong on the way -------------------------------------------------------------------
 
-EXPLODING = {"learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0}
+EXPLODING = FakeStep(loss=lambda step: math.nan if step == 2 else 5.0)
 
 
 @pytest.mark.parametrize(
     ("save_every", "kept", "said"),
     [(1, ["step_1"], "the last good checkpoint, step 1, is kept"), (10, [], "no checkpoint yet")],
 )
-def test_a_loss_that_is_no_number(base, tmp_path, droplora, save_every, kept, said):
-    yaml = write_run(
-        base, tmp_path, optim=EXPLODING, data={"valid": None}, train={"save_every": save_every}
-    )
+def test_a_loss_that_is_no_number(base, tmp_path, droplora, monkeypatch, save_every, kept, said):
+    use(monkeypatch, EXPLODING)
+    yaml = write_run(base, tmp_path, data={"valid": None}, train={"save_every": save_every})
     result = droplora("train", yaml)
     assert result.code == 3
     assert result.err.startswith("droplora: step 2: loss nan")
@@ -493,7 +482,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run_and_is_never_the_best(
     base, tmp_path, droplora, monkeypatch
 ):
     losses = iter([0.5, 1.0, math.nan])
-    monkeypatch.setattr(evaluation, "_mean_loss", lambda *_: next(losses))
+    use(monkeypatch, eval_loss=lambda: next(losses))
     result = droplora("train", write_run(base, tmp_path, train={"keep": 1}))
     assert result.code == 3
     assert result.err.startswith("droplora: step 12: eval_loss nan: stopped; the last good ")
@@ -510,16 +499,15 @@ def test_a_state_that_is_not_finite_is_never_saved(
     base, tmp_path, droplora, monkeypatch, evaluated
 ):
     """The loss of step 8 is still finite: it was computed before the state was updated."""
-    original = training._look_and_save
 
-    def spoil(run, watch, measure, state, step, stop):
-        if step == 8:
-            first = jax.tree.map(lambda x: x * math.nan if x.ndim else x, state.opt_state)
-            state = replace(state, opt_state=first)
-        measure = measure and (lambda _: {"eval_loss": 1.0 / step})
-        original(run, watch, measure, state, step, stop)
+    def spoil(step, state):
+        if step < 8:
+            return state
+        return replace(
+            state, opt_state=jax.tree.map(lambda x: x * math.nan if x.ndim else x, state.opt_state)
+        )
 
-    monkeypatch.setattr(training, "_look_and_save", spoil)
+    use(monkeypatch, FakeStep(spoil=spoil))
     data = {} if evaluated else {"valid": None}
     result = droplora("train", write_run(base, tmp_path, data=data))
     assert result.code == 3
@@ -532,14 +520,16 @@ def test_a_state_that_is_not_finite_is_never_saved(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_a_lower_rate_after_a_loss_that_is_no_number(base, tmp_path, droplora):
+def test_a_lower_rate_after_a_loss_that_is_no_number(base, tmp_path, droplora, monkeypatch):
     """The advice that the error gives can be followed where no checkpoint was written."""
-    yaml = write_run(base, tmp_path, optim=EXPLODING, data={"valid": None})
+    use(monkeypatch, EXPLODING)
+    yaml = write_run(base, tmp_path, data={"valid": None})
     assert droplora("train", yaml).code == 3
+    use(monkeypatch)
     droplora.good("train", yaml, "optim.learning_rate=0.01", "train.steps=4")
 
 
-def test_a_full_disk(base, finished, tmp_path, droplora):
+def test_a_full_disk(base, tmp_path, droplora, fake):
     """The run says so, and the same command carries on when there is room."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -560,39 +550,6 @@ def test_a_full_disk(base, finished, tmp_path, droplora):
         assert [row["step"] for row in trained(folder)] == list(range(1, 11))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-# --- the configuration ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "steps"),
-    [
-        (TrainConfig(global_batch=4), 8),  # three epochs of ten rows
-        (TrainConfig(global_batch=4, epochs=0.5), 2),
-        (TrainConfig(global_batch=4, steps=7), 7),
-    ],
-)
-def test_how_long(config, steps):
-    batches = Batches(random_rows(10, 8, 0), batch_size=4, seed=0, shuffle=True, max_length=8)
-    assert total_steps(config, batches) == steps
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (TrainConfig(global_batch=12), r"train\.global_batch=12 .* the 8 parts .* multiple of 8"),
-        (TrainConfig(global_batch=16, micro_batch=4), r"train\.micro_batch=4 .* the 8 parts"),
-    ],
-)
-def test_rows_that_the_mesh_can_not_split(config, message):
-    with pytest.raises(InputError, match=message):
-        config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=4)), 32)
-    config.check_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), 33)
-    with pytest.raises(
-        InputError, match=r"data.max_length=40 .*by 16, the square of mesh.context=4"
-    ):
-        config.check_mesh(make_mesh(MeshConfig(fsdp=2, context=4)), 40)
 
 
 def test_metrics_are_strict_json(finished):
