@@ -1,4 +1,4 @@
-"""`droplora generate` without a file: a plain chat in the terminal."""
+"""A plain chat in the terminal: `droplora generate` without a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from droplora_jax.commands.generate import Request, chosen_template, prompt_document
+from droplora_jax.commands.completions import chosen_template, prompt_document
+from droplora_jax.commands.options import ModelRef
 from droplora_jax.core import signals
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
@@ -19,13 +20,13 @@ from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.runs.open_model import Opened
 
 
-def chat(request: Request, console: Console) -> None:
+def chat(source: ModelRef, template: str | None, sampling: Sampling, console: Console) -> None:
     """Answer what is typed, until `/exit` or the end of the input; Ctrl-C stops an answer."""
     import readline  # noqa: F401 - lines can be edited, and come back
 
-    request = replace(request, batch_size=1)
-    opened, generator = request.load(request.find())
-    template = _template(request.template, opened)
+    opened = source.load(source.find())
+    generator = Generator(opened.model, opened.tokenizer, batch_size=1)
+    template = _template(template, opened)
     remembers = template == "chat"
     say(console, f"template: {template or 'none'}; {_help(remembers)}")
     turns: list[Turn] = []
@@ -35,7 +36,7 @@ def chat(request: Request, console: Console) -> None:
         elif line:
             turns = [*turns, Turn(USER, line)] if remembers else [Turn(USER, line)]
             try:
-                answer = _answer(turns, template, opened.tokenizer, generator, request.sampling)
+                answer = _answer(turns, template, opened.tokenizer, generator, sampling)
                 turns = [*turns, Turn(ASSISTANT, answer)] if answer else turns[:-1]
             except InputError as error:
                 turns = turns[:-1]

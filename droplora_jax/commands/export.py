@@ -1,68 +1,65 @@
-"""From the folder of a run, or of an adapter, to folders for other tools: `droplora export`."""
+"""`droplora export`: from the folder of a run, or of adapters, to a folder for other tools."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import jax
-from rich.console import Console
-
-from droplora_jax.adapters import truncate
-from droplora_jax.core import files
-from droplora_jax.core.console import say
+from droplora_jax.commands.parser import option
+from droplora_jax.core.compile_cache import compile_cache
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.sharding import make_mesh
-from droplora_jax.hf import merged
-from droplora_jax.hf.peft import adapter
-from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.models.decoder import Decoder
-from droplora_jax.runs import config_reader
-from droplora_jax.runs.config import BaseConfig
-from droplora_jax.runs.folder import CONFIG_FILE
-from droplora_jax.runs.open_base import open_base
-from droplora_jax.runs.open_model import base_of, load_adapters, restored, weights_of
+from droplora_jax.core.files import check_free
 
 
-def export_folder(
-    folders: Sequence[str],
-    target: Path,
-    *,
-    format: str,
-    step: str,
-    dtype: str | None,
-    rank: int | None,
-    base: str | None,
-    console: Console,
-) -> None:
-    """Write what a run trained, or adapters in PEFT's format, as a folder for other tools.
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write what a run trained, or a PEFT adapter, for other tools.
 
-    Args:
+    Attributes:
       folders: of one run; or of adapters, DIR or DIR=WEIGHT, whose sum it is.
-      format: a name in `EXPORTERS`.
-      step: of a run: `last`, `best`, or the number of a checkpoint.
-      dtype: of a merged folder; default: the base's.
-      rank: what to truncate the adapter to; default: its own.
-      base: of an adapter, if it is not where the adapter says.
+      dtype: of a merged folder.
     """
-    files.check_free(target)
-    if dtype is not None and format != "merged":
-        raise InputError(f"--dtype {dtype}: only for --format merged; adapters are float32")
-    weights = weights_of(folders)
-    first = next(iter(weights))
-    if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
-        model, extra = _restored(first, step)
-    else:
-        model, extra = _with_adapters(weights, base), None
-    if rank is not None:
-        model, truncation = truncate.truncated(model, rank)
-        say(console, str(truncation))
-    if format == "merged":
-        say(console, str(merged.save_merged(model, target, dtype=dtype)))
-    else:
-        limits = adapter.save_adapter(model, target, extra=extra)
-        say(console, f"{target}: adapter in PEFT's format{_for_vllm(limits)}")
+
+    folders: tuple[str, ...] = option(
+        "RUN_DIR|ADAPTER_DIR[=WEIGHT]", "several: their sum", nargs="+"
+    )
+    to: Path = option("DIR", required=True)
+    format: Literal["merged", "peft"] = option(required=True)
+    dtype: Literal["bfloat16", "float32"] | None = option(help="default: the base's", default=None)
+    step: str = option("last|best|N", "of a run", default="last")
+    rank: int | None = option("K", "truncate the adapter to this rank", default=None)
+    base: str | None = option("DIR", "of an adapter, if it has moved", default=None)
+
+    def run(self) -> None:
+        check_free(self.to)
+        if self.dtype is not None and self.format != "merged":
+            raise InputError(
+                f"--dtype {self.dtype}: only for --format merged; adapters are float32"
+            )
+        with compile_cache():
+            self._write()
+
+    def _write(self) -> None:
+        from rich.console import Console
+
+        from droplora_jax.adapters.truncate import truncated
+        from droplora_jax.commands.exported_model import exported_model
+        from droplora_jax.core.console import say
+        from droplora_jax.hf.merged import save_merged
+        from droplora_jax.hf.peft.adapter import save_adapter
+
+        console = Console()
+        model, record = exported_model(self.folders, step=self.step, base=self.base)
+        if self.rank is not None:
+            model, truncation = truncated(model, self.rank)
+            say(console, str(truncation))
+        if self.format == "merged":
+            say(console, str(save_merged(model, self.to, dtype=self.dtype)))
+        else:
+            limits = save_adapter(model, self.to, extra=record)
+            say(console, f"{self.to}: adapter in PEFT's format{_for_vllm(limits)}")
 
 
 def _for_vllm(limits: Sequence[str]) -> str:
@@ -72,36 +69,3 @@ def _for_vllm(limits: Sequence[str]) -> str:
         if limits
         else ""
     )
-
-
-def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
-    """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
-    if not (folder / CONFIG_FILE).exists():
-        raise InputError(
-            f"{folder}: no run of droplora in it (no {CONFIG_FILE}), "
-            f"and no adapter (no {PEFT_FILE})"
-        )
-    config = config_reader.read(folder / CONFIG_FILE)
-    return restored(_abstract(config.model), config, folder, which)
-
-
-def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
-    """The model of adapters in PEFT's format, the base as shapes only."""
-    config, *others = (base_of(folder, base) for folder in adapters)
-    first, *folders = adapters
-    for folder, other in zip(folders, others, strict=True):
-        if other != config:
-            raise InputError(
-                f"{folder} is for the base {other.path}, {first} for {config.path}: only adapters "
-                "of one base have a sum; if it is one under two names, say --base"
-            )
-    try:
-        model = _abstract(config)
-    except InputError as error:
-        raise InputError(f"{error} (the base of {first}; another place: --base)") from error
-    return load_adapters(model, adapters)
-
-
-def _abstract(config: BaseConfig) -> Decoder:
-    """A base as shapes only, on one device."""
-    return open_base(config).abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")

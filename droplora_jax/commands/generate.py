@@ -1,192 +1,67 @@
-"""`droplora generate --prompts`: completions of the prompts in a file."""
+"""`droplora generate`: the prompts of a file, or a chat in the terminal."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from droplora_jax.core.console import say
+from droplora_jax.commands.options import ModelRef
+from droplora_jax.commands.parser import group, option
+from droplora_jax.core.compile_cache import compile_cache
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.files import check_absent, write_file
-from droplora_jax.core.resumable import Partial
-from droplora_jax.data.data_file import local
-from droplora_jax.data.formats import Example, Turn
-from droplora_jax.data.formats.base import ASSISTANT, USER, text_of
-from droplora_jax.data.templates import TEMPLATES, Document, Piece
-from droplora_jax.data.tokenization import encode_prompts
-from droplora_jax.inference.generator import Generator, Sampling
-from droplora_jax.nn.options import QuantizedKind
-from droplora_jax.runs.open_model import ModelFiles, Opened, find_model
-
-RECORDED = "recorded"  # in place of a template's name
-WINDOW = 16  # batches whose prompts are sorted by length together
+from droplora_jax.inference.generator import Sampling
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to generate with, and how.
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Complete the prompts of a file, or chat in the terminal without one.
 
     Attributes:
-      model, adapter, step, dtype, quantize: see `opening.open_model`.
-      template: a name in `TEMPLATES`, or `recorded`: the one recorded with the adapter. By default
-        a file's prompts are taken as they are.
+      template: a name in `data.templates.TEMPLATES`, or `recorded`: the one recorded with the
+        adapter. By default a file's prompts are taken as they are.
     """
 
-    model: str
-    adapter: tuple[str, ...] = ()
-    step: str = "last"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    quantize: QuantizedKind | None = None
-    template: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    batch_size: int = 8
+    source: ModelRef = group(ModelRef)
+    prompts: Path | None = option("FILE", 'rows {"prompt": ...}, .jsonl or .json', default=None)
+    output: Path | None = option(
+        "FILE.jsonl", "what to write; carries on if cut short", default=None
+    )
+    template: str | None = option(
+        "NAME|recorded", "around every prompt; default: none in a file", default=None
+    )
+    sampling: Sampling = group(
+        Sampling,
+        max_new_tokens={"metavar": "N"},
+        temperature={"metavar": "T", "help": "default: 0, greedy"},
+        top_k={"metavar": "K"},
+        top_p={"metavar": "P"},
+        stop={"metavar": "TEXT", "help": "ends a completion", "nargs": "+"},
+    )
+    batch_size: int = option("N", "prompts at a time", default=8)
 
     def __post_init__(self) -> None:
-        names = (*TEMPLATES, RECORDED)
-        if self.template is not None and self.template not in names:
-            raise InputError(f"--template {self.template}: must be one of {', '.join(names)}")
+        if (self.prompts is None) != (self.output is None):
+            raise InputError("--prompts and --output go together; without both, it is a chat")
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
 
-    def find(self) -> ModelFiles:
-        return find_model(self.model, self.adapter, step=self.step)
+    def run(self) -> None:
+        from rich.console import Console
 
-    def load(self, files: ModelFiles) -> tuple[Opened, Generator]:
-        opened = files.load(dtype=self.dtype, quantize=self.quantize)
-        return opened, Generator(opened.model, opened.tokenizer, batch_size=self.batch_size)
+        from droplora_jax.commands.chat import chat
+        from droplora_jax.commands.completions import check_template, complete_file
 
-
-# --- a file ---------------------------------------------------------------------------------------
-
-
-def generate_file(request: Request, prompts: Path, output: Path, console: Console) -> None:
-    """Complete every row `{"prompt"}` of a file; writes rows `{"prompt", "completion"}`, in order.
-
-    Until all are there they are in `OUTPUT.part`, from which the same command carries on. Nothing
-    that was written is overwritten.
-
-    Raises:
-      InputError: the output exists, a row without a prompt, a part of another command's.
-    """
-    check_absent(output)
-    rows = _read(prompts)
-    files = request.find()
-    partial = Partial(output, _settings(request, files, [prompt for _, prompt in rows]))
-    done = len(partial.rows)
-    if done:
-        say(console, f"carries on after {done} of {len(rows)} completions ({partial.file})")
-    opened, generator = request.load(files)
-    template = chosen_template(request.template, opened)
-    ids = _encoded(rows, template, opened.tokenizer)
-    _check_all(generator, rows, ids, request.sampling)
-    with _progress(console, done, len(rows)) as advance:
-        for first in range(done, len(rows), WINDOW * generator.batch_size):
-            window = range(first, min(first + WINDOW * generator.batch_size, len(rows)))
-            completions = generator.as_done(
-                [ids[i] for i in window], request.sampling, rows=list(window)
+        with compile_cache():
+            check_template(self.template)
+            if self.prompts is None or self.output is None:
+                chat(self.source, self.template, self.sampling, Console())
+                return
+            complete_file(
+                self.prompts,
+                self.output,
+                self.source,
+                self.sampling,
+                template=self.template,
+                batch_size=self.batch_size,
+                console=Console(),
             )
-            for i, text in _in_order(completions, advance):
-                partial.write({"prompt": rows[window[i]][1], "completion": text})
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in partial.rows)
-    write_file(output, "".join(lines))
-    partial.remove()
-    say(console, f"{len(rows)} completions: {output}")
-
-
-def _read(file: Path) -> list[tuple[str, str]]:
-    """Every row's place, for errors, and its prompt."""
-    rows = []
-    for where, record in local(file).records():
-        try:
-            rows.append((where, text_of(record, "prompt")))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-    return rows
-
-
-def _encoded(
-    rows: Sequence[tuple[str, str]], template: str | None, tokenizer: Any
-) -> list[list[int]]:
-    documents = []
-    for where, prompt in rows:
-        try:
-            documents.append(prompt_document([Turn(USER, prompt)], template, tokenizer))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
-    return encode_prompts(documents, tokenizer)
-
-
-def _check_all(
-    generator: Generator,
-    rows: Sequence[tuple[str, str]],
-    ids: Sequence[Sequence[int]],
-    sampling: Sampling,
-) -> None:
-    for (where, _), own in zip(rows, ids, strict=True):
-        generator.check(where, own, sampling)
-
-
-def _settings(request: Request, files: ModelFiles, prompts: Sequence[str]) -> dict[str, Any]:
-    """What makes the completions: all but the batch size."""
-    settings = asdict(request)
-    del settings["batch_size"]
-    settings |= settings.pop("sampling")
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return {**settings, "files": files.fingerprint(), "prompts": digest}
-
-
-def _in_order(completions: Iterator[tuple[int, str]], advance: Any) -> Iterator[tuple[int, str]]:
-    """Each as soon as those before it are there."""
-    waiting: dict[int, str] = {}
-    following = 0
-    for i, text in completions:
-        waiting[i] = text
-        advance()
-        while following in waiting:
-            yield following, waiting.pop(following)
-            following += 1
-
-
-@contextmanager
-def _progress(console: Console, done: int, total: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("prompt"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda: bar.advance(task)
-
-
-# --- prompts --------------------------------------------------------------------------------------
-
-
-def prompt_document(turns: Sequence[Turn], template: str | None, tokenizer: Any) -> Document:
-    """A conversation that the assistant is to go on with, as it was written out for training."""
-    if template is None:
-        return Document((Piece(turns[-1].content or "", False),))
-    # The template knows best where a response begins: `encode_prompts` takes what is before it.
-    answered = Example((*turns, Turn(ASSISTANT, "answer")))
-    return TEMPLATES[template](answered, tokenizer)
-
-
-def chosen_template(asked: str | None, opened: Opened) -> str | None:
-    if asked != RECORDED:
-        return asked
-    if opened.template is None:
-        raise InputError(
-            f"--template {RECORDED}: no template is recorded with this model (droplora_config.json "
-            f"of an adapter has one); name one of {', '.join(TEMPLATES)}"
-        )
-    return opened.template

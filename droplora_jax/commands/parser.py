@@ -1,122 +1,135 @@
-"""What the command line takes."""
+"""From dataclasses to a command line: the fields of a command are its arguments.
+
+A field without a default is a positional argument, or a required flag if it says so; a field with
+a default is a flag of its name. `bool` is a switch, a `Literal` a choice, a tuple may be given
+several times, and a field made by `group` holds the flags of another dataclass. A command checks
+its values when it is built, before what does its work is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
-ADAPTER = "in PEFT's format, for a base; as often as you like, for their sum"
+T = TypeVar("T")
 
 
-def command_line(
-    work: Mapping[str, Callable[[argparse.Namespace], int]],
-) -> argparse.ArgumentParser:
-    """A parser whose options have in `command` what does the work of each command."""
+@runtime_checkable
+class Command(Protocol):
+    """A command: a dataclass whose fields are its arguments and whose docstring begins its help."""
+
+    def run(self) -> int | None:
+        """Do it; returns the exit code, None for 0."""
+
+
+def option(
+    metavar: str | None = None,
+    help: str | None = None,
+    *,
+    default: Any = dataclasses.MISSING,
+    **argparse: Any,
+) -> Any:
+    """A field with what the command line says of it.
+
+    Args:
+      metavar, help: as in `argparse`.
+      default: makes it a flag; without one it is a positional argument, unless `required=True`.
+      argparse: further arguments of `add_argument`; and `last=True`: stands behind all others.
+    """
+    said = {"metavar": metavar, "help": help, **argparse}
+    return dataclasses.field(default=default, metadata={"argument": said})
+
+
+def group(options: type, /, **said: Mapping[str, Any]) -> Any:
+    """A field that holds the flags of another dataclass; `said`: what `option` says, for each."""
+    return dataclasses.field(default_factory=options, metadata={"group": said})
+
+
+def command_line(commands: Mapping[str, type[Command]]) -> argparse.ArgumentParser:
+    """A parser; what it returns has the chosen command's class in `command`."""
     parser = argparse.ArgumentParser(
         prog="droplora", description="Fine-tune LLaMA-family models with DropLoRA in JAX."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (help, arguments) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help)
-        arguments(command)
-        command.set_defaults(command=work[name])
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=_help(command))
+        arguments = sorted(_arguments(command), key=lambda argument: argument.last)
+        for argument in arguments:
+            subparser.add_argument(*argument.flags, **argument.keywords)
+        subparser.set_defaults(command=command)
     return parser
 
 
-def _quickstart_arguments(quickstart: argparse.ArgumentParser) -> None:
-    quickstart.add_argument("--output", default="droplora-quickstart", metavar="DIR")
+def build(options: type[T], values: Mapping[str, Any]) -> T:
+    """A command, or a group of its options, from the values that were parsed."""
+    types = get_type_hints(options)
+    arguments = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        kind = types[field.name]
+        if "group" in field.metadata:
+            arguments[field.name] = build(kind, values)
+        else:
+            value = values[field.name]
+            arguments[field.name] = tuple(value) if isinstance(value, list) else value
+    return options(**arguments)
 
 
-def _train_arguments(train: argparse.ArgumentParser) -> None:
-    add = train.add_argument
-    add("file", metavar="RUN.yaml")
-    add("overrides", nargs="*", metavar="section.key=value")
-    add("--dry-run", action="store_true", help="show the data and stop; no run begins")
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    flags: Sequence[str]
+    keywords: Mapping[str, Any]
+    last: bool
 
 
-def _export_arguments(export: argparse.ArgumentParser) -> None:
-    add = export.add_argument
-    add("folders", metavar="RUN_DIR|ADAPTER_DIR[=WEIGHT]", nargs="+", help="several: their sum")
-    add("--to", required=True, metavar="DIR", type=Path)
-    add("--format", required=True, choices=("merged", "peft"))
-    add("--dtype", choices=("bfloat16", "float32"), help="default: the base's")
-    add("--step", default="last", metavar="last|best|N", help="of a run")
-    add("--rank", type=int, metavar="K", help="truncate the adapter to this rank")
-    add("--base", metavar="DIR", help="of an adapter, if it has moved")
+def _arguments(options: type, said: Mapping[str, Any] | None = None) -> Iterator[_Argument]:
+    types = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if "group" in field.metadata:
+            yield from _arguments(types[field.name], field.metadata["group"])
+            continue
+        keywords = dict((said or {}).get(field.name) or field.metadata.get("argument", {}))
+        last = keywords.pop("last", False)
+        keywords = {**_keywords(types[field.name]), **keywords}
+        if "nargs" in keywords:
+            keywords["action"] = "extend"
+        positional = field.default is dataclasses.MISSING and not keywords.get("required")
+        if positional:
+            flags = [field.name]
+        else:
+            flags = [f"--{field.name.replace('_', '-')}"]
+            if field.default is not dataclasses.MISSING:
+                default = field.default
+                keywords["default"] = list(default) if isinstance(default, tuple) else default
+        yield _Argument(flags, {k: v for k, v in keywords.items() if v is not None}, last)
 
 
-def _plan_arguments(plan: argparse.ArgumentParser) -> None:
-    add = plan.add_argument
-    add("file", metavar="RUN.yaml", type=Path)
-    add("overrides", nargs="*", metavar="section.key=value")
-    where = "v5e:4x4, 2xv5e:16x16, cpu:8, ..."
-    add("--topology", required=True, metavar="KIND:SHAPE", help=where)
-    add("--json", action="store_true", help="everything, for programs")
+def _keywords(kind: Any) -> dict[str, Any]:
+    """What argparse has to know of a type; the first choice of an optional one."""
+    if NoneType in get_args(kind):
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+    if kind is bool:
+        return {"action": "store_true", "metavar": None}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        return {"action": "append"}
+    return {} if kind is str else {"type": kind}
 
 
-def _inspect_arguments(inspect: argparse.ArgumentParser) -> None:
-    add = inspect.add_argument
-    add("folder", metavar="DIR", type=Path)
-    add("--json", action="store_true", help="everything, for programs")
-    add("--png", metavar="FILE", type=Path, help="draw a map of the layers")
-
-
-def _generate_arguments(generate: argparse.ArgumentParser) -> None:
-    add = generate.add_argument
-    add("model", metavar="MODEL", help="a model's folder or hub id, a run, or an adapter")
-    add("--adapter", metavar="DIR[=WEIGHT]", action="append", default=[], help=ADAPTER)
-    add("--step", default="last", metavar="last|best|N", help="of a run")
-    add("--prompts", metavar="FILE", type=Path, help='rows {"prompt": ...}, .jsonl or .json')
-    add("--output", metavar="FILE.jsonl", type=Path, help="what to write; carries on if cut short")
-    add("--template", metavar="NAME|recorded", help="around every prompt; default: none in a file")
-    add("--max-new-tokens", type=int, default=256, metavar="N")
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, metavar="P")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="ends a completion")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    add("--quantize", choices=("none", "int8", "int4", "nf4"), help="default: as a run was trained")
-
-
-def _evaluate_arguments(evaluate: argparse.ArgumentParser) -> None:
-    add = evaluate.add_argument
-    add("model", metavar="MODEL", help="a model's folder or hub id, a run, or an adapter")
-    add("--adapter", metavar="DIR[=WEIGHT]", action="append", default=[], help=ADAPTER)
-    add("--step", default="last", metavar="last|best|N", help="of a run")
-    add("--task", required=True, action="append", metavar="NAME=FILE", help="as often as you like")
-    add("--output", required=True, metavar="FILE.json", type=Path)
-    add("--limit", type=int, metavar="N", help="the first N examples of every file")
-    add("--max-new-tokens", type=int, metavar="N", help="default: what each task needs")
-    add("--run-code", action="store_true", help="let humaneval and mbpp run what the model writes")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    add("--quantize", choices=("none", "int8", "int4", "nf4"), help="default: as a run was trained")
-
-
-_COMMANDS = {
-    "quickstart": (
-        "train, export and check a small model, with no input and no network",
-        _quickstart_arguments,
-    ),
-    "train": (
-        "train what a YAML describes; carries on if its output holds a checkpoint",
-        _train_arguments,
-    ),
-    "export": ("write what a run trained, or a PEFT adapter, for other tools", _export_arguments),
-    "generate": (
-        "complete the prompts of a file, or chat in the terminal without one",
-        _generate_arguments,
-    ),
-    "evaluate": (
-        "score a model on test sets; carries on where it was interrupted",
-        _evaluate_arguments,
-    ),
-    "plan": (
-        "say whether a run fits on devices that are not here, and how fast it could be",
-        _plan_arguments,
-    ),
-    "inspect": ("say what a folder is, and what an adapter does to each layer", _inspect_arguments),
-}
+def _help(command: type) -> str:
+    """The first sentence of the docstring, as argparse's own help is written."""
+    first = (command.__doc__ or "").partition("\n\n")[0]
+    text = " ".join(first.split()).removesuffix(".")
+    return text[:1].lower() + text[1:]

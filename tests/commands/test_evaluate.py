@@ -11,7 +11,9 @@ from data_fixtures import write_json, write_jsonl
 from rich.console import Console
 from run_fixtures import CommandLine, make_base, rows, write_run
 
-from droplora_jax.commands.evaluate import EvaluateConfig, evaluate_files, table
+from droplora_jax.commands.evaluate import Evaluate
+from droplora_jax.commands.options import ModelRef, TaskOptions
+from droplora_jax.commands.scores import table
 from droplora_jax.core.errors import InputError
 from droplora_jax.inference.generator import Generator
 from droplora_jax.inference.scoring import Result, evaluate
@@ -57,14 +59,24 @@ class Odd:
         return ["true" if any(f"odd? {n}\n" in p for n in (1, 3, 5)) else "false" for p in prompts]
 
 
-def scored(monkeypatch, config: EvaluateConfig, output: Path, complete) -> dict:
-    monkeypatch.setattr("droplora_jax.commands.evaluate._opened", lambda *_: complete)
-    evaluate_files(config, output, Console(quiet=True))
+def evaluation(model: Path, *tasks: str, **options: int) -> Evaluate:
+    """`scored` says where the output goes."""
+    return Evaluate(
+        source=ModelRef(model=str(model)),
+        task=tasks,
+        output=Path("scores.json"),
+        options=TaskOptions(**options),
+    )
+
+
+def scored(monkeypatch, config: Evaluate, output: Path, complete) -> dict:
+    monkeypatch.setattr("droplora_jax.commands.scores._opened", lambda *_: complete)
+    replace(config, output=output).run()
     return json.loads(output.read_text())
 
 
 def test_the_file_holds_scores_and_every_row(monkeypatch, tmp_path, base, boolq):
-    config = EvaluateConfig(str(base), (boolq,), batch_size=4)
+    config = evaluation(base, boolq, batch_size=4)
     report = scored(monkeypatch, config, tmp_path / "out.json", Odd())
     found = report["tasks"]["boolq"]
     # 1, 3, 5 are found, 7 and 9 are not, and the six even ones are right.
@@ -85,7 +97,7 @@ def test_the_file_holds_scores_and_every_row(monkeypatch, tmp_path, base, boolq)
 
 
 def test_an_interrupted_evaluation_carries_on(monkeypatch, tmp_path, base, boolq):
-    config = EvaluateConfig(str(base), (boolq,), batch_size=2)
+    config = evaluation(base, boolq, batch_size=2)
     whole = scored(monkeypatch, config, tmp_path / "whole.json", Odd())
     first, output = Odd(breaks_at=6), tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
@@ -95,7 +107,7 @@ def test_an_interrupted_evaluation_carries_on(monkeypatch, tmp_path, base, boolq
     with partial.open("a") as file:  # as a crash leaves it
         file.write('{"task": "boolq", "id": "1", "comp')
     second = Odd()
-    assert scored(monkeypatch, replace(config, batch_size=3), output, second) == whole
+    assert scored(monkeypatch, evaluation(base, boolq, batch_size=3), output, second) == whole
     assert len(first.asked) == 6
     assert sorted(first.asked + second.asked) == sorted(
         TASKS["boolq"].prompt(row, ()) for row in BOOLQ
@@ -104,8 +116,8 @@ def test_an_interrupted_evaluation_carries_on(monkeypatch, tmp_path, base, boolq
 
 
 def test_rows_that_are_all_there_need_no_model(monkeypatch, tmp_path, base, boolq):
-    config, output = EvaluateConfig(str(base), (boolq,)), tmp_path / "out.json"
-    monkeypatch.setattr("droplora_jax.commands.evaluate._report", lambda *_: 1 / 0)
+    config, output = evaluation(base, boolq), tmp_path / "out.json"
+    monkeypatch.setattr("droplora_jax.commands.scores._report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scored(monkeypatch, config, output, Odd())
     monkeypatch.undo()
@@ -128,7 +140,7 @@ def test_rows_that_are_all_there_need_no_model(monkeypatch, tmp_path, base, bool
 def test_other_settings_do_not_mix_with_rows_that_are_there(monkeypatch, tmp_path, changes, key):
     model, other = (make_base(tmp_path / name).path for name in ("model", "other"))
     file = write_json(tmp_path / "boolq.json", BOOLQ)
-    config, output = EvaluateConfig(str(model), (f"boolq={file}",), batch_size=2), tmp_path / "out"
+    config, output = evaluation(model, f"boolq={file}", batch_size=2), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         scored(monkeypatch, config, output, Odd(breaks_at=4))
     before = Path(f"{output}.part").read_text()
@@ -138,13 +150,17 @@ def test_other_settings_do_not_mix_with_rows_that_are_there(monkeypatch, tmp_pat
     if changes.pop("rows", None):
         write_json(Path(file), BOOLQ[1:])
     if changes.pop("tasks", None):
-        changes["tasks"] = (
-            *config.tasks,
+        changes["task"] = (
+            *config.task,
             "openbookqa="
             + write_json(tmp_path / "o.json", [{"instruction": "?", "answer": "answer1"}]),
         )
-    if "model" in changes:
-        changes["model"] = str(other)
+    if changes.pop("model", None):
+        changes["source"] = replace(config.source, model=str(other))
+    if dtype := changes.pop("dtype", None):
+        changes["source"] = replace(config.source, dtype=dtype)
+    if {"limit", "max_new_tokens"} & set(changes):
+        changes = {"options": replace(config.options, **changes)}
     with pytest.raises(InputError, match=rf"begun with other settings \(.*{key}: "):
         scored(monkeypatch, replace(config, **changes), output, Odd())
     assert Path(f"{output}.part").read_text() == before
@@ -152,7 +168,7 @@ def test_other_settings_do_not_mix_with_rows_that_are_there(monkeypatch, tmp_pat
 
 def test_mt_bench_is_written_for_a_judge(monkeypatch, tmp_path, base):
     file = write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
-    config = EvaluateConfig(str(base), (f"mt_bench={file}",))
+    config = evaluation(base, f"mt_bench={file}")
     report = scored(monkeypatch, config, tmp_path / "out.json", Odd())
     assert report["tasks"]["mt_bench"]["accuracy"] is None
     lines = (tmp_path / "out.mt_bench.jsonl").read_text().splitlines()

@@ -10,7 +10,7 @@ import pytest
 from data_fixtures import CHATML, make_tokenizer, write_jsonl
 from run_fixtures import contents, make_base
 
-from droplora_jax.commands.generate import prompt_document
+from droplora_jax.commands.completions import prompt_document
 from droplora_jax.core.resumable import Partial
 from droplora_jax.data.formats import Turn
 from droplora_jax.data.tokenization import encode_prompts
@@ -60,7 +60,7 @@ def test_what_was_written_is_carried_on(droplora, base, prompts, tmp_path, monke
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     command = ("generate", base, "--prompts", prompts, *drawn, "--batch-size", 8)
     droplora.good(*command, "--output", whole)
-    monkeypatch.setattr("droplora_jax.commands.generate.WINDOW", 1)
+    monkeypatch.setattr("droplora_jax.commands.completions.WINDOW", 1)
     as_done = Generator.as_done
 
     def interrupted(self, prompts, sampling, *, rows):
@@ -103,7 +103,7 @@ def test_a_part_of_another_model_in_the_same_folder(droplora, prompts, tmp_path,
     base = make_base(tmp_path / "base").path
     command = ("generate", base, "--prompts", prompts, *SHORT, "--output", tmp_path / "out.jsonl")
     monkeypatch.setattr(Partial, "remove", lambda self: None)
-    monkeypatch.setattr("droplora_jax.commands.generate.write_file", lambda *arguments: None)
+    monkeypatch.setattr("droplora_jax.commands.completions.write_file", lambda *arguments: None)
     droplora.good(*command)
     weights = min(base.glob("*.safetensors"))
     os.utime(weights, ns=(0, 0))

@@ -18,6 +18,7 @@ qwix = pytest.importorskip("qwix")
 pytest.importorskip("tunix")
 
 from droplora_jax.adapters.interop.qwix import DropLoraProvider, DropLoraRule
+from droplora_jax.nn.mask_keys import MaskKey
 
 ROWS = jnp.arange(B)
 RULE = {"module_path": f".*{TARGETS}", "rank": 4, "alpha": 8.0}
@@ -109,7 +110,7 @@ def test_rules_of_both_kinds():
         qwix.LoraRule(module_path=".*up_proj", rank=4, alpha=8.0),
     ]
     model = adapted(tunix_model("qwen3, remat"), DropLoraProvider(rules))
-    keys = {path[-2] for path, _ in nnx.to_flat_state(nnx.state(model, dl.MaskKey))}
+    keys = {path[-2] for path, _ in nnx.to_flat_state(nnx.state(model, MaskKey))}
     factors = {path[-2] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
     assert keys == {"q_proj", "k_proj"}
     assert factors == keys | {"up_proj"}
@@ -149,7 +150,7 @@ def test_kernels_of_one_module_have_masks_of_their_own():
     provider = DropLoraProvider(module_path=".*", rank=2, alpha=2.0)
     x = jnp.ones((B, 4))
     model = randomized(qwix.apply_lora_to_model(Twice(), provider, x, rngs=nnx.Rngs(0)))
-    keys = nnx.to_flat_state(nnx.state(masked(model), dl.MaskKey))
+    keys = nnx.to_flat_state(nnx.state(masked(model), MaskKey))
     assert {path[-1] for path, _ in keys} == {"mask_key", "second_mask_key"}
     first, second = (raw(value.get_value()) for _, value in keys)
     assert not np.any(first == second)

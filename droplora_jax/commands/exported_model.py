@@ -1,0 +1,69 @@
+"""The model that `droplora export` writes: what a run or adapters trained, on an unread base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from droplora_jax.core.errors import InputError
+from droplora_jax.core.sharding import make_mesh
+from droplora_jax.hf.peft.config import PEFT_FILE
+from droplora_jax.models.decoder import Decoder
+from droplora_jax.runs import config_reader
+from droplora_jax.runs.config import BaseConfig
+from droplora_jax.runs.folder import CONFIG_FILE
+from droplora_jax.runs.open_base import open_base
+from droplora_jax.runs.open_model import base_of, load_adapters, restored, weights_of
+
+
+def exported_model(
+    folders: Sequence[str], *, step: str = "last", base: str | None = None
+) -> tuple[Decoder, dict[str, Any] | None]:
+    """A model with trained adapters, its base as shapes only; and what to record with them.
+
+    Args:
+      folders: of one run; or of adapters, DIR or DIR=WEIGHT, whose sum it is.
+      step: of a run: `last`, `best`, or the number of a checkpoint.
+      base: of an adapter, if it is not where the adapter says.
+    """
+    weights = weights_of(folders)
+    first = next(iter(weights))
+    if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
+        return _restored(first, step)
+    return _with_adapters(weights, base), None
+
+
+def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
+    """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
+    if not (folder / CONFIG_FILE).exists():
+        raise InputError(
+            f"{folder}: no run of droplora in it (no {CONFIG_FILE}), "
+            f"and no adapter (no {PEFT_FILE})"
+        )
+    config = config_reader.read(folder / CONFIG_FILE)
+    return restored(_abstract(config.model), config, folder, which)
+
+
+def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
+    """The model of adapters in PEFT's format, the base as shapes only."""
+    config, *others = (base_of(folder, base) for folder in adapters)
+    first, *folders = adapters
+    for folder, other in zip(folders, others, strict=True):
+        if other != config:
+            raise InputError(
+                f"{folder} is for the base {other.path}, {first} for {config.path}: only adapters "
+                "of one base have a sum; if it is one under two names, say --base"
+            )
+    try:
+        model = _abstract(config)
+    except InputError as error:
+        raise InputError(f"{error} (the base of {first}; another place: --base)") from error
+    return load_adapters(model, adapters)
+
+
+def _abstract(config: BaseConfig) -> Decoder:
+    """A base as shapes only, on one device."""
+    return open_base(config).abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
