@@ -38,7 +38,7 @@ from oracles import Folder, model_folder
 if TYPE_CHECKING:
     from run_fixtures import CommandLine
 
-pytest_plugins = ["programs"]
+pytest_plugins = ["programs", "pytester"]
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -1,12 +1,11 @@
 """A budget for what a test file costs: the distinct programs that it has XLA compile.
 
-`tests/budget.json` has a line for each file: the programs that it may compile, the Python processes
-that it may start, and the seconds that it took when the line was written. A file without a line may
-have those of `Budget`. A session in which a file exceeds its budget fails. Long files are run
-first, so that two workers end together. `pytest --write-budget` writes the lines of the files that
-it runs, with a tenth to spare.
+tests/budget.json has a line for each file: the programs that it may compile, the Python processes
+that it may start, and the CPU seconds that it took when the line was written, by which long files
+are run first, so that two workers end together. A session in which a file exceeds its budget fails.
+`pytest --write-budget` writes the lines of the files that it runs.
 
-Two programs are the same if they have the same key in JAX's compilation cache, whether they were
+Two programs are the same if they have the same key in JAX's compilation cache, whether they are
 found there or compiled. Tests that are marked as slow are not counted, nor are the programs of
 other processes.
 """
@@ -15,12 +14,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +26,35 @@ import pytest
 from jax._src import compilation_cache
 
 FILE = "tests/budget.json"
+DEFAULT = {"programs": 10, "starts": 2, "seconds": math.inf}  # a file without a line may be long
 WORDS = {"programs": "compiled {} distinct programs", "starts": "started Python {} times"}
 
-
-@dataclass(frozen=True)
-class Budget:
-    programs: int = 10
-    starts: int = 2
-    seconds: float = math.inf
+Line = dict[str, float]
 
 
-@dataclass
-class Cost:
-    keys: set[str] = field(default_factory=set)
-    starts: int = 0
-    seconds: float = 0.0
-
-    def counts(self) -> dict[str, float]:
-        """In plain values, which a worker can send."""
-        return {"programs": len(self.keys), "starts": self.starts, "seconds": self.seconds}
+def read_budget(file: Path) -> dict[str, Line]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def read_budgets(file: Path) -> dict[str, Budget]:
-    lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {name: Budget(**values) for name, values in lines.items()}
+def write_budget(file: Path, counts: dict[str, Line]) -> None:
+    """Replaces the lines of the files that were counted: a tenth more programs, in whole tens."""
+    root = file.parents[1]
+    lines = {name: line for name, line in read_budget(file).items() if (root / name).exists()}
+    for name, count in counts.items():
+        programs = 10 * max(1, math.ceil(1.1 * count["programs"] / 10))
+        starts = max(DEFAULT["starts"], count["starts"])
+        lines[name] = {"programs": programs, "starts": starts, "seconds": round(count["seconds"])}
+    text = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(lines[name])}" for name in sorted(lines))
+    file.write_text("{\n  " + text + "\n}\n", encoding="utf-8")
 
 
-def write_budgets(file: Path, budgets: dict[str, Budget]) -> None:
-    lines = [f"{json.dumps(n)}: {json.dumps(asdict(budgets[n]))}" for n in sorted(budgets)]
-    file.write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def budget_for(counts: dict[str, float]) -> Budget:
-    """A tenth more programs than were counted, rounded up to a multiple of ten."""
-    programs = max(Budget.programs, 10 * math.ceil(1.1 * counts["programs"] / 10))
-    starts = max(Budget.starts, int(counts["starts"]))
-    return Budget(programs, starts, round(counts["seconds"], 1))
-
-
-def exceeded(name: str, counts: dict[str, float], budget: Budget) -> list[str]:
+def exceeded(name: str, count: Line, budget: Line) -> list[str]:
     """A sentence for each count of a file that is above its budget."""
     return [
-        f"{name} {words.format(counts[key])}, more than the {getattr(budget, key)} of its budget: "
-        f"let its tests share shapes and jitted functions, or raise {key!r} in {FILE} "
-        f"(pytest --write-budget {name})"
+        f"{name} {words.format(count[key])}, and its budget is {budget[key]}: let its tests share "
+        f"shapes and jitted functions, or raise {key!r} in {FILE} (pytest --write-budget {name})"
         for key, words in WORDS.items()
-        if counts[key] > getattr(budget, key)
+        if count[key] > budget[key]
     ]
 
 
@@ -86,10 +67,12 @@ class Programs:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config, self.file = config, config.rootpath / FILE
-        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
-        self.results: dict[str, dict[str, float]] = {}
+        self.keys: defaultdict[str, set[str]] = defaultdict(set)
+        self.starts: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.counts: dict[str, Line] = {}
         self.problems: list[str] = []
-        self.current = Cost()
+        self.current = ""  # the file of the test that runs, or nothing if the test is slow
         self.patch = pytest.MonkeyPatch()
 
     def pytest_sessionstart(self) -> None:
@@ -97,12 +80,12 @@ class Programs:
 
         def get_cache_key(*arguments: Any, **options: Any) -> str:
             key = key_of(*arguments, **options)
-            self.current.keys.add(key)
+            self.keys[self.current].add(key)
             return key
 
-        def start(process: Any, arguments: Any, *rest: Any, **options: Any) -> None:
-            self.current.starts += not isinstance(arguments, str) and sys.executable in arguments
-            popen(process, arguments, *rest, **options)
+        def start(process: Any, args: Any, *rest: Any, **options: Any) -> None:
+            self.starts[self.current] += not isinstance(args, str) and sys.executable in args
+            popen(process, args, *rest, **options)
 
         self.patch.setattr(compilation_cache, "get_cache_key", get_cache_key)
         self.patch.setattr(subprocess.Popen, "__init__", start)
@@ -112,47 +95,46 @@ class Programs:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        budgets = read_budgets(self.file)
-        items.sort(key=lambda item: -budgets.get(file_of(item), Budget()).seconds)
+        budget = read_budget(self.file)
+        items.sort(key=lambda item: -budget.get(file_of(item), DEFAULT)["seconds"])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        slow = item.get_closest_marker("slow") is not None
-        self.current, start = Cost() if slow else self.costs[file_of(item)], time.perf_counter()
+        self.current = "" if item.get_closest_marker("slow") else file_of(item)
+        before = sum(os.times()[:4])  # of this process and of those that it has waited for
         result = yield
-        self.current.seconds += time.perf_counter() - start
+        self.seconds[self.current] += sum(os.times()[:4]) - before
         return result
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self.results |= getattr(node, "workeroutput", {}).get("costs", {})
+        self.counts |= getattr(node, "workeroutput", {}).get("counts", {})
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        self.results |= {name: cost.counts() for name, cost in self.costs.items()}
-        budgets = read_budgets(self.file)
-        if hasattr(self.config, "workeroutput"):
-            self.config.workeroutput["costs"] = self.results
+        for name in self.seconds.keys() - {""}:
+            numbers = len(self.keys[name]), self.starts[name], self.seconds[name]
+            self.counts[name] = dict(zip(DEFAULT, numbers, strict=True))
+        if hasattr(self.config, "workeroutput"):  # in a worker of xdist
+            self.config.workeroutput["counts"] = self.counts
         elif not self.config.option.write_budget:
-            for name, counts in sorted(self.results.items()):
-                self.problems += exceeded(name, counts, budgets.get(name, Budget()))
+            budget = read_budget(self.file)
+            for name, count in sorted(self.counts.items()):
+                self.problems += exceeded(name, count, budget.get(name, DEFAULT))
             if self.problems and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         elif session.testsfailed:
-            self.problems.append("No budget is written: tests failed")
+            self.problems.append("no budget is written, because tests failed")
         else:
-            present = {n: b for n, b in budgets.items() if (self.config.rootpath / n).exists()}
-            new = {name: budget_for(counts) for name, counts in self.results.items()}
-            write_budgets(self.file, present | new)
+            write_budget(self.file, self.counts)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.problems:
             terminalreporter.section("budget of compiled programs", red=True)
-            for problem in self.problems:
-                terminalreporter.line(problem)
+            terminalreporter.write_line("\n".join(self.problems))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = f"write what the test files that are run cost to {FILE} (whole files, cold cache)"
+    words = f"write what the test files that are run cost to {FILE} (from a cold cache)"
     parser.addoption("--write-budget", action="store_true", help=words)
 
 
@@ -160,5 +142,5 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if option.write_budget and (option.keyword or any("::" in name for name in config.args)):
         raise pytest.UsageError("--write-budget is for whole files: leave out -k and ids of tests")
-    option.loadscopereorder = False  # xdist keeps the order, which is by seconds
+    option.loadscopereorder = False  # xdist keeps the order of the files
     config.pluginmanager.register(Programs(config))
