@@ -1,7 +1,7 @@
-"""One decoder for every family: its configuration says which.
+"""One decoder for every family; the configuration says which features it has.
 
-Layers are stacked along a leading axis `L` and run by a scan, so compile time does not grow with
-depth and the compiler gathers sharded weights one layer at a time. Letters: `B` batch, `T`
+Layers are stacked along a leading axis `L` and run by a scan, so that compile time does not grow
+with depth and the compiler gathers sharded weights one layer at a time. Letters: `B` batch, `T`
 position, `D` width, `V` vocabulary, `L` layers.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import axis_size, constrain, divides
@@ -31,10 +31,10 @@ class Decoder(nnx.Module):
     """A causal language model: `model(tokens, *, positions=None, segment_ids=None) -> logits`.
 
     Attributes:
-      layers: a stack, or (`models/cache.py`) several to be run one after the other.
-      dtype: of the activations, and of the weights that are not trained.
-      source: where the weights came from, for the exporters.
-      noise: on the vectors of tokens while training; None (the default) for none.
+      layers: one stack of all layers, or (`inference/decode.py`) several, which run in order.
+      dtype: the dtype of activations and of frozen weights.
+      source: where the weights came from, for exports.
+      noise: the noise on token vectors in training; None (the default): no noise.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Decoder(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
         source: Source | None = None,
     ) -> None:
@@ -70,11 +70,13 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         options: StepOptions = StepOptions(),
     ) -> Float[Array, "B T V"]:
-        """Logits of every next token.
+        """Logits of the next token at every position.
 
         Args:
-          positions: rotary positions; by default they restart at 0 with every segment.
-          segment_ids: documents that must not see each other; 0 is padding.
+          tokens: token ids.
+          positions: rotary positions; by default they restart at 0 in every segment.
+          segment_ids: the documents of a packed row, which do not see each other; 0 is padding.
+          options: how the layers are computed.
         """
         x_BTD = self.hidden(tokens, positions=positions, segment_ids=segment_ids, options=options)
         return self.logits(x_BTD)
@@ -87,7 +89,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         options: StepOptions = StepOptions(),
     ) -> Float[Array, "B T D"]:
-        """What the head projects to logits: the last layer's output, normed.
+        """The last layer's output after the final norm, which `logits` projects to the vocabulary.
 
         If `options.packed` is False, every row is one segment with nothing but padding after it:
         no token has one of another segment before it, and attention, which is causal, does not
@@ -110,14 +112,14 @@ class Decoder(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         options: StepOptions = StepOptions(),
     ) -> tuple[Float[Array, "B T D"], list[Cache]]:
-        """`hidden` of the tokens that come next in every row, and the caches with them.
+        """`hidden` of the next tokens of every row, and the caches with these tokens added.
 
         T is 1, or the caches are empty.
 
         Args:
-          caches: one a stack of layers, from `empty_caches`.
+          caches: one for each stack of layers, from `empty_caches`.
           segment_ids_BT: 1, or 0 for padding, which comes before all tokens of a row.
-          options: only the attention kernel counts: nothing is differentiated here.
+          options: only `options.attention` is used, since nothing is differentiated.
         """
         options = replace(options, remat="everything")
         before_B1 = jnp.sum(caches[0].segment_ids_BS, axis=1, keepdims=True)
@@ -126,10 +128,10 @@ class Decoder(nnx.Module):
         opened = [cache.opened(segment_ids_BT) for cache in caches]
         x_BTD = self._embedded(tokens_BT, segment_ids_BT)
         x_BTD, kept = self._run(x_BTD, positions_BT, segment_ids_BT, opened, options)
-        return x_BTD, [cache.closed(tokens_BT.shape[1]) for cache in kept]
+        return x_BTD, [cache.closed(tokens_BT.shape[1]) for cache in kept if cache is not None]
 
     def empty_caches(self, rows: int, slots: int) -> list[Cache]:
-        """Caches for rows of as many tokens, padding included."""
+        """Caches for `rows` rows of up to `slots` tokens, padding included."""
         c = self.config
         layers = c.layers // len(self.stacks)
         shape = (layers, rows, c.kv_heads, slots, c.head_dim)
@@ -144,14 +146,23 @@ class Decoder(nnx.Module):
     def stacks(self) -> Sequence[Layer]:
         return list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
 
-    def _embedded(self, tokens, segment_ids):
+    def _embedded(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
         x_BTD = self.embed(tokens)
         if self.noise is not None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
             x_BTD = self.noise(x_BTD, segments)
         return constrain(x_BTD, ("batch", "position", None), self.mesh)
 
-    def _run(self, x_BTD, positions, segment_ids, caches, options):
+    def _run(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        caches: Sequence[Cache | None],
+        options: StepOptions,
+    ) -> tuple[Float[Array, "B T D"], list[Cache | None]]:
         rotation = rope.rotation_tables(self.config.rope, self.config.head_dim, positions)
         stacks, windows_L = self.stacks, self.config.windows_L
         parts = [None] * len(stacks) if windows_L is None else jnp.split(windows_L, len(stacks))
@@ -165,7 +176,7 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> Callable[[Array], Array]:
-        """The output projection: a layer of its own, or the embedding, transposed."""
+        """The output projection: a layer of its own, or the transposed embedding."""
         return self.embed.transposed() if self.config.tie_embeddings else self.lm_head
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -175,11 +186,12 @@ class Decoder(nnx.Module):
     def projection(
         self, x_BTD: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T E"], Callable[[Array], Array]]:
-        """`logits` of x in two halves, for a loss that takes a few positions at a time.
+        """`logits` of x in two halves, for a loss that handles a few positions at a time.
 
         Returns:
-          x, and after it whatever of the head has to know a position's place (the masked branch of
-          an adapter); and the function from any positions of that to their logits.
+          features: x, with the head adapter's masked activations appended, because masks depend on
+            the position.
+          project: a function from any subset of positions of `features` to their logits.
         """
         head = self.head
         if not isinstance(head, Halves):
@@ -196,17 +208,17 @@ class Decoder(nnx.Module):
     def _by_base(
         self, head: Callable[[Array], Array], rows: int, length: int
     ) -> Callable[[Array], Array]:
-        """The logits of a head without an adapter, as a function of some of [rows, length, D].
+        """A function from some positions of [rows, length, D] to a plain head's logits.
 
-        On a mesh either the rows or the head have to be gathered along the axes that split both:
-        the rows, block by block, if they are fewer than the vocabulary, and else the head, once.
+        Rows and head are split over the same mesh axes, so one of them has to be gathered: the
+        rows, block by block, if they are fewer than the vocabulary; otherwise the head, once.
         """
-        # A head that is more than its kernel has to be called.
+        # Only a plain Head is a product with its kernel; others are called.
         if self.mesh is None or type(head) is not Head:
             return lambda x: constrain(head(x), ("batch", "position", "vocab"), self.mesh)
         gathered = 2 * rows * length // axis_size(self.mesh, ("replica", "data", "context"))
-        few = gathered <= self.config.vocab_size  # they come, and their gradients go back
-        if few and divides(self.mesh, "split_vocab", self.config.vocab_size):
+        gather_rows = gathered <= self.config.vocab_size  # rows, and gradients on their way back
+        if gather_rows and divides(self.mesh, "split_vocab", self.config.vocab_size):
             batch, vocab = "rows", "split_vocab"
         else:
             batch, vocab = "batch", "vocab"
@@ -220,7 +232,7 @@ class Decoder(nnx.Module):
 
 
 def with_noise(model: Decoder, alpha: float) -> Decoder:
-    """A view of a model whose tokens' vectors get noise in training (`Noise`); 0 for none."""
+    """A view of a model with `Noise` on token vectors in training; no noise if `alpha` is 0."""
     model = nnx.merge(*nnx.split(model))
     model.noise = Noise(alpha) if alpha else None
     return model

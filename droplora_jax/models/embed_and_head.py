@@ -1,4 +1,4 @@
-"""The two ends of a decoder: tokens to vectors, with noise while training, and vectors to logits.
+"""Embedding and head of a decoder: tokens to vectors, with noise in training; vectors to logits.
 
 Letters: `B` batch, `T` position, `D` width, `V` vocabulary.
 """
@@ -6,12 +6,12 @@ Letters: `B` batch, `T` position, `D` width, `V` vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core import prng
@@ -32,13 +32,13 @@ class Head(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Vectors of tokens, in `dtype` whatever that of a trained table.
+    """The vectors of tokens, in `dtype`, also if the table is trained in another dtype.
 
-    A `tied` table is the model's head too.
+    A `tied` table is also the model's head.
     """
 
     def __init__(
-        self, table_VD: Float[Array, "V D"], *, dtype: Any, mesh: Mesh | None, tied: bool
+        self, table_VD: Float[Array, "V D"], *, dtype: DTypeLike, mesh: Mesh | None, tied: bool
     ) -> None:
         self.embedding = nnx.Param(table_VD)
         self.dtype, self.lookup, self.tied = jnp.dtype(dtype), Lookup(mesh), tied
@@ -47,7 +47,7 @@ class Embedding(nnx.Module):
         return self.lookup(self.embedding[...], tokens_BT, self.dtype)
 
     def transposed(self) -> Head:
-        """The head of a model that ties it to the table."""
+        """The head of a model with tied embeddings."""
         return Head(self.embedding[...].T)
 
 
@@ -66,8 +66,8 @@ def _embedding(layer: Embedding) -> LinearSpec:
 class Noise(nnx.Module):
     """NEFTune (arXiv 2310.05914): in training, noise on the vectors of the tokens.
 
-    Uniform in +-alpha / sqrt(L * D), L the length of the position's own document, so neither
-    padding nor packing changes it. `droplora_jax.draw` turns it on, as it does masks.
+    The noise is uniform in +-alpha / sqrt(L * D). L is the length of the position's own document,
+    so that padding and packing change nothing. `droplora_jax.draw` turns it on, as it does masks.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -88,6 +88,6 @@ class Noise(nnx.Module):
         return x_BTD + (uniform_BTD * bound_BT[..., None]).astype(x_BTD.dtype)
 
 
-def normal(rngs: nnx.Rngs, rows: int, columns: int, width: int, dtype: Any) -> Array:
-    """The first table or kernel of a model that is not loaded."""
+def normal(rngs: nnx.Rngs, rows: int, columns: int, width: int, dtype: DTypeLike) -> Array:
+    """The initial table or kernel of a model that is not loaded: normal, 1 / sqrt(width)."""
     return nnx.initializers.normal(1 / math.sqrt(width))(rngs.params(), (rows, columns), dtype)

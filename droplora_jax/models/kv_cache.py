@@ -1,4 +1,4 @@
-"""The keys and values of positions that a decoder has seen, so that it need not see them again.
+"""The cache of keys and values of the positions that a decoder has computed.
 
 Letters: `L` layers, `B` batch, `T` query position, `S` slot, `N` query heads, `K` key/value heads,
 `H` head width.
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import constrain
@@ -32,29 +32,38 @@ AXES = ("batch", "heads", None, None)  # logical, for `sharding.RULES`
 class Cache:
     """Slots for keys and values of every layer, filled from the first on.
 
-    All rows fill the same slots: shorter ones are padded on the left.
+    All rows fill the same slots, so shorter rows are padded on the left.
 
     Attributes:
-      k_LBKHS, v_LBKSH: the keys, rotated, and the values, each as the product with it is fastest.
-        Of a layer by itself they are without L: what is written through another shape of theirs
-        is copied on a CPU.
-      segment_ids_BS: 0 where there is nothing to see: padding, or not filled yet.
-      filled: int32 [], the slots that are filled.
-      layer: int32 [], the layer whose turn it is.
-      mesh: where they lie: rows over the axes of the batch, heads over `tensor`.
+      k_LBKHS, v_LBKSH: rotated keys, and values, in the layouts that make their products fastest.
+        A single layer's have no L, because a CPU would copy an array that is updated through a
+        reshape.
+      segment_ids_BS: 0 for slots that nothing sees: padding, or not filled yet.
+      filled: int32 [], how many slots are filled.
+      layer: int32 [], the layer that is computed next.
+      mesh: rows are split over the batch's axes, heads over `tensor`.
     """
 
-    k_LBKHS: Any
-    v_LBKSH: Any
-    segment_ids_BS: Any
-    filled: Any
-    layer: Any
+    k_LBKHS: Array
+    v_LBKSH: Array
+    segment_ids_BS: Array
+    filled: Array
+    layer: Array
     mesh: Mesh | None
 
     @classmethod
     def empty(
-        cls, layers: int, rows: int, kv_heads: int, slots: int, head_dim: int, *, dtype: Any, mesh
+        cls,
+        layers: int,
+        rows: int,
+        kv_heads: int,
+        slots: int,
+        head_dim: int,
+        *,
+        dtype: DTypeLike,
+        mesh: Mesh | None,
     ) -> Cache:
+        """No slot is filled."""
         stack = () if layers == 1 else (layers,)
         k_LBKHS = _placed(jnp.zeros((*stack, rows, kv_heads, head_dim, slots), dtype), mesh)
         v_LBKSH = _placed(jnp.zeros((*stack, rows, kv_heads, slots, head_dim), dtype), mesh)
@@ -62,13 +71,13 @@ class Cache:
         return cls(k_LBKHS, v_LBKSH, segment_ids_BS, zero, zero, mesh)
 
     def opened(self, segment_ids_BT: Int[Array, "B T"]) -> Cache:
-        """With the next T slots of every row taken, for the layers to fill one after the other."""
+        """Before the first layer: the next T slots of every row are taken."""
         start = (jnp.zeros((), jnp.int32), self.filled)
         segment_ids_BS = jax.lax.dynamic_update_slice(self.segment_ids_BS, segment_ids_BT, start)
         return replace(self, segment_ids_BS=segment_ids_BS, layer=jnp.zeros((), jnp.int32))
 
     def closed(self, length: int) -> Cache:
-        """After the last layer."""
+        """After the last layer: the slots that were taken are filled."""
         return replace(self, filled=self.filled + length)
 
     def attend(
@@ -90,7 +99,7 @@ class Cache:
         return y, kept
 
     def _with(self, kept: Array, new: Array, axis: int) -> Array:
-        """The next slots of this layer, along `axis`, filled."""
+        """`kept` with `new` in this layer's next slots, along `axis`."""
         start = [jnp.zeros((), jnp.int32)] * 4
         start[axis] = self.filled
         new = new.astype(kept.dtype)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import constrain
@@ -32,7 +33,7 @@ _policies = jax.checkpoint_policies
 
 
 def _saving(*names: str) -> Any:
-    """Saves what has such a name by `checkpoint_name`, here, in `lowrank` and in `attention`."""
+    """Saves values with these names (`checkpoint_name`), and what attention kernels compute."""
     return _policies.save_from_both_policies(_policies.save_only_these_names(*names), saves_kernel)
 
 
@@ -53,7 +54,7 @@ REMAT_POLICIES: Mapping[Remat, Any] = MappingProxyType(
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, width: int, epsilon: float, *, dtype: Any) -> None:
+    def __init__(self, width: int, epsilon: float, *, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.epsilon = epsilon
 
@@ -63,7 +64,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A linear layer in the dtype of its input, whatever that of a trained or quantised kernel."""
+    """A linear layer in the dtype of its input, whatever the dtype of its kernel."""
 
     def __call__(self, x: Float[Array, "*x I"], out_sharding: Any = None) -> Float[Array, "*x O"]:
         kernel = self.kernel[...]
@@ -76,13 +77,13 @@ class Linear(nnx.Linear):
 
 
 class Layer(nnx.Module):
-    """Attention and SwiGLU, each behind a norm and a residual."""
+    """Attention and SwiGLU, each with a norm before it and a residual around it."""
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        dtype: Any,
+        dtype: DTypeLike,
         mesh: Mesh | None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -155,18 +156,24 @@ def run_layers(
     *,
     options: StepOptions = StepOptions(),
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Run a stack of layers, one after the other, in a scan."""
+    """Run a stack of layers in a scan; the first axis of the stack is the layer.
+
+    Args:
+      rotation: cosine and sine of every position's angles.
+      windows_L: each layer's window; None: no layer has one.
+      cache: keys and values of earlier positions, to which these positions' are added.
+    """
     graphdef, state = nnx.split(layers)
 
-    def run(carried, of_layer):
-        layer_state, window = of_layer
+    def run(carried, layer_inputs):
+        layer_state, window = layer_inputs
         layer = nnx.merge(graphdef, layer_state)
         x_BTD, cache = carried
-        of_attention = (rotation, segment_ids_BT, window, cache)
-        return layer(x_BTD, *of_attention, kernel=options.attention), None
+        kernel = options.attention
+        return layer(x_BTD, rotation, segment_ids_BT, window, cache, kernel=kernel), None
 
     if options.remat != "everything":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[options.remat], prevent_cse=False)
+    # A loop of one step would be removed by the compiler only after it decided to copy the cache.
     alone = jax.tree.leaves(state)[0].shape[0] == 1
-    # A loop would be simplified away too late for a cache to be written where it is.
     return jax.lax.scan(run, (x_BTD, cache), (state, windows_L), unroll=0 if alone else 1)[0]

@@ -1,14 +1,15 @@
-"""What low-rank branches offer to a model that knows no adapter.
+"""What a model may ask of adapted layers without knowing any adapter.
 
-Layers that read the same input share one product of their branches with it; and a head's branch
-comes in two halves, for a loss that takes a few positions at a time.
+Layers that read the same input share one product `x @ [A1, A2, ...]` of their branches. A head's
+branch can be computed in two halves, for a loss that handles a few positions at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from droplora_jax.lowrank import compress
@@ -16,7 +17,7 @@ from droplora_jax.lowrank import compress
 
 @runtime_checkable
 class LowRankBranch(Protocol):
-    """A layer that takes `h = x @ A` from its caller; no `shared_factor` if it can't."""
+    """A layer that can take `h = x @ A` from its caller; `shared_factor` is A, or None."""
 
     @property
     def shared_factor(self) -> Float[Array, "I R"] | None: ...
@@ -28,13 +29,14 @@ class LowRankBranch(Protocol):
 class Halves(Protocol):
     """A layer that is `ending()(base(x), hidden(x, dtype))`.
 
-    `hidden` has to see all positions, each in its place; the rest may see any of them.
+    `hidden` needs all positions, each in its place, because masks depend on the position; the
+    function that `ending` returns may be given any subset of positions.
     """
 
     @property
     def base(self) -> Callable[[Array], Array]: ...
 
-    def hidden(self, x: Array, dtype: Any) -> Array: ...
+    def hidden(self, x: Array, dtype: DTypeLike) -> Array: ...
 
     def ending(self) -> Callable[[Array, Array], Array]: ...
 
@@ -42,7 +44,7 @@ class Halves(Protocol):
 def apply_all(
     layers: Sequence[Callable[..., Array]], x: Float[Array, "... I"]
 ) -> list[Float[Array, "... O"]]:
-    """`[layer(x) for layer in layers]`, reading `x` once for all their low-rank branches."""
+    """`[layer(x) for layer in layers]`, with one product of `x` for all their low-rank branches."""
     factors = {
         i: layer.shared_factor
         for i, layer in enumerate(layers)
@@ -50,8 +52,5 @@ def apply_all(
     }
     if len(factors) < 2:
         return [layer(x) for layer in layers]
-    of_branches = dict(zip(factors, compress(x, *factors.values()), strict=True))
-    return [
-        layer(x, h=of_branches[i]) if i in of_branches else layer(x)
-        for i, layer in enumerate(layers)
-    ]
+    hidden = dict(zip(factors, compress(x, *factors.values()), strict=True))
+    return [layer(x, h=hidden[i]) if i in hidden else layer(x) for i, layer in enumerate(layers)]

@@ -1,4 +1,4 @@
-"""Rows of a table that is split over a mesh, for tokens that are split too.
+"""Lookup in a table that is split over a mesh, for tokens that are split too.
 
 Letters: `B` batch, `T` position, `D` model width, `V` vocabulary.
 """
@@ -11,15 +11,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from numpy.typing import DTypeLike
 
 from droplora_jax.core.sharding import divides, partition_spec
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """`embed` on a mesh."""
+    """`embed` as an object that holds the mesh."""
 
     mesh: Mesh | None
 
@@ -41,13 +41,13 @@ def embed(
 ) -> Float[Array, "B T D"]:
     """`table[tokens]` in `dtype` (default: the table's).
 
-    On a mesh it sends rows that were asked for instead of the table.
+    On a mesh only the vectors that are needed are communicated, not the table: every device looks
+    up its part of the width for all tokens of its group, and an all-to-all exchange gives each
+    device the whole vectors of its own tokens. (The compiler by itself would gather the table on
+    every device.)
 
-    Every device looks up its part of the width for all tokens of its group, and the parts change
-    places with the tokens. (Left to the compiler, each device would gather the whole table.)
-
-    Vectors are cast where they are looked up: what moves is in `dtype`, and the gradient of the
-    table is summed over positions in the table's own.
+    Vectors are cast before they are sent, so communication is in `dtype`; the gradient of the
+    table is summed over positions in the table's own dtype.
     """
     dtype = jnp.dtype(table_VD.dtype if dtype is None else dtype)
     if mesh is None or mesh.size == 1 or not _splits(table_VD, tokens_BT, mesh):
@@ -79,11 +79,11 @@ def _lookup(
     """On one device: its part of the table, its tokens."""
     tokens = jax.lax.all_gather(tokens_BT, width)  # [group, B, T]
     if vocab is None:
-        found = jnp.take(table_VD, tokens, axis=0).astype(dtype)
+        vectors = jnp.take(table_VD, tokens, axis=0).astype(dtype)
     else:
         local = tokens - jax.lax.axis_index(vocab) * table_VD.shape[0]
         here = (local >= 0) & (local < table_VD.shape[0])
-        found = jnp.take(table_VD, jnp.where(here, local, 0), axis=0).astype(dtype)
-        found = jnp.where(here[..., None], found, 0)
-    x_BTD = jax.lax.all_to_all(found, width, split_axis=0, concat_axis=3, tiled=True)[0]
+        vectors = jnp.take(table_VD, jnp.where(here, local, 0), axis=0).astype(dtype)
+        vectors = jnp.where(here[..., None], vectors, 0)
+    x_BTD = jax.lax.all_to_all(vectors, width, split_axis=0, concat_axis=3, tiled=True)[0]
     return x_BTD if vocab is None else jax.lax.psum(x_BTD, vocab)

@@ -1,7 +1,7 @@
-"""Which layers an adapter's configuration means: patterns searched in the layers' names.
+"""Which layers a configuration means: regular expressions searched in the layers' names.
 
-The name of a layer is its dotted path, such as `layers.q_proj`. One of a stack has a name of its
-own too, with its index before the last part: `layers.3.q_proj`.
+The name of a layer is its dotted path, such as `layers.q_proj`. A layer of a stack has a second
+name, with its index before the last part: `layers.3.q_proj`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from droplora_jax.core.errors import InputError
 Path = tuple[Any, ...]  # attribute names and list indices
 Value = TypeVar("Value")
 
-# `paper`: the layers that the published numbers adapt, not the attention output and not the gate.
-# `all-linear`: not the ends of a model, as in PEFT.
+# `paper`: the layers adapted for the published numbers; attention's output and the gate are not.
+# `all-linear`: all but embedding and head, as in PEFT.
 NAMED_TARGETS = {
     "paper": r"(^|\.)(q|k|v|up|down)_proj$",
     "all-linear": r"^(?!(embed|lm_head)$)",
@@ -25,13 +25,13 @@ NAMED_TARGETS = {
 
 
 class Patterns(dict[str, Value]):
-    """Values by pattern, the first that matches counts; hashable, as a configuration has to be."""
+    """Values by pattern; the first pattern that matches counts. Hashable, for configurations."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
     def of(self, names: Sequence[str], default: Value) -> Value:
-        """The value for a layer of these names."""
+        """The value for a layer that has these names."""
         return next((v for pattern, v in self.items() if matches(pattern, names)), default)
 
 
@@ -40,29 +40,29 @@ def dotted(path: Path) -> str:
 
 
 def layer_names(path: Path, stack: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The names of every layer at a path, those of a stack in order."""
-    whole = dotted(path)
+    """The names of every layer at a path, in the order of the stack."""
+    name = dotted(path)
     if not stack:
-        return [(whole,)]
+        return [(name,)]
     indices = itertools.product(*map(range, stack))
-    return [(whole, dotted((*path[:-1], *index, *path[-1:]))) for index in indices]
+    return [(name, dotted((*path[:-1], *index, *path[-1:]))) for index in indices]
 
 
 def matches(pattern: str, names: Sequence[str]) -> bool:
-    """Whether a pattern, or the one that a name of `NAMED_TARGETS` stands for, is in a name."""
+    """Whether a pattern, or the one that a name of `NAMED_TARGETS` stands for, occurs in a name."""
     return any(re.search(NAMED_TARGETS.get(pattern, pattern), name) for name in names)
 
 
 def select(
     stacks: Mapping[Path, tuple[int, ...]], targets: Sequence[str], exclude: Sequence[str] = ()
 ) -> dict[Path, tuple[bool, ...]]:
-    """Of every path with a target: which layers of its stack are one.
+    """For each path with a target: which layers of its stack are targets.
 
     Args:
-      stacks: the linear layers there are, each with the leading axes of its stack.
+      stacks: the linear layers of the model, each with the leading axes of its stack.
 
     Raises:
-      InputError: a pattern that is none, or that matches nothing (lists what there is).
+      InputError: not a regular expression, or a pattern that matches nothing (lists the layers).
     """
     names = {path: layer_names(path, stack) for path, stack in stacks.items()}
     check_patterns({"targets": targets, "exclude": exclude}, names)

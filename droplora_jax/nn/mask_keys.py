@@ -1,4 +1,4 @@
-"""The keys that a step's masks are drawn from: variables of a model that only `draw` fills."""
+"""The variables of a model that hold the keys of a step's masks; only `draw` fills them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from droplora_jax.core.errors import InputError
 class MaskKey(nnx.Variable):
     """The keys of one adapter's rank mask, [*stack, n]; n = 0 means no mask (evaluation).
 
-    Filled for one step by `droplora_jax.draw`. Its metadata: `stack`, the leading axes of stacked
-    layers, and `granularity`, None where the adapter never draws.
+    `droplora_jax.draw` fills it for one step. Metadata: `stack`, the leading axes of stacked
+    layers; `granularity`, None if the adapter draws no mask.
     """
 
 
 class DropShare(MaskKey):
-    """What share of its drop rate an adapter has in this step, [*stack], where that changes.
+    """The factor on an adapter's drop rate in this step, [*stack], if the rate changes by step.
 
-    Filled for one step by `droplora_jax.draw` too.
+    `droplora_jax.draw` fills it for one step, too.
     """
 
 
 def checked_rows(keys: Array, x: Array) -> Array:
-    """Keys of a mask that differs by row, one for each row of x."""
+    """`keys`, if there is one for each row of x.
+
+    Raises:
+      InputError: the masks were drawn for another number of rows.
+    """
     if keys.shape[0] != x.shape[0]:
         raise InputError(
             f"the masks were drawn for {keys.shape[0]} rows, but this layer sees {x.shape[0]}: "

@@ -33,30 +33,30 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
 
 
 def lengths_of_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Of every position, how many its segment has."""
+    """For each position, the length of its segment."""
     after_BT = jnp.flip(positions_in_segments(jnp.flip(segment_ids_BT, axis=1)), axis=1)
     return positions_in_segments(segment_ids_BT) + after_BT + 1
 
 
 @partial(jax.checkpoint, prevent_cse=False)
 def swiglu(gate: Float[Array, "*x F"], up: Float[Array, "*x F"]) -> Float[Array, "*x F"]:
-    """`silu(gate) * up` (arXiv 2002.05202); its steps are cheaper to repeat than to save."""
+    """`silu(gate) * up` (arXiv 2002.05202), recomputed in the backward pass instead of saved."""
     return jax.nn.silu(gate) * up
 
 
-# Trained parameters are float32 beside activations that may be narrower. They are used in the dtype
-# of the activations, and their gradients, which are sums over positions, are summed in their own.
+# Trained parameters are float32, while activations may be narrower. For use, parameters are cast to
+# the dtype of the activations; their gradients, sums over positions, are summed in float32.
 
 
 def matmul(x: Float[Array, "... I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "... O"]:
-    """`x @ kernel` in the dtype of `x`; the gradient of a wider kernel is summed in its own."""
+    """`x @ kernel` in the dtype of `x`; a wider kernel's gradient is summed in its dtype."""
     if kernel_IO.dtype == x.dtype:
         return x @ kernel_IO
     return product("...i,io->...o", x, kernel_IO)
 
 
 def times(x: Float[Array, "..."], gain: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x * gain` in the dtype and shape of `x`; the gradient of a wider gain is summed in its own.
+    """`x * gain` in the dtype and shape of `x`; a wider gain's gradient is summed in its dtype.
 
     `gain` broadcasts against `x`.
     """
@@ -64,7 +64,7 @@ def times(x: Float[Array, "..."], gain: Float[Array, "..."]) -> Float[Array, "..
 
 
 def plus(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x + bias` in the dtype and shape of `x`; the gradient of a wider bias is summed in its own.
+    """`x + bias` in the dtype and shape of `x`; a wider bias's gradient is summed in its dtype.
 
     `bias` broadcasts against `x`.
     """
@@ -106,7 +106,7 @@ _plus.defvjp(_plus_forward, _plus_backward)
 
 
 def _summed_as(like: Array, x: Array) -> Array:
-    """The sum of `x` over all that `like` was broadcast along."""
+    """The sum of `x` over the axes along which `like` was broadcast."""
     leading = x.ndim - like.ndim
     sizes = (1,) * leading + like.shape
     axes = [i for i, size in enumerate(sizes) if i < leading or size != x.shape[i]]

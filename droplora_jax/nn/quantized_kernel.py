@@ -1,12 +1,13 @@
 """Frozen kernels in 8 or 4 bits a weight, and products with them.
 
 A kernel [..., I, O] is cut into tiles of inputs with one scale for each tile and output:
-`W = level(value) * scale`. Levels are whole numbers, or the 16 quantiles of a normal distribution
-of NF4 (arXiv 2305.14314). Qwix finds values and scales; they are constants to every gradient.
+`W = level(value) * scale`. Levels are whole numbers, or NF4's 16 quantiles of a normal distribution
+(arXiv 2305.14314). Qwix computes values and scales; they are constants to every gradient.
 
-Two values of 4 bits are packed in a byte here, since not every platform takes arrays of 4-bit
-numbers (on a CPU, jax 0.10 does not in a program that is compiled ahead). A byte holds the same
-place of a tile's first and second half, so a mesh splits bytes as it splits tiles.
+Two 4-bit values are packed in a byte here, because not every platform supports arrays of 4-bit
+numbers (a CPU, with jax 0.10, does not in a program that is compiled ahead of time). A byte holds
+corresponding values of a tile's first and second half, so that a mesh splits bytes as it splits
+tiles.
 
 Letters: `I` / `O` a layer's input / output width, `G` tiles of inputs, `P` bytes of a tile.
 """
@@ -23,8 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer, UInt
-from numpy.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 
@@ -60,16 +61,16 @@ NF4_LEVELS = (
 )
 @dataclass(frozen=True)
 class Quantized:
-    """A kernel [..., I, O] where an array would stand; its leaves may be shapes only.
+    """A kernel [..., I, O] in place of an array; its leaves may be shapes only.
 
-    It has an array's shape and place, `x[i]` picks a layer of a stack, and `astype` says in which
-    dtype it will be an array; `dense` makes it one.
+    It has an array's `shape` and `sharding`; `x[i]` picks a layer of a stack, and `astype` sets the
+    dtype that `dense` will return.
 
     Attributes:
       values: [..., I, O] int8, or [..., I / 2, O] uint8 of two values each.
-      scales: [..., G, O], of the dtype that the kernel has as an array.
+      scales: [..., G, O], in the dtype that the kernel has as an array.
       kind: `int8`, `int4` or `nf4`.
-      gathered: where values and scales of one layer are brought before a product.
+      gathered: the sharding to which one layer's values and scales are gathered for a product.
     """
 
     values: Any
@@ -100,7 +101,7 @@ class Quantized:
 
     @property
     def tile(self) -> int:
-        """Inputs with one scale."""
+        """How many inputs share a scale."""
         return self.shape[-2] // self.scales.shape[-2]
 
     def __getitem__(self, index: Any) -> Quantized:
@@ -111,12 +112,12 @@ class Quantized:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, a quantised kernel as one."""
+    """The leaves of a tree, with a quantised kernel as one leaf."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def shapes(kernel: jax.ShapeDtypeStruct, kind: str, tile: int) -> Quantized:
-    """What a kernel of this shape and dtype becomes, as shapes; `tile` is even and divides I."""
+    """The quantised kernel, as shapes, of a kernel of this shape; `tile` is even and divides I."""
     *stack, width_in, width_out = kernel.shape
     packed = PACKED[kind]
     dtype = jnp.int8 if packed == 1 else jnp.uint8
@@ -128,25 +129,28 @@ def shapes(kernel: jax.ShapeDtypeStruct, kind: str, tile: int) -> Quantized:
 
 
 def quantize(kernel_IO: Float[Array, "I O"], kind: str, tile: int, dtype: DTypeLike) -> Quantized:
-    """Quantise a kernel as Qwix does, from float32; `dtype` of the scales.
+    """Quantise a kernel as Qwix does, from float32.
+
+    Args:
+      dtype: that of the scales.
 
     Raises:
       InputError: Qwix is not installed.
     """
-    how = partial(
+    quantize_column = partial(
         qwix().quantize,
         qtype=QTYPES[kind],
         tiled_axes={0: tile},
         scale_dtype=dtype,
     )
-    # Column by column: for NF4 the whole would be made one long row, which no mesh could split.
-    found = jax.vmap(how, in_axes=1, out_axes=1)(kernel_IO.astype(jnp.float32))
-    values = found.qvalue if PACKED[kind] == 1 else _pack(found.qvalue, kind, tile)
-    return Quantized(values, found.scale, kind)
+    # Column by column: Qwix would flatten a whole NF4 kernel to one row, which no mesh could split.
+    result = jax.vmap(quantize_column, in_axes=1, out_axes=1)(kernel_IO.astype(jnp.float32))
+    values = result.qvalue if PACKED[kind] == 1 else _pack(result.qvalue, kind, tile)
+    return Quantized(values, result.scale, kind)
 
 
 def _pack(values_IO: Integer[Array, "I O"], kind: str, tile: int) -> UInt[Array, "GP O"]:
-    """Whole numbers of 4 bits, two in a byte."""
+    """4-bit numbers, two in a byte."""
     unsigned = values_IO.astype(jnp.int32) + (8 if kind == "int4" else 0)
     halves = unsigned.reshape(-1, 2, tile // 2, values_IO.shape[1])  # [G, 2, P, O]
     return (halves[:, 0] | halves[:, 1] << 4).astype(jnp.uint8).reshape(-1, values_IO.shape[1])
@@ -164,7 +168,7 @@ def with_layer(
 
 @jax.named_scope("dequantize")
 def dense(kernel: Array | Quantized) -> Float[Array, "..."]:
-    """A kernel as an array: a quantised one computed in float32 and cast to its dtype."""
+    """A kernel as an array; a quantised one is computed in float32 and cast to its dtype."""
     if not isinstance(kernel, Quantized):
         return kernel
     *stack, tiles, width_out = kernel.scales.shape
@@ -185,8 +189,8 @@ def _levels(values: Integer[Array, "*x"], kind: str) -> Float[Array, "*x"]:
 
 
 def _nf4_levels(index: Integer[Array, "*x"]) -> Float[Array, "*x"]:
-    """Chosen bit by bit: accelerators have no fast look-up in a table."""
-    table: list[Any] = [jnp.float32(level) for level in NF4_LEVELS]
+    """The levels, selected bit by bit, since accelerators have no fast lookup in a table."""
+    table: list[Array] = [jnp.float32(level) for level in NF4_LEVELS]
     for bit in range(4):
         is_set = (index >> bit) & 1 == 1
         table = [jnp.where(is_set, b, a) for a, b in zip(table[::2], table[1::2], strict=True)]
@@ -198,8 +202,8 @@ def dot_general(
 ) -> Array:
     """`jax.lax.dot_general`, for a quantised kernel too.
 
-    The backward pass finds the array again from the quantised values, which are there anyway:
-    saved, it would be the whole kernel of every layer. On a mesh these values are sent, not the
+    The backward pass computes the array again from the quantised values: to save it would keep
+    every layer's whole kernel in memory. On a mesh the quantised values are gathered, not the
     array.
     """
     if not isinstance(kernel, Quantized):
@@ -207,20 +211,20 @@ def dot_general(
 
     @jax.checkpoint
     def product(x: Array, kernel: Quantized) -> Array:
-        return jax.lax.dot_general(x, dense(_brought(kernel)), dimension_numbers, **options)
+        return jax.lax.dot_general(x, dense(_gathered(kernel)), dimension_numbers, **options)
 
     return product(x, kernel)
 
 
-def _brought(kernel: Quantized) -> Quantized:
+def _gathered(kernel: Quantized) -> Quantized:
     if kernel.gathered is None:
         return kernel
-    bring = partial(jax.lax.with_sharding_constraint, shardings=kernel.gathered)
-    return jax.tree.map(bring, kernel)
+    gather = partial(jax.lax.with_sharding_constraint, shardings=kernel.gathered)
+    return jax.tree.map(gather, kernel)
 
 
 def qwix() -> Any:
-    """The library that quantises.
+    """Qwix, the library that quantises.
 
     Raises:
       InputError: it is not installed.

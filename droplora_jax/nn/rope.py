@@ -11,14 +11,14 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 Parameters = tuple[tuple[str, float], ...]
-Frequencies = Any  # [H / 2], float32: a numpy array, or a JAX array if they depend on the positions
+Length = Int[Array, ""] | int
+Frequencies = np.ndarray | Array  # [H / 2], float32; a JAX array if they depend on the positions
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,10 @@ class RopeConfig:
     parameters: Parameters = field(default=())
 
 
-def inverse_frequencies(
-    config: RopeConfig, head_dim: int, length: Int[Array, ""] | int = 0
-) -> Frequencies:
+def inverse_frequencies(config: RopeConfig, head_dim: int, length: Length = 0) -> Frequencies:
     """Angular step per position of each pair of dimensions: [H / 2], float32.
 
-    `length` is that of the longest row, which only `dynamic` looks at.
+    `length` is the length of the longest row; only `dynamic` depends on it.
     """
     scale = SCALINGS[config.kind].frequencies
     return scale(config.theta, head_dim, dict(config.parameters), length)
@@ -52,7 +50,7 @@ def rotation_tables(
 
 
 def longest_static(config: RopeConfig, length: int) -> int:
-    """Up to how many of `length` positions the tables do not depend on the row's length."""
+    """How many of `length` positions a row may have before the tables depend on its length."""
     given = dict(config.parameters)
     return (
         min(length, int(given["max_position_embeddings"])) if config.kind == "dynamic" else length
@@ -72,26 +70,26 @@ def _exponents(head_dim: int) -> np.ndarray:
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
-def _default(theta: float, head_dim: int, _: Mapping, length: Any) -> Frequencies:
+def _default(theta: float, head_dim: int, _: Mapping, length: Length) -> Frequencies:
     return (1.0 / np.power(np.float32(theta), _exponents(head_dim))).astype(np.float32)
 
 
-def _linear(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+def _linear(theta: float, head_dim: int, given: Mapping, length: Length) -> Frequencies:
     return _default(theta, head_dim, given, length) / np.float32(given["factor"])
 
 
-def _llama3(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+def _llama3(theta: float, head_dim: int, given: Mapping, length: Length) -> Frequencies:
     frequencies = _default(theta, head_dim, given, length)
     low, high = given["low_freq_factor"], given["high_freq_factor"]
     wavelengths = 2 * math.pi / frequencies
-    # 0 where a wave is longer than the original context, 1 where many fit, linear in between.
+    # 0 for waves longer than the original context, 1 for short ones, linear in between.
     original = given["original_max_position_embeddings"]
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     blended = (1 - smooth) * frequencies / np.float32(given["factor"]) + smooth * frequencies
     return blended.astype(np.float32)
 
 
-def _dynamic(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+def _dynamic(theta: float, head_dim: int, given: Mapping, length: Length) -> Frequencies:
     original, factor = given["max_position_embeddings"], given["factor"]
     longest = jnp.maximum(length, int(original)).astype(jnp.float32)
     stretch = factor * longest / original - (factor - 1)
@@ -99,12 +97,12 @@ def _dynamic(theta: float, head_dim: int, given: Mapping, length: Any) -> Freque
     return 1.0 / base ** jnp.asarray(_exponents(head_dim))
 
 
-def _yarn(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequencies:
+def _yarn(theta: float, head_dim: int, given: Mapping, length: Length) -> Frequencies:
     frequencies = _default(theta, head_dim, given, length)
     original = given["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
-        """Which pair of dimensions turns so often within the original context."""
+        """The pair of dimensions that makes so many rotations within the original context."""
         waves = original / (rotations * 2 * math.pi)
         return head_dim * math.log(waves) / (2 * math.log(theta))
 
@@ -113,7 +111,7 @@ def _yarn(theta: float, head_dim: int, given: Mapping, length: Any) -> Frequenci
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     pairs = np.arange(head_dim // 2, dtype=np.float32)
-    # 0 where a pair is left as it is, 1 where its positions are interpolated.
+    # 0 for pairs that are left as they are, 1 for those whose positions are interpolated.
     ramp = np.clip((pairs - first) / (last - first or 1e-3), 0, 1)
     return (frequencies / given["factor"] * ramp + frequencies * (1 - ramp)).astype(np.float32)
 
@@ -132,12 +130,12 @@ def _yarn_magnitude(given: Mapping) -> float:
 
 @dataclass(frozen=True)
 class Scaling:
-    """One kind: its functions, and the parameters that the configuration must or may give."""
+    """One kind of scaling: its functions, and the parameters that it requires or accepts."""
 
-    frequencies: Callable[[float, int, Mapping, Any], Frequencies]
+    frequencies: Callable[[float, int, Mapping, Length], Frequencies]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    magnitude: Callable[[Mapping], float] = lambda _: 1.0  # of cosine and sine
+    magnitude: Callable[[Mapping], float] = lambda _: 1.0  # a factor on cosine and sine
 
 
 ORIGINAL = "original_max_position_embeddings"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,18 @@ from jaxtyping import Array, Float, Int
 from droplora_jax.core.sharding import RULES, axis_size
 from droplora_jax.data.batches import IGNORE
 
-BLOCKS = 8  # of positions, whose logits exist one block at a time
+BLOCKS = 8  # blocks of positions; the logits of one block exist at a time
 
-Project = Callable[..., Array]  # hidden [B, T, D] and what else it needs to logits [B, T, V]
+Result = TypeVar("Result")
+# Hidden states [B, T, D], and the arrays that a closure was freed of, to logits [B, T, V].
+Project = Callable[..., Array]
 Loss = tuple[Float[Array, ""], Int[Array, ""]]
 
 
 def cross_entropy(logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]) -> Loss:
     """Summed negative log-likelihood of the targets in float32, and how many there are.
 
-    Targets equal to `IGNORE` count for nothing.
+    Targets equal to `IGNORE` have no loss.
     """
     logits = logits_BTV.astype(jnp.float32)
     labelled = targets_BT != IGNORE
@@ -46,15 +48,16 @@ def projected_cross_entropy(
     *,
     mesh: Mesh | None = None,
 ) -> Loss:
-    """`cross_entropy(project(x), targets)`, a few positions at a time.
+    """`cross_entropy(project(x), targets)`, one block of positions at a time.
 
     Positions with a target are gathered into the first blocks, and a block without any is not
-    projected. The gradient of a block is taken while its logits are there, so neither the logits
-    nor their gradients are ever kept: the backward pass only scales what the forward pass found.
+    projected. The gradient of a block is computed while its logits exist, so neither the logits
+    nor their gradients are kept: the backward pass only scales what the forward pass computed.
 
     Args:
-      mesh: on which x lies. Positions change places only among those of the same devices; where
-        they are split themselves (`context`) they stay.
+      project: hidden states of any positions to their logits.
+      mesh: the mesh that x is on. Positions are reordered only within a device's own rows; where
+        positions themselves are split (`context`), they are not reordered.
     """
     groups = _groups(mesh, len(targets_BT))
     if groups is None:
@@ -63,15 +66,16 @@ def projected_cross_entropy(
         x_GND = x_BTD.reshape(groups, -1, x_BTD.shape[-1])
         targets_GN = targets_BT.reshape(groups, -1)
         order_GN = jnp.argsort(targets_GN == IGNORE, axis=1, stable=True)
-        x = _in_turn(_reordered(x_GND, order_GN), 0)
-        targets = _in_turn(_taken(targets_GN, order_GN), IGNORE)
-    # What is differentiated beside x, an adapted head's factors say, has to be an argument.
+        x = _consecutive(_reordered(x_GND, order_GN), 0)
+        targets = _consecutive(_taken(targets_GN, order_GN), IGNORE)
+    # custom_vjp cannot differentiate through a closure, so the arrays that `project` closes over
+    # (an adapted head's factors, for example) become arguments.
     project, closed_over = jax.closure_convert(project, x[0])
     return _in_blocks(project, x, targets, *closed_over)
 
 
 def _groups(mesh: Mesh | None, rows: int) -> int | None:
-    """Into how many parts devices split the rows; None if they split positions too."""
+    """Into how many parts the mesh splits the rows; None if it splits positions too."""
     if mesh is None:
         return 1
     if mesh.shape["context"] > 1:
@@ -86,7 +90,7 @@ def _taken(x: Array, order_GN: Array) -> Array:
 
 @jax.custom_vjp
 def _reordered(x_GND: Array, order_GN: Array) -> Array:
-    """The positions of every group in another order."""
+    """The positions of every group in the given order."""
     return _taken(x_GND, order_GN)
 
 
@@ -95,21 +99,21 @@ def _reordered_forward(x_GND: Array, order_GN: Array) -> tuple[Array, Array]:
 
 
 def _reordered_backward(order_GN: Array, dy_GND: Array) -> tuple[Array, None]:
-    # No position is taken twice, so that nothing has to be added up.
+    # The order is a permutation, so the gradient is a gather too and needs no sums.
     return _taken(dy_GND, jnp.argsort(order_GN, axis=1)), None
 
 
 _reordered.defvjp(_reordered_forward, _reordered_backward)
 
 
-def _in_turn(x: Array, fill: int) -> Array:
-    """[G, N, ...] to [blocks, G, N / blocks, ...], filled up at the end."""
+def _consecutive(x: Array, fill: int) -> Array:
+    """[G, N, ...] to [blocks, G, N / blocks, ...] of consecutive positions, padded at the end."""
     x = _padded(x, fill)
     return jnp.moveaxis(x.reshape(len(x), BLOCKS, -1, *x.shape[2:]), 1, 0)
 
 
 def _every_nth(x: Array, fill: int) -> Array:
-    """[B, T, ...] to [blocks, B, T / blocks, ...]; positions that are split stay where they are."""
+    """[B, T, ...] to [blocks, B, T / blocks, ...], so that split positions stay on their device."""
     x = _padded(x, fill)
     return jnp.moveaxis(x.reshape(len(x), -1, BLOCKS, *x.shape[2:]), 2, 0)
 
@@ -119,14 +123,16 @@ def _padded(x: Array, fill: int) -> Array:
     return jnp.pad(x, missing, constant_values=fill)
 
 
-def _if_labelled(block_loss: Callable[..., Any], x: Array, targets: Array, *rest: Any) -> Any:
-    """What is found of a block, or zeros where it has no target."""
+def _if_labelled(
+    block_loss: Callable[..., Result], x: Array, targets: Array, *rest: list[Array]
+) -> Result:
+    """`block_loss` of a block, or zeros if it has no target."""
 
-    def nothing(*arguments: Any) -> Any:
+    def zeros(*arguments: Array | list[Array]) -> Result:
         shapes = jax.eval_shape(block_loss, *arguments)
         return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
 
-    return jax.lax.cond(jnp.any(targets != IGNORE), block_loss, nothing, x, targets, *rest)
+    return jax.lax.cond(jnp.any(targets != IGNORE), block_loss, zeros, x, targets, *rest)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -135,16 +141,16 @@ def _in_blocks(project: Project, x: Array, targets: Array, *closed_over: Array) 
         loss = _if_labelled(lambda x, t: cross_entropy(project(x, *closed_over), t), *block)
         return jax.tree.map(jnp.add, sums, loss), None
 
-    return jax.lax.scan(add, _nothing(), (x, targets))[0]
+    return jax.lax.scan(add, _zero_loss(), (x, targets))[0]
 
 
 def _forward(project: Project, x: Any, targets: Any, *closed_over: Any) -> tuple[Loss, Any]:
     trained = [i for i, value in enumerate(closed_over) if value.perturbed]
     values = [value.value for value in closed_over]
 
-    def block_loss(x: Array, targets: Array, some: list[Array]) -> Loss:
+    def block_loss(x: Array, targets: Array, trained_values: list[Array]) -> Loss:
         arguments = list(values)
-        for i, value in zip(trained, some, strict=True):
+        for i, value in zip(trained, trained_values, strict=True):
             arguments[i] = value
         return cross_entropy(project(x, *arguments), targets)
 
@@ -153,18 +159,20 @@ def _forward(project: Project, x: Any, targets: Any, *closed_over: Any) -> tuple
         loss, (dx, rest) = _if_labelled(grad, *block, [values[i] for i in trained])
         return jax.tree.map(jnp.add, sums, (loss, rest)), dx
 
-    zeros = (_nothing(), [jnp.zeros_like(values[i]) for i in trained])
+    zeros = (_zero_loss(), [jnp.zeros_like(values[i]) for i in trained])
     (loss, rest), dx = jax.lax.scan(add, zeros, (x.value, targets.value))
     gradients = dict(zip(trained, rest, strict=True))
     return loss, (dx, [gradients.get(i) for i in range(len(values))])
 
 
-def _backward(project: Project, saved: Any, cotangents: Any) -> tuple[Array | None, ...]:
-    dx, rest = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
+def _backward(
+    project: Project, gradients: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    dx, rest = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
     return dx, None, *rest
 
 
-def _nothing() -> Loss:
+def _zero_loss() -> Loss:
     return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
 
 

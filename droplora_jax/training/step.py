@@ -35,9 +35,9 @@ from droplora_jax.training.loss import projected_cross_entropy
 class TrainState:
     """All that changes from step to step, and all that a checkpoint has to hold.
 
-    Its leaves are arrays: `step` int32 [], `adapters` an `nnx.State`, `opt_state` as optax made
-    it; or, in the same places, what is said of them, such as shardings. `initial` is for
-    checkpoints alone: what branches are measured from, which no step changes.
+    A tree of arrays, or the same tree of shardings or shapes: `step` int32 [], `adapters` an
+    `nnx.State`, and `opt_state` as the optimizer made it. `initial` holds the frozen A0 and B0 of
+    branches that subtract their initial value; it is set only while saving and restoring.
     """
 
     step: Any
@@ -47,11 +47,12 @@ class TrainState:
 
 
 Metrics = dict[str, Array]
+Sums = tuple[Array, Array, nnx.State]  # of losses, targets and gradients
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def init_state(adapters: nnx.State, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; optimizer moments lie as their parameters do."""
+    """The state before the first step; moments are sharded as their parameters are."""
     shardings = state_shardings(adapters, tx)
 
     def make(adapters: nnx.State) -> TrainState:
@@ -60,24 +61,24 @@ def init_state(adapters: nnx.State, tx: optax.GradientTransformation) -> TrainSt
     return jax.jit(make, out_shardings=shardings)(adapters)
 
 
-def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> Any:
-    """A `TrainState` of shardings: the sharding of every leaf of a `TrainState`.
+def state_shardings(adapters: nnx.State, tx: optax.GradientTransformation) -> TrainState:
+    """A `TrainState` with the sharding of every leaf in the leaf's place.
 
-    A moment of its parameter's shape lies as the parameter does; one of another shape, such as
-    Adafactor's sums over rows and columns, is on every device.
+    A moment of its parameter's shape is sharded as the parameter is; one of another shape, such as
+    Adafactor's sums over rows and columns, is replicated.
     """
-    of_adapters = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+    adapter_shardings = jax.tree.map(lambda leaf: leaf.sharding, adapters)
     first = jax.tree.leaves(adapters)[0].sharding
     mesh = first.mesh if isinstance(first, NamedSharding) else None
     replicated = NamedSharding(mesh, PartitionSpec()) if mesh is not None else first
-    of_moments = optax.tree.map_params(
+    moment_shardings = optax.tree.map_params(
         tx,
         lambda moment, leaf: leaf.sharding if moment.shape == leaf.shape else replicated,
         jax.eval_shape(tx.init, adapters),
         adapters,
         transform_non_params=lambda _: replicated,
     )
-    return TrainState(replicated, of_adapters, of_moments)
+    return TrainState(replicated, adapter_shardings, moment_shardings)
 
 
 def loss_sum(
@@ -85,10 +86,11 @@ def loss_sum(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed cross-entropy of a batch [m, T] in float32, and the number of its targets."""
     with jax.numpy_dtype_promotion("strict"):
-        segment_ids = batch["segment_ids"]
-        x_BTD = model.hidden(batch["tokens"], segment_ids=segment_ids, options=options)
+        tokens_BT, targets_BT = jnp.asarray(batch["tokens"]), jnp.asarray(batch["targets"])
+        segment_ids_BT = jnp.asarray(batch["segment_ids"])
+        x_BTD = model.hidden(tokens_BT, segment_ids=segment_ids_BT, options=options)
         x_BTE, project = model.projection(x_BTD)
-        return projected_cross_entropy(project, x_BTE, batch["targets"], mesh=model.mesh)
+        return projected_cross_entropy(project, x_BTE, targets_BT, mesh=model.mesh)
 
 
 def loss_and_gradients(
@@ -104,11 +106,12 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], nnx.State]:
     """Mean loss over the targets of k microbatches [k, m, T], and its gradient for the adapters."""
 
-    def microbatch_loss(adapters: nnx.State, rows: Array, part: Batch):
-        keys = draw(mask_keys, step_key, rows=rows, documents=part["segment_ids"], share=share)
+    def microbatch_loss(adapters: nnx.State, rows: Array, part: Batch) -> tuple[Array, Array]:
+        documents = jnp.asarray(part["segment_ids"])
+        keys = draw(mask_keys, step_key, rows=rows, documents=documents, share=share)
         return loss_sum(nnx.merge(graphdef, adapters, keys, frozen), part, options=options)
 
-    def accumulate(sums, microbatch):
+    def accumulate(sums: Sums, microbatch: tuple[Array, Batch]) -> tuple[Sums, None]:
         (loss, count), gradients = jax.value_and_grad(microbatch_loss, has_aux=True)(
             adapters, *microbatch
         )
@@ -139,13 +142,13 @@ def train_step(
 
     Args:
       mask_root: the run's mask key; the step is folded into it here.
-      share: of the drop rates, by step, for adapters whose rates change.
+      share: by which share of itself a drop rate counts in each step, where rates change.
       options: how the layers are computed.
     """
     step_key = jax.random.fold_in(mask_root, state.step)
-    now = None if share is None else jnp.asarray(share(state.step), jnp.float32)
+    share_now = None if share is None else jnp.asarray(share(state.step), jnp.float32)
     loss, gradients = loss_and_gradients(
-        graphdef, state.adapters, mask_keys, frozen, batch, step_key, now, options=options
+        graphdef, state.adapters, mask_keys, frozen, batch, step_key, share_now, options=options
     )
     with jax.named_scope("optimizer"):
         updates, opt_state = tx.update(gradients, state.opt_state, state.adapters)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import DTypeLike
 
 from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
 

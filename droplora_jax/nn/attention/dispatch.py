@@ -15,8 +15,8 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
-from numpy.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import divides, partition_spec

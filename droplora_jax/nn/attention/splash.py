@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from numpy.typing import DTypeLike
 
 from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
 
