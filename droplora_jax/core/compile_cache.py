@@ -50,7 +50,7 @@ def compile_cache() -> Iterator[None]:
         _update(before)
 
 
-def _update(settings: Mapping[str, Any]) -> None:
+def _update(settings: Mapping[str, object]) -> None:
     import jax
 
     for name, value in settings.items():

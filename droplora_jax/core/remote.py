@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import cache_folder, locked, new_file, write_file
@@ -98,7 +98,7 @@ def fetch_file(url: str) -> Path:
     return copy
 
 
-def _parts(url: str, fs: Any, path: str) -> Iterator[bytes]:
+def _parts(url: str, fs: AbstractFileSystem, path: str) -> Iterator[bytes]:
     with _reading(url), fs.open(path, "rb") as remote:
         while part := remote.read(2**22):
             yield part
@@ -139,7 +139,7 @@ class BucketFile:
         pass
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:

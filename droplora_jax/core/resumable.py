@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import Row, read_jsonl, write_file
@@ -20,7 +19,7 @@ class Partial:
       rows: those that are there.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, object]) -> None:
         """
         Raises:
           InputError: the file is there and was begun with other settings, or by something else.
@@ -52,7 +51,7 @@ class Partial:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.file, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _read_settings(self) -> dict[str, Any]:
+    def _read_settings(self) -> dict[str, object]:
         with self.file.open("rb") as file:
             first = file.readline()
         try:
@@ -66,7 +65,7 @@ class Partial:
             )
         return before
 
-    def _check(self, before: Mapping[str, Any]) -> None:
+    def _check(self, before: Mapping[str, object]) -> None:
         changed = [
             f"{key}: {before.get(key)!r:.80} -> {self.settings.get(key)!r:.80}"
             for key in sorted({*before, *self.settings})

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
@@ -133,7 +134,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> ja
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
-def put(tree: Any, axes: Sequence[str | None], mesh: Mesh | None) -> Any:
+def put(tree: PyTree, axes: Sequence[str | None], mesh: Mesh | None) -> PyTree:
     """A tree of host arrays, the same on every process, to global ones with these leading axes.
 
     No mesh, nothing to do: JAX takes the arrays as they are.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats import FORMATS
+from droplora_jax.data.record import Fields
 
 Columns = Mapping[str, str]  # a format's key, and the column that holds it
 
 
-def renamed(record: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
+def renamed(record: Fields, columns: Columns) -> Fields:
     """The record with a format's keys; a column that it does not have is a key it does not have."""
     if not columns:
         return record
@@ -19,7 +19,7 @@ def renamed(record: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
     return others | {key: record[name] for key, name in columns.items() if name in record}
 
 
-def recognised(record: Mapping[str, Any], columns: Columns) -> str:
+def recognised(record: Fields, columns: Columns) -> str:
     """The name of the first format whose keys a record has, and which reads the mapped ones.
 
     Raises:

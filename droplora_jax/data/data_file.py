@@ -15,15 +15,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers import READERS, Reader, Record
 
-Unpack = Callable[..., Any]
+Unpack = Callable[[BufferedIOBase], BufferedIOBase]
 
 
-def _zstandard(stream: BufferedIOBase) -> Any:
+def _zstandard(stream: BufferedIOBase) -> BufferedIOBase:
     import pyarrow
 
     # Unlike the stream of the zstandard package, this one tells when the file was cut short.
@@ -32,9 +32,9 @@ def _zstandard(stream: BufferedIOBase) -> Any:
 
 
 UNPACKERS: dict[str, Unpack] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".bz2": bz2.BZ2File,
+    ".xz": lambda stream: lzma.LZMAFile(stream),  # type: ignore[arg-type]  # noqa: SIM115
     ".zst": _zstandard,
 }
 KNOWN = f"{', '.join(READERS)}, or one of them packed as {', '.join(UNPACKERS)}"
@@ -103,10 +103,10 @@ class File:
         stream = stack.enter_context(unpack(raw))
         if not self._reader.seeks:
             return stream
-        whole: Any = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        shutil.copyfileobj(stream, whole, 2**20)
-        whole.seek(0)
-        return whole
+        unpacked = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        shutil.copyfileobj(stream, unpacked, 2**20)
+        unpacked.seek(0)
+        return cast(BufferedIOBase, unpacked)
 
 
 def data_suffix(name: str) -> str:

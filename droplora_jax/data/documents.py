@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.columns import described, recognised, renamed
 from droplora_jax.data.config import AUTO, DataConfig
 from droplora_jax.data.formats import FORMATS, Empty
+from droplora_jax.data.record import Fields
 from droplora_jax.data.templates import TEMPLATES, Document
 from droplora_jax.data.templates.base import Tokenizer
 
@@ -29,9 +28,7 @@ class Writer:
     config: DataConfig
 
     @classmethod
-    def of(
-        cls, where: str, record: Mapping[str, Any], tokenizer: Tokenizer, config: DataConfig
-    ) -> Writer:
+    def of(cls, where: str, record: Fields, tokenizer: Tokenizer, config: DataConfig) -> Writer:
         """The writer of a file whose first record this is.
 
         Raises:
@@ -46,7 +43,7 @@ class Writer:
         usual = FORMATS[name].template
         return cls(name, usual if config.template == AUTO else config.template, tokenizer, config)
 
-    def __call__(self, where: str, record: Mapping[str, Any]) -> Document:
+    def __call__(self, where: str, record: Fields) -> Document:
         """The record, written out.
 
         Raises:

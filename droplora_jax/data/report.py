@@ -1,13 +1,13 @@
-"""What was read, and what became of it."""
+"""What was read from the files, and how many records were kept, cut, split or dropped."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import basename
 
-from droplora_jax.data.histogram import bars, drawn, quantile
-
-_FILES = 8  # of which a line is shown
+_FILES = 8  # files that get a line each; the others share one
+_QUANTILES = {"min": 0.0, "50%": 0.5, "90%": 0.9, "99%": 0.99, "max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,11 @@ class Report:
 
     def lines(self) -> list[str]:
         """A short text for the terminal."""
-        counts = dict(self.lengths)
-        lengths = min(counts), quantile(self.lengths, 0.5), max(counts)
         return [
             *self._files(),
             "; ".join(self._changes()),
             f"{self.trained_tokens / self.tokens:.0%} of {self.tokens:,} tokens are trained",
-            f"lengths in tokens: {' / '.join(f'{n:,}' for n in lengths)} (min / median / max)",
-            *drawn(bars(counts, self.max_length), self.max_length),
+            self._lengths(),
         ]
 
     def _files(self) -> list[str]:
@@ -83,6 +80,14 @@ class Report:
             rows = many(sum(s.records for s in more), "row")
             lines.append(f"{rows} from {many(len(more), 'more file')}")
         return lines
+
+    def _lengths(self) -> str:
+        values = (f"{quantile(self.lengths, part):,}" for part in _QUANTILES.values())
+        long = sum(records for length, records in self.lengths if length > self.max_length)
+        return (
+            f"lengths in tokens: {' / '.join(values)} ({' / '.join(_QUANTILES)}), "
+            f"{long:,} above max_length={self.max_length}"
+        )
 
     def _changes(self) -> list[str]:
         limit = f"{self.max_length:,} tokens"
@@ -99,6 +104,21 @@ class Report:
             places = ", ".join(basename(place) for place in self.empty)
             why.append(f"{self.dropped_empty:,} empty: {places}{more}")
         return [*parts, f"{self.dropped:,} dropped" + (f" ({'; '.join(why)})" if why else "")]
+
+
+def quantile(counts: Sequence[tuple[int, int]], part: float) -> int:
+    """The least value with at least `part` of all values at or below it.
+
+    Args:
+      counts: (value, how often it occurs), sorted by value.
+      part: from 0 to 1.
+    """
+    left = part * sum(n for _, n in counts)
+    for value, n in counts:
+        left -= n
+        if left <= 0:
+            return value
+    raise ValueError("there is no value")
 
 
 def many(count: int, what: str) -> str:

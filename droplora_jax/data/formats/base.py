@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from droplora_jax.core.errors import InputError
+from droplora_jax.data.record import Call, Fields
 
 USER, ASSISTANT, TOOL = "user", "assistant", "tool"
 
@@ -34,8 +34,8 @@ class Turn:
 
     role: str
     content: str | None
-    calls: tuple[Mapping[str, Any], ...] = ()
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    calls: tuple[Call, ...] = ()
+    keys: Fields = field(default_factory=dict)
     learnt: bool = True
 
 
@@ -54,7 +54,7 @@ class Example:
     turns: tuple[Turn, ...] = ()
     input: str = ""
     text: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Call, ...] = ()
     first: int = 1
 
 
@@ -72,11 +72,11 @@ class Format:
 
     required: tuple[str, ...]
     template: str
-    convert: Callable[[Mapping[str, Any]], Example]
+    convert: Callable[[Fields], Example]
     optional: tuple[str, ...] = ()
-    telling: Callable[[Mapping[str, Any]], bool] = lambda record: True
+    telling: Callable[[Fields], bool] = lambda record: True
 
-    def matches(self, record: Mapping[str, Any]) -> bool:
+    def matches(self, record: Fields) -> bool:
         return all(key in record for key in self.required) and self.telling(record)
 
     @property
@@ -96,7 +96,7 @@ def exchange(prompt: str, response: str, input: str = "") -> Example:
     return Example((Turn(USER, prompt), Turn(ASSISTANT, response)), input)
 
 
-def text_of(record: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+def text_of(record: Fields, key: str, *, may_be_empty: bool = False) -> str:
     """The text under a key.
 
     Raises:

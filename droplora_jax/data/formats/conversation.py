@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import (
@@ -16,14 +16,15 @@ from droplora_jax.data.formats.base import (
     Turn,
     check_unicode,
 )
+from droplora_jax.data.record import Call, Fields
 
 ROLES = ("system", "developer", USER, ASSISTANT, TOOL)
 
 
 def conversation(
-    record: Mapping[str, Any],
+    record: Fields,
     key: str,
-    turn: Callable[[Mapping[str, Any]], Turn],
+    turn: Callable[[Fields], Turn],
     before: Sequence[Turn] = (),
 ) -> Example:
     """The example of a record that holds a list of messages.
@@ -48,7 +49,7 @@ def conversation(
     return Example((*before, *turns), tools=tools, first=1 - len(before))
 
 
-def _numbered(turn: Callable[[Mapping[str, Any]], Turn], message: Any, number: int) -> Turn:
+def _numbered(turn: Callable[[Fields], Turn], message: object, number: int) -> Turn:
     where = f"message {number}"
     if not isinstance(message, dict):
         raise InputError(f"{where} must be an object, is {message!r:.60}")
@@ -71,7 +72,7 @@ def check_order(turns: Sequence[Turn]) -> None:
             f"message 1: the first message is the {ASSISTANT}'s, with nothing to answer; take it "
             f"out, or put one of the {USER} before it"
         )
-    pending: list[Mapping[str, Any]] = []
+    pending: list[Call] = []
     for number, turn in enumerate(turns, 1):
         if turn.role != TOOL:
             pending = list(turn.calls)
@@ -81,7 +82,7 @@ def check_order(turns: Sequence[Turn]) -> None:
         pending.pop(_answered(turn, pending, number))
 
 
-def _answered(turn: Turn, pending: Sequence[Mapping[str, Any]], number: int) -> int:
+def _answered(turn: Turn, pending: Sequence[Call], number: int) -> int:
     """Which call a result answers: by its id, or the first."""
     ids = [call.get("id") for call in pending]
     id = turn.keys.get("tool_call_id")
@@ -95,7 +96,7 @@ def _answered(turn: Turn, pending: Sequence[Mapping[str, Any]], number: int) -> 
     return ids.index(id)
 
 
-def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+def tools_of(value: object) -> tuple[Call, ...]:
     """Tools as chat templates take them, of a list or the JSON of one.
 
     A bare {"name", ...} is wrapped as {"type": "function", "function": ...}.
@@ -105,7 +106,7 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def calls_of(key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
+def calls_of(key: str, value: object) -> tuple[Call, ...]:
     """Calls as chat templates take them, of an object, a list of them or the JSON of either.
 
     Their arguments are objects here; they may come as JSON.
@@ -114,7 +115,7 @@ def calls_of(key: str, value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(_call(key, _function(key, call, number)) for number, call in listed)
 
 
-def _listed(key: str, value: Any) -> list[Any]:
+def _listed(key: str, value: object) -> list[object]:
     if value is None or value == "":
         return []
     if isinstance(value, str):
@@ -123,7 +124,7 @@ def _listed(key: str, value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _function(key: str, value: Any, number: int) -> Mapping[str, Any]:
+def _function(key: str, value: object, number: int) -> Call:
     if isinstance(value, dict) and "function" not in value and "name" in value:
         value = {"type": "function", "function": value}
     function = value.get("function") if isinstance(value, dict) else None
@@ -132,12 +133,12 @@ def _function(key: str, value: Any, number: int) -> Mapping[str, Any]:
             f"{key}: number {number} must be an object with a function that has a name, is "
             f"{value!r:.60}"
         )
-    return value
+    return cast(Call, value)
 
 
-def _call(key: str, call: Mapping[str, Any]) -> Mapping[str, Any]:
+def _call(key: str, call: Call) -> Call:
     function = call["function"]
-    arguments = function.get("arguments")
+    arguments: object = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _parsed(f"{key}: the arguments of {function['name']}", arguments or "{}")
     if not isinstance(arguments, dict):
@@ -147,7 +148,7 @@ def _call(key: str, call: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _parsed(key: str, text: str) -> Any:
+def _parsed(key: str, text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

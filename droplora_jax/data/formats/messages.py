@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
 from droplora_jax.data.formats.conversation import ROLES, calls_of, conversation
+from droplora_jax.data.record import Fields
 
 _READ = ("role", "content", "tool_calls", "weight")
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Fields) -> Example:
     return conversation(record, "messages", _turn)
 
 
-def _turn(message: Mapping[str, Any]) -> Turn:
+def _turn(message: Fields) -> Turn:
     role = text_of(message, "role")
     if role not in ROLES:
         raise InputError(f"role={role!r}: must be one of {', '.join(ROLES)}")
@@ -34,7 +33,7 @@ def _turn(message: Mapping[str, Any]) -> Turn:
     return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=weight != 0)
 
 
-def _content(message: Mapping[str, Any], role: str, calls: bool) -> str | None:
+def _content(message: Fields, role: str, calls: bool) -> str | None:
     """The text, joined where it comes in parts."""
     content = message.get("content")
     if content is None and calls:
@@ -45,7 +44,7 @@ def _content(message: Mapping[str, Any], role: str, calls: bool) -> str | None:
     return text_of(message, "content", may_be_empty=role != ASSISTANT or calls)
 
 
-def _part(part: Any, number: int) -> str:
+def _part(part: object, number: int) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else part

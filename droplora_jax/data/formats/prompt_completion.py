@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.data.formats.base import Example, Format, exchange, text_of
+from droplora_jax.data.record import Fields
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Fields) -> Example:
     return exchange(text_of(record, "prompt", may_be_empty=True), text_of(record, "completion"))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, TOOL, USER, Example, Format, Turn, text_of
 from droplora_jax.data.formats.conversation import calls_of, conversation
+from droplora_jax.data.record import Fields
 
 CALL = "function_call"
 ROLES = {
@@ -22,7 +20,7 @@ ROLES = {
 }
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Fields) -> Example:
     given = record.get("system") is not None
     system = text_of(record, "system", may_be_empty=True) if given else ""
     before = [Turn("system", system)] if system else []
@@ -32,7 +30,7 @@ def convert(record: Mapping[str, Any]) -> Example:
     return example
 
 
-def _turn(message: Mapping[str, Any]) -> Turn:
+def _turn(message: Fields) -> Turn:
     if "from" not in message and "role" in message:
         raise InputError(
             "from is missing, and there is a role: set data.columns={messages: conversations}"

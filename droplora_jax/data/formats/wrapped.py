@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import Example, Format, exchange, text_of
+from droplora_jax.data.record import Fields
 
 TASK = "Below is an instruction that describes a task"
 
 
-def is_wrapped(instruction: Any) -> bool:
+def is_wrapped(instruction: object) -> bool:
     return isinstance(instruction, str) and instruction.lstrip().startswith(TASK)
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Fields) -> Example:
     prompt = text_of(record, "instruction")
     if not is_wrapped(prompt):
         raise InputError(f"instruction must start with {TASK!r}, as the rows before do")

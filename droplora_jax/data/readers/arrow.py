@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from io import BufferedIOBase
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.data.readers.base import BATCH, Reader, Record
 
 _MAGIC = b"ARROW1"  # begins a file; a stream begins with the length of its schema
+
+
+@runtime_checkable
+class Table(Protocol):
+    """What is read of a `pyarrow.RecordBatch`."""
+
+    num_rows: int
+
+    def slice(self, offset: int, length: int) -> Table: ...
+    def to_pylist(self) -> list[dict[str, object]]: ...
 
 
 def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
@@ -25,7 +35,7 @@ def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
         ) from error
 
 
-def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Any]:
+def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Table]:
     from pyarrow import ipc
 
     if whole_file:
@@ -35,7 +45,7 @@ def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Any]:
         yield from ipc.open_stream(stream)
 
 
-def numbered(batches: Iterable[Any], name: str) -> Iterator[Record]:
+def numbered(batches: Iterable[Table], name: str) -> Iterator[Record]:
     """The rows of Arrow batches as objects, with their numbers from 1."""
     number = 0
     for batch in batches:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
-from typing import Any
 
 from droplora_jax.core.errors import InputError
+from droplora_jax.data.record import Fields
 
-Record = tuple[str, Mapping[str, Any]]  # where it stands, for errors; and the object
+Record = tuple[str, Fields]  # where it stands, for errors; and the object
 LONGEST = 64 * 2**20  # bytes of one line or row: a mistake in the file, not a text to learn
 BATCH = 1024  # rows of a table that are turned into objects at once
 
@@ -66,13 +66,13 @@ def too_long(where: str, what: str) -> InputError:
     )
 
 
-def as_object(where: str, row: Any) -> Mapping[str, Any]:
+def as_object(where: str, row: object) -> Fields:
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be an object with keys, is {kind(row)}")
     return row
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """A JSON value, for a person."""
     kinds = {dict: "an object", list: "a list", str: "text", type(None): "null"}
     return kinds.get(type(value), repr(value))

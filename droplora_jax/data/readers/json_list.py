@@ -1,4 +1,9 @@
-"""JSON: one list of objects, of which no more than one is in memory at a time."""
+"""JSON: one list of objects, of which no more than one is in memory at a time.
+
+The standard library's decoder reads each object, so that values are those of `json.loads`: NaN,
+integers of any size and half a surrogate pair too (which streaming parsers on yajl refuse, or
+replace by a question mark without a word), and an error can name the row and the line.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator
 from io import BufferedIOBase
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import (
@@ -79,7 +83,7 @@ class _Text:
             raise self.broken(f"Expecting {character!r} delimiter", self.at)
         self.skip()
 
-    def value(self, where: str = "") -> Any:
+    def value(self, where: str = "") -> object:
         """The JSON value that stands next."""
         self.peek()
         while True:

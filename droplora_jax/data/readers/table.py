@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import threading
 from collections.abc import Iterator
 from functools import partial
 from io import BufferedIOBase
@@ -10,15 +11,16 @@ from io import BufferedIOBase
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import LONGEST, Reader, Record, lines
 
+_FIELD_SIZE_LIMIT = threading.Lock()  # held while csv's limit is another than the process's
+
 
 def _records(stream: BufferedIOBase, name: str, *, delimiter: str) -> Iterator[Record]:
-    csv.field_size_limit(LONGEST)  # of the whole process, which refuses 128 KiB by default
     rows = csv.reader((text for _, text in lines(stream, name)), delimiter=delimiter, strict=True)
     begin, columns = 1, None
     while True:
         where = f"{name}:{begin}"
         try:
-            row = next(rows, None)
+            row = _next(rows)
         except csv.Error as error:
             raise InputError(f"{where}: the row that begins here is broken ({error})") from error
         begin = rows.line_num + 1
@@ -35,6 +37,17 @@ def _records(stream: BufferedIOBase, name: str, *, delimiter: str) -> Iterator[R
             )
         else:
             yield where, dict(zip(columns, row, strict=True))
+
+
+def _next(rows: Iterator[list[str]]) -> list[str] | None:
+    """The next row, with values of up to `LONGEST` characters; None at the end."""
+    # The limit holds for the whole process, 128 KiB by default: it is put back after each row.
+    with _FIELD_SIZE_LIMIT:
+        before = csv.field_size_limit(LONGEST)
+        try:
+            return next(rows, None)
+        finally:
+            csv.field_size_limit(before)
 
 
 def _checked(where: str, columns: list[str]) -> list[str]:

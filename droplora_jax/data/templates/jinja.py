@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import Turn
+from droplora_jax.data.record import Call
 from droplora_jax.data.templates.base import Tokenizer
 
 Span = tuple[int, int]  # characters of a rendering, the second left out
@@ -31,12 +32,12 @@ class Renderer:
     """
 
     tokenizer: Tokenizer
-    tools: Sequence[Mapping[str, Any]]
+    tools: Sequence[Call]
     template: str
     markers: tuple[str, ...]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> Renderer:
+    def of(cls, tokenizer: Tokenizer, tools: Sequence[Call]) -> Renderer:
         if not tokenizer.chat_template:
             raise InputError(
                 "data.template=chat: the tokenizer has no chat template; put a "
@@ -82,7 +83,7 @@ class Renderer:
         return text, spans[0] if spans else []
 
 
-def message(turn: Turn) -> dict[str, Any]:
+def message(turn: Turn) -> dict[str, object]:
     """A turn as chat templates read it."""
     content = {} if turn.content is None else {"content": turn.content}
     calls = {"tool_calls": list(turn.calls)} if turn.calls else {}

@@ -156,6 +156,15 @@ def test_a_broken_table_of_text(tmp_path, raw, message):
             list(local(path).records())
 
 
+def test_a_long_value_of_a_table_leaves_the_limit_of_the_process_alone(tmp_path):
+    before = csv.field_size_limit()
+    path = tmp_path / "a.csv"
+    path.write_text(f"text\n{'x' * (before + 1)}\n")
+    ((_, row),) = local(path).records()
+    assert len(row["text"]) == before + 1
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize(
     ("name", "begin", "end"),
     [
