@@ -87,7 +87,7 @@ def test_sources_with_weights(read):
         ("    - a\n    - {path: b, weight: x}", "data.train.1.weight='x': must be a valid number"),
         ("    - {weight: 3}", "data.train.0.path is missing"),
         ("    - 3", "data.train.0=3: must be a valid string or must be an object"),
-        ("    - {path: a, format: alpcaa}", "a: data.format='alpcaa': must be one of"),
+        ("    - {path: a, format: alpcaa}", "data.train: a: format='alpcaa': must be one of"),
     ],
 )
 def test_a_mistake_in_a_source_is_named_once(read, text, message):
@@ -215,7 +215,7 @@ def test_an_override_that_can_not_be(read, override, message):
         ("train: {steps: 0}", r"train\.steps=0: must be at least 1"),
         ("train: {keep: 0}", r"train\.keep=0: must be at least 1"),
         ("train: {epochs: -1}", r"train\.epochs=-1.*: must be positive"),
-        ("train: {steps: 2, epochs: 1}", "train.steps and train.epochs are both given"),
+        ("train: {steps: 2, epochs: 1}", "train.steps and epochs are both given"),
         ("train: {global_batch: 10, micro_batch: 4}", "global_batch=10 is not divisible by .*=4"),
         ("mesh: {fsdp: 0}", r"mesh\.fsdp=0: must be positive, or -1"),
         ("mesh: {data: -1}", "only one axis may be -1"),
@@ -229,11 +229,27 @@ def test_a_mistake_is_named(read, tmp_path, text, message):
 
 def test_every_mistake_is_named_at_once(read):
     with pytest.raises(InputError) as caught:
-        read("adapter: {rank: four, alhpa: 1}\nseed: x")
+        read(
+            "adapter: {rank: four, alhpa: 1}\nseed: x\ntrain: {steps: 0, keep: 0, sav_every: 1}\n"
+            "optim: {clip_norm: 0.0, warmup_steps: -1}\nmesh: {fsdp: 0}",
+            "optim.b_ratio=0",
+        )
     lines = str(caught.value).splitlines()
-    assert len(lines) == 3
-    for key in ("adapter.rank='four'", "adapter.alhpa=1", "seed='x'"):
-        assert sum(key in line for line in lines) == 1
+    file, line = ("run.yaml: ", "command line: ")
+    for key, where in {
+        "adapter.rank='four'": file,
+        "adapter.alhpa=1": file,
+        "seed='x'": file,
+        "train.sav_every=1: unknown key; did you mean save_every?": file,
+        "train.steps=0: must be at least 1": file,
+        "train.keep=0: must be at least 1": file,
+        "optim.clip_norm=0.0: must be positive": file,
+        "optim.warmup_steps=-1: must not be negative": file,
+        "optim.b_ratio=0.0: must be positive": line,
+        "mesh.fsdp=0: must be positive": file,
+    }.items():
+        assert sum(f"{where}{key}" in shown for shown in lines) == 1, key
+    assert len(lines) == 10
 
 
 @pytest.mark.parametrize(
