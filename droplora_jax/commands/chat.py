@@ -13,8 +13,7 @@ from droplora_jax.commands.options import ModelRef
 from droplora_jax.core import signals
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats import Turn
-from droplora_jax.data.formats.base import ASSISTANT, USER
+from droplora_jax.data.formats.base import ASSISTANT, USER, Turn
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.runs.open_model import Opened

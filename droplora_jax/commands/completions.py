@@ -19,9 +19,9 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
 from droplora_jax.core.resumable import Partial
 from droplora_jax.data.data_file import local
-from droplora_jax.data.formats import Example, Turn
-from droplora_jax.data.formats.base import ASSISTANT, USER, text_of
-from droplora_jax.data.templates import TEMPLATES, Document, Piece
+from droplora_jax.data.formats.base import ASSISTANT, USER, Example, Turn, text_of
+from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.runs.open_model import ModelFiles, Opened

@@ -24,7 +24,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
 from droplora_jax.core.resumable import Partial
 from droplora_jax.data.data_file import local
-from droplora_jax.data.templates import Document, Piece
+from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator
 from droplora_jax.inference.scoring import (

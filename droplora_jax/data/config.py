@@ -11,7 +11,8 @@ from typing import Any, Literal
 from droplora_jax.core.errors import InputError, did_you_mean, raise_all
 from droplora_jax.data.columns import column_problems
 from droplora_jax.data.formats import FORMATS
-from droplora_jax.data.templates import TEMPLATES, TRAIN_ON
+from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates.base import TRAIN_ON
 
 AUTO = "auto"
 TOO_LONG = ("cut", "drop", "error")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.readers import READERS, Reader, Record
+from droplora_jax.data.readers import READERS
+from droplora_jax.data.readers.base import Reader, Record
 
 Unpack = Callable[[BufferedIOBase], BufferedIOBase]
 

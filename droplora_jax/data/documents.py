@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.columns import described, recognised, renamed
 from droplora_jax.data.config import AUTO, DataConfig
-from droplora_jax.data.formats import FORMATS, Empty
+from droplora_jax.data.formats import FORMATS
+from droplora_jax.data.formats.base import Empty
 from droplora_jax.data.record import Fields
-from droplora_jax.data.templates import TEMPLATES, Document
-from droplora_jax.data.templates.base import Tokenizer
+from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates.base import Document, Tokenizer
 
 
 @dataclass(frozen=True)

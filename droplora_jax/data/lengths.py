@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
-from droplora_jax.data.formats import Empty
+from droplora_jax.data.formats.base import Empty
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.rows import Row, Rows
 

@@ -10,15 +10,14 @@ from droplora_jax.data.cache import Cache
 from droplora_jax.data.config import DataConfig, Place, parts_of
 from droplora_jax.data.data_file import File
 from droplora_jax.data.documents import Writer
-from droplora_jax.data.formats import Empty
+from droplora_jax.data.formats.base import Empty
 from droplora_jax.data.lengths import Tally, drop_empty, fit
-from droplora_jax.data.readers import Record
+from droplora_jax.data.readers.base import Record
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.row_store import Flat, FlatWriter
 from droplora_jax.data.rows import Rows
 from droplora_jax.data.sources import found
-from droplora_jax.data.templates import Document
-from droplora_jax.data.templates.base import Tokenizer
+from droplora_jax.data.templates.base import Document, Tokenizer
 from droplora_jax.data.tokenization import encode
 
 # Tokenised in one call, which is several times faster than one by one: at most so many records, or

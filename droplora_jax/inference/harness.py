@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from droplora_jax.core.distributed import to_host
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import put
-from droplora_jax.data.templates import Document, Piece
+from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling, bucket
 from droplora_jax.models.decoder import Decoder

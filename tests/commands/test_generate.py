@@ -12,7 +12,7 @@ from run_fixtures import contents, make_base
 
 from droplora_jax.commands.completions import prompt_document
 from droplora_jax.core.resumable import Partial
-from droplora_jax.data.formats import Turn
+from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, Sampling
 from droplora_jax.runs.open_model import open_model
@@ -131,7 +131,7 @@ def test_a_template_around_every_prompt(base, prompts, droplora, tmp_path, gener
 
 @pytest.mark.parametrize("template", ["alpaca", "chat", "none"])
 def test_a_prompt_is_what_comes_before_the_response_in_training(base, template):
-    from droplora_jax.data.formats import Example
+    from droplora_jax.data.formats.base import Example
     from droplora_jax.data.templates import TEMPLATES
     from droplora_jax.data.tokenization import encode
 

@@ -13,7 +13,8 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.data.columns import recognised
 from droplora_jax.data.config import DataConfig, Part
 from droplora_jax.data.data_file import local
-from droplora_jax.data.formats import FORMATS, Example, Turn
+from droplora_jax.data.formats import FORMATS
+from droplora_jax.data.formats.base import Example, Turn
 from droplora_jax.data.formats.wrapped import TASK
 from droplora_jax.data.load import load
 

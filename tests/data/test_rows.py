@@ -13,7 +13,7 @@ from droplora_jax.data.config import DataConfig
 from droplora_jax.data.load import load
 from droplora_jax.data.preview import preview
 from droplora_jax.data.rows import Row, Rows, row
-from droplora_jax.data.templates import Document, Piece
+from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode
 
 PROMPT, RESPONSE = "the answer: ", "is true 日本 🙂"

@@ -18,7 +18,8 @@ from run_fixtures import CommandLine, metrics, write_yaml
 from droplora_jax.adapters import ADAPTERS
 from droplora_jax.data.config import AUTO, EMPTY, TOO_LONG, Part
 from droplora_jax.data.formats import FORMATS
-from droplora_jax.data.templates import TEMPLATES, TRAIN_ON
+from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates.base import TRAIN_ON
 from droplora_jax.inference.tasks import TASKS
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig

@@ -1,7 +1,7 @@
 """The formats of a record, one file each; `auto` takes the first that matches."""
 
 from droplora_jax.data.formats.alpaca import ALPACA
-from droplora_jax.data.formats.base import Empty, Example, Format, Turn
+from droplora_jax.data.formats.base import Format
 from droplora_jax.data.formats.messages import MESSAGES
 from droplora_jax.data.formats.prompt_completion import PROMPT_COMPLETION
 from droplora_jax.data.formats.question_answer import QUESTION_ANSWER
@@ -19,5 +19,3 @@ FORMATS: dict[str, Format] = {
     "question_answer": QUESTION_ANSWER,
     "text": TEXT,
 }
-
-__all__ = ["FORMATS", "Empty", "Example", "Format", "Turn"]

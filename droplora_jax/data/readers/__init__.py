@@ -1,7 +1,7 @@
 """The kinds of data files by the ends of their names, one file each."""
 
 from droplora_jax.data.readers.arrow import ARROW
-from droplora_jax.data.readers.base import Reader, Record
+from droplora_jax.data.readers.base import Reader
 from droplora_jax.data.readers.json_lines import JSON_LINES
 from droplora_jax.data.readers.json_list import JSON_LIST
 from droplora_jax.data.readers.parquet import PARQUET
@@ -16,5 +16,3 @@ READERS: dict[str, Reader] = {
     ".parquet": PARQUET,
     ".arrow": ARROW,
 }
-
-__all__ = ["READERS", "Reader", "Record"]

@@ -1,7 +1,7 @@
 """How an example is written out for the model, one file each."""
 
 from droplora_jax.data.templates import alpaca, chat, none
-from droplora_jax.data.templates.base import TRAIN_ON, Document, Piece, Template
+from droplora_jax.data.templates.base import Template
 
 TEMPLATES: dict[str, Template] = {
     "alpaca": alpaca.render,
@@ -9,5 +9,3 @@ TEMPLATES: dict[str, Template] = {
     "chat": chat.render,
     "none": none.render,
 }
-
-__all__ = ["TEMPLATES", "TRAIN_ON", "Document", "Piece", "Template"]

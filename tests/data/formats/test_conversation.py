@@ -10,7 +10,8 @@ from data_fixtures import CHATML, make_tokenizer, write_jsonl
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
-from droplora_jax.data.formats import FORMATS, Turn
+from droplora_jax.data.formats import FORMATS
+from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.load import load
 
 WITH_TOOLS = (

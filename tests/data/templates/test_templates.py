@@ -9,10 +9,11 @@ from data_fixtures import CHATML, make_tokenizer, write_json
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
-from droplora_jax.data.formats import FORMATS, Example, Turn
-from droplora_jax.data.formats.base import exchange
+from droplora_jax.data.formats import FORMATS
+from droplora_jax.data.formats.base import Example, Turn, exchange
 from droplora_jax.data.load import load
-from droplora_jax.data.templates import TEMPLATES, Piece
+from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates.base import Piece
 
 PLAIN = make_tokenizer()
 QUESTION = exchange("Add.", "3")
