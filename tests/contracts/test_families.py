@@ -96,11 +96,10 @@ def test_logits_equal_transformers(folder):
     assert relative(forward(load(folder), tokens), folder.logits(tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_transformers(folder, side):
-    tokens = random_tokens(3, 20)
-    real = np.arange(20)[None, :] < np.asarray([20, 11, 1])[:, None]
-    real = real[:, ::-1] if side == "left" else real
+def test_padded_rows_equal_transformers(folder):
+    """A whole row, one padded on the right, one on the left."""
+    tokens, positions = random_tokens(3, 20), np.arange(20)
+    real = np.stack([positions >= 0, positions < 11, positions >= 13])
     tokens = np.where(real, tokens, 0)
     expected = folder.logits(tokens, real.astype(np.int64))
     logits = np.asarray(forward(load(folder), tokens, real.astype(np.int32)))
@@ -108,7 +107,12 @@ def test_padded_rows_equal_transformers(folder, side):
     assert relative(logits[real], expected[real]) < 1e-5
 
 
-def test_adapter_gradients_equal_peft_through_every_rematerialisation(folder):
+# Every policy with one family (`test_decoder.py`), and every family with one policy; where more
+# than one is listed, the layers differ, or attention has a window.
+REMATS = {"qwen3, windows and biases": ("everything", "dots"), "mistral": ("attention",)}
+
+
+def test_adapter_gradients_equal_peft_under_remat(folder, request):
     tokens = random_tokens(2, 24)
     config = dl.DropLoRA(rank=4, alpha=6.0, targets="all-linear")
     model = randomized(dl.inject(load(folder), config, key=dl.root_key(0)))
@@ -123,7 +127,7 @@ def test_adapter_gradients_equal_peft_through_every_rematerialisation(folder):
     expected_loss.backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if "lora_" in name}
 
-    for remat in ("everything", "dots", "nothing"):
+    for remat in REMATS.get(request.node.callspec.params["folder"], ("nothing",)):
         loss, gradients = loss_and_gradients(model, tokens, options=StepOptions(remat=remat))
         assert relative(loss, expected_loss.detach()) < 1e-5
         compared, names = 0, {row.path: row.tensor for row in PARAMETERS}

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
+from droplora_jax.nn.attention.kernel import AttentionInputs, Device, static_window
 
 # The names of the kernel's calls in a jaxpr.
 FORWARD, BACKWARD = (f"dot_product_attention_{way}_wrapper" for way in ("fwd", "bwd"))
 
 
-def refusal(device: jax.Device, dtype: DTypeLike, head_dim: int) -> str | None:
+def refusal(device: Device, dtype: DTypeLike, head_dim: int) -> str | None:
     """Why the kernel can't run on an NVIDIA GPU; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"

@@ -23,7 +23,7 @@ from droplora_jax.core.sharding import divides, partition_spec
 from droplora_jax.nn.attention import cudnn, splash, tokamax
 from droplora_jax.nn.attention.blockwise import attend
 from droplora_jax.nn.attention.context_parallel import attention_on_mesh
-from droplora_jax.nn.attention.kernel import AttentionInputs, PlatformKernel
+from droplora_jax.nn.attention.kernel import AttentionInputs, Device, PlatformKernel
 from droplora_jax.nn.options import Kernel
 
 Run = Callable[[AttentionInputs], Float[Array, "B T N H"]]
@@ -84,7 +84,7 @@ def choose(kernel: Kernel, *, mesh: Mesh | None, dtype: DTypeLike, head_dim: int
 
 
 def _refusal(
-    kernel: PlatformKernel, device: jax.Device, context: int, dtype: DTypeLike, head_dim: int
+    kernel: PlatformKernel, device: Device, context: int, dtype: DTypeLike, head_dim: int
 ) -> str | None:
     """Why a kernel can't run on these devices; None if it can."""
     platform = _platform(device)
@@ -178,7 +178,7 @@ def cached_attention(
     return y_BKG1H.reshape(rows, 1, heads, width)
 
 
-def _platform(device: jax.Device) -> str:
+def _platform(device: Device) -> str:
     """The platform's name as JAX lowers for it: `tpu`, `cpu`, `cuda`, `rocm`."""
     if device.platform != "gpu":
         return device.platform

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+Device = Any  # a `jax.Device`, or a device of a topology that is compiled for but not here
 
 
 class AttentionInputs(NamedTuple):
@@ -61,7 +62,7 @@ class PlatformKernel:
     """
 
     platform: str
-    refusal: Callable[[jax.Device, DTypeLike, int], str | None]
+    refusal: Callable[[Device, DTypeLike, int], str | None]
     run: Callable[[AttentionInputs], Float[Array, "B T N H"]]
     automatic: bool = True
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
+from droplora_jax.nn.attention.kernel import AttentionInputs, Device, static_window
 
 LANES = 128  # positions and head widths are padded to multiples of it
 BLOCK = 512  # the most positions of one block
@@ -20,7 +20,7 @@ BLOCK = 512  # the most positions of one block
 MAX_FUSED_BLOCKS = 4
 
 
-def refusal(device: jax.Device, dtype: DTypeLike, head_dim: int) -> str | None:
+def refusal(device: Device, dtype: DTypeLike, head_dim: int) -> str | None:
     """Why the kernel can't run on a TPU; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it takes bfloat16 and float32, not {jnp.dtype(dtype).name}"

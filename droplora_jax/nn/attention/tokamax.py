@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from droplora_jax.nn import ops
-from droplora_jax.nn.attention.kernel import AttentionInputs, static_window
+from droplora_jax.nn.attention.kernel import AttentionInputs, Device, static_window
 
 # Tokamax's public function takes segments only as a mask of all pairs, and does not let the caller
 # choose what is saved for the backward pass. The class that does is private, so this file is made
@@ -26,7 +26,7 @@ VERSION = "0.0.17"
 FORWARD, BACKWARD = "tokamax_forward", "tokamax_backward"
 
 
-def refusal(device: jax.Device, dtype: DTypeLike, head_dim: int) -> str | None:
+def refusal(device: Device, dtype: DTypeLike, head_dim: int) -> str | None:
     """Why the kernel can't run on an NVIDIA GPU; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
