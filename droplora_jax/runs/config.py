@@ -30,8 +30,8 @@ class BaseConfig:
       ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
       adapter: an adapter in PEFT's format to train on from; its layers, ranks and scales stay, and
         the run's `adapter` says how its ranks are dropped.
-      attention: the kernel that attends: `splash` (TPU), `cudnn` or `tokamax` (NVIDIA GPU),
-        `blockwise` (any), or `auto`: the platform's best that can be taken, else `blockwise`.
+      attention: the attention kernel: `splash` (TPU), `cudnn` (NVIDIA GPU), `tokamax` (NVIDIA GPU,
+        only by its name), `blockwise` (any), or `auto`: the platform's first that can run.
       quantize: how the linear layers of the frozen base are stored.
       quantize_tile: inputs of a layer that share a scale; even, and a divisor of every layer's
         inputs.
