@@ -7,11 +7,11 @@ frozen kernels are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import raise_all
 from droplora_jax.nn.layer_paths import Patterns
 
 Kernel = Literal["auto", "blockwise", "splash", "tokamax", "cudnn"]
@@ -55,13 +55,16 @@ class Quantization:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Patterns(self.pattern))
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         kinds = get_args(QuantizedKind)
-        for name, kind in {"": self.kind, **self.pattern}.items():
+        given = {"kind": self.kind, **{f"pattern.{key}": kind for key, kind in self.pattern.items()}}
+        for name, kind in given.items():
             if kind not in kinds:
-                key = f"model.quantize_pattern.{name}" if name else "model.quantize"
-                raise InputError(f"{key}={kind!r}: must be one of {', '.join(kinds)}")
+                yield f"{name}={kind!r}: must be one of {', '.join(kinds)}"
         if self.tile < 2 or self.tile % 2:
-            raise InputError(f"model.quantize_tile={self.tile}: must be an even number")
+            yield f"tile={self.tile}: must be an even number"
 
     @property
     def kinds(self) -> list[str]:

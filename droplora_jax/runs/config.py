@@ -50,7 +50,13 @@ class BaseConfig:
     quantize_pattern: Mapping[str, QuantizedKind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.quantization()  # says what is wrong with it
+        try:
+            self.quantization()
+        except InputError as error:
+            keys = (problem.removeprefix("kind") for problem in error.problems)
+            raise InputError(
+                *("quantize" + key if key.startswith("=") else f"quantize_{key}" for key in keys)
+            ) from error
 
     def quantization(self) -> Quantization:
         return Quantization(self.quantize, self.quantize_tile, self.quantize_pattern)

@@ -87,10 +87,10 @@ def test_decoding_leaves_the_stack_as_it_is(untied):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "nf3"}, "model.quantize='nf3': must be one of none, int8, int4, nf4"),
-        ({"pattern": {"up": "fp8"}}, "model.quantize_pattern.up='fp8': must be one of"),
-        ({"tile": 0}, "model.quantize_tile=0: must be an even number"),
-        ({"tile": 33}, "model.quantize_tile=33: must be an even number"),
+        ({"kind": "nf3"}, "kind='nf3': must be one of none, int8, int4, nf4"),
+        ({"pattern": {"up": "fp8"}}, "pattern.up='fp8': must be one of"),
+        ({"tile": 0}, "tile=0: must be an even number"),
+        ({"tile": 33}, "tile=33: must be an even number"),
     ],
 )
 def test_what_makes_no_sense(options, message):
