@@ -166,7 +166,9 @@ def _forward(project: Project, x: Any, targets: Any, *closed_over: Any) -> tuple
 
 
 def _backward(
-    project: Project, gradients: Any, cotangents: tuple[Array, Array]
+    project: Project,
+    gradients: Any,
+    cotangents: tuple[Array, object],  # no gradient of a count
 ) -> tuple[Array | None, ...]:
     dx, rest = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
     return dx, None, *rest
