@@ -59,8 +59,8 @@ class Quantization:
 
     def _problems(self) -> Iterator[str]:
         kinds = get_args(QuantizedKind)
-        given = {"kind": self.kind, **{f"pattern.{key}": kind for key, kind in self.pattern.items()}}
-        for name, kind in given.items():
+        by_pattern = {f"pattern.{pattern}": kind for pattern, kind in self.pattern.items()}
+        for name, kind in {"kind": self.kind, **by_pattern}.items():
             if kind not in kinds:
                 yield f"{name}={kind!r}: must be one of {', '.join(kinds)}"
         if self.tile < 2 or self.tile % 2:

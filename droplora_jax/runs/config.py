@@ -14,6 +14,7 @@ from droplora_jax.adapters.dora import DoRA
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.learned import Learned
 from droplora_jax.core.config import DistributedConfig, MeshConfig
+from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
 from droplora_jax.nn.options import Kernel, Quantization, QuantizedKind
 from droplora_jax.training.config import OptimConfig, TrainConfig
