@@ -91,9 +91,9 @@ def check_patterns(
             except re.error as error:
                 raise InputError(f"{where}: not a regular expression ({error})") from error
             if not any(matches(pattern, layer) for layers in names.values() for layer in layers):
-                there = [dotted(path) for path in names]
-                shown = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "")
+                known = [dotted(path) for path in names]
+                shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
                 raise InputError(
                     f"{where} matches no module; linear modules are {shown or 'none'} "
-                    f"({len(there)} in all)"
+                    f"({len(known)} in all)"
                 )

@@ -12,6 +12,8 @@ from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.parameters import TensorName, tensor_names
 from droplora_jax.nn.rope import SCALINGS, RopeConfig
 
+HFConfig = Mapping[str, Any]  # the values of a `config.json`
+
 
 @dataclass(frozen=True)
 class Family:
@@ -35,7 +37,7 @@ class Family:
       buffers: suffixes of stored tensors that are not parameters.
     """
 
-    model_config: Callable[[Mapping[str, Any]], ModelConfig]
+    model_config: Callable[[HFConfig], ModelConfig]
     read: frozenset[str]
     harmless: frozenset[str]
     refused: Mapping[str, Sequence[Any]]
@@ -45,7 +47,7 @@ class Family:
         """The tensors of the parameters that a model of this shape has, by path."""
         return tensor_names(config)
 
-    def check_keys(self, hf: Mapping[str, Any], where: str, ignore: Sequence[str] = ()) -> None:
+    def check_keys(self, hf: HFConfig, where: str, ignore: Sequence[str] = ()) -> None:
         """Raise InputError for a configuration key that is refused or not known."""
         for key, value in hf.items():
             if key in self.read or key in self.harmless or key in ignore:
@@ -105,9 +107,7 @@ REFUSED: Mapping[str, Sequence[Any]] = MappingProxyType(
 )
 
 
-def decoder_config(
-    hf: Mapping[str, Any], family: str, defaults: Mapping[str, Any], **features: Any
-) -> ModelConfig:
+def decoder_config(hf: HFConfig, family: str, defaults: HFConfig, **features: Any) -> ModelConfig:
     """The shape that the common keys describe.
 
     Args:
@@ -143,7 +143,7 @@ WINDOW_KEYS = frozenset(
 )
 
 
-def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+def windows(hf: HFConfig) -> tuple[int | None, ...]:
     """The window of each layer as Qwen describes them: `layer_types`, or from a layer on."""
     layers = positive_int(hf, "num_hidden_layers")
     given = {"sliding_window": 4096, "max_window_layers": 28, **hf}
@@ -162,7 +162,7 @@ def windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def positive_int(hf: Mapping[str, Any], key: str) -> int:
+def positive_int(hf: HFConfig, key: str) -> int:
     """A configuration value that must be a positive whole number."""
     value = hf[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -170,7 +170,7 @@ def positive_int(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def positive_float(hf: Mapping[str, Any], key: str) -> float:
+def positive_float(hf: HFConfig, key: str) -> float:
     """A configuration value that must be a positive number."""
     value = hf[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -178,7 +178,7 @@ def positive_float(hf: Mapping[str, Any], key: str) -> float:
     return float(value)
 
 
-def rope_config(hf: Mapping[str, Any]) -> RopeConfig:
+def rope_config(hf: HFConfig) -> RopeConfig:
     """The rotary settings, in the old spelling (`rope_theta` + `rope_scaling`) or the new one."""
     settings = dict(hf.get("rope_parameters") or {})
     settings |= hf.get("rope_scaling") or {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import HARMLESS, READ, REFUSED, Family, decoder_config
+from droplora_jax.models.families.base import (
+    HARMLESS,
+    READ,
+    REFUSED,
+    Family,
+    HFConfig,
+    decoder_config,
+)
 
 
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf: HFConfig) -> ModelConfig:
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder_config(
         hf,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families.base import (
     HARMLESS,
     READ,
     REFUSED,
     Family,
+    HFConfig,
     decoder_config,
     positive_int,
 )
 
 
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf: HFConfig) -> ModelConfig:
     given = {"sliding_window": 4096, **hf}
     layers = positive_int(given, "num_hidden_layers")
     window = None if given["sliding_window"] is None else positive_int(given, "sliding_window")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families.base import (
     HARMLESS,
@@ -12,12 +9,13 @@ from droplora_jax.models.families.base import (
     REFUSED,
     WINDOW_KEYS,
     Family,
+    HFConfig,
     decoder_config,
     windows,
 )
 
 
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf: HFConfig) -> ModelConfig:
     defaults = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
     return decoder_config(hf, "qwen2", defaults, qkv_bias=True, windows=windows(hf))
 

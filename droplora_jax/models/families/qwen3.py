@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families.base import (
     HARMLESS,
@@ -12,12 +9,13 @@ from droplora_jax.models.families.base import (
     REFUSED,
     WINDOW_KEYS,
     Family,
+    HFConfig,
     decoder_config,
     windows,
 )
 
 
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf: HFConfig) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
     return decoder_config(
         hf,
