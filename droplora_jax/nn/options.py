@@ -23,6 +23,10 @@ QuantizedKind = Literal["none", "int8", "int4", "nf4"]
 class StepOptions:
     """How a model's layers are computed; results are equal up to rounding.
 
+    >>> options = StepOptions(remat="dots")
+    >>> options.attention
+    'auto'
+
     Attributes:
       packed: whether a row may hold several segments. False promises that each row is one segment
         followed by nothing but padding, so that attention need not compare segment ids.
@@ -42,11 +46,20 @@ class StepOptions:
 class Quantization:
     """How the linear layers of a base are stored; embedding, norms, biases and head stay as is.
 
+    >>> quantization = Quantization("nf4", tile=64, pattern={"down_proj": "int8"})
+    >>> quantization.of("layers.q_proj"), quantization.of("layers.down_proj")
+    ('nf4', 'int8')
+    >>> quantization.kinds
+    ['nf4', 'int8']
+
     Attributes:
       kind: `none`, `int8`, `int4` or `nf4`.
       tile: inputs of a layer that share a scale.
       pattern: other kinds by pattern, searched in the paths of the layers (`layers.q_proj`, a stack
         of all layers, which is quantised as one); the first that matches counts.
+
+    Raises:
+      InputError: a kind that is not known, or a tile that is not an even number.
     """
 
     kind: str = "none"
