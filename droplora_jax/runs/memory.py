@@ -1,16 +1,18 @@
-"""What a program takes of a device's memory, by the compiler's word, and what there is of it."""
+"""The memory of a device that a program takes, by the compiler's word, and that there is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jax.stages import Compiled as Executable
+from jax.stages import Lowered
 
 from droplora_jax.core import distributed
 
@@ -25,17 +27,33 @@ _USED = re.compile(
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Compiled(NamedTuple):
-    """An executable, None if the compiler refused it as too large; and a device's bytes for it."""
+@runtime_checkable
+class MemoryAnalysis(Protocol):
+    """Bytes of one device, by the compiler's layout."""
 
-    executable: Any
+    peak_memory_in_bytes: int
+    generated_code_size_in_bytes: int
+    argument_size_in_bytes: int
+    temp_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+
+
+class Compiled(NamedTuple):
+    """An executable, and the bytes that it takes of one device.
+
+    Attributes:
+      executable: None if the compiler refused the program as too large.
+    """
+
+    executable: Executable | None
     bytes: int
 
 
 def compiled(
-    lowered: Any, platform: str, options: Mapping[str, str] = MappingProxyType({})
+    lowered: Lowered, platform: str, options: Mapping[str, str] = MappingProxyType({})
 ) -> Compiled:
-    """A program, compiled with some of the compiler's options, and what it takes."""
+    """Compile a program with options of the compiler."""
     try:
         executable = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
@@ -43,16 +61,18 @@ def compiled(
         if used is None:
             raise
         return Compiled(None, used)
-    return Compiled(executable, _needed(executable.memory_analysis(), platform))
+    analysis = executable.memory_analysis()
+    assert analysis is not None
+    return Compiled(executable, _needed(analysis, platform))
 
 
 def limit(mesh: Mesh) -> int | None:
-    """The bytes of a device that a program may take, the least of all; None where none is told.
+    """The bytes of a device that a program may take, the least of all devices.
 
-    Of several processes all have to ask.
+    None where the platform tells no limit. All processes of a run have to call it.
     """
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
-    least = min((of_device.get("bytes_limit", 0) for of_device in stats), default=0)
+    least = min((numbers.get("bytes_limit", 0) for numbers in stats), default=0)
     mib = int(least * USABLE) >> 20
     if distributed.several():
         mib = int(np.min(multihost_utils.process_allgather(np.array(mib, np.int32))))
@@ -60,20 +80,20 @@ def limit(mesh: Mesh) -> int | None:
 
 
 def _used(message: str) -> int | None:
-    """Bytes that a program would take, in the compiler's words for one that takes too many."""
-    found = _USED.search(message)
-    if not found:
+    """Bytes that a program would take, from the compiler's error for one that takes too many."""
+    match = _USED.search(message)
+    if not match:
         return None
-    number, unit = (part for part in found.groups() if part is not None)
+    number, unit = (part for part in match.groups() if part is not None)
     return int(float(number) * _UNITS[unit])
 
 
-def _needed(analysis: Any, platform: str) -> int:
+def _needed(analysis: MemoryAnalysis, platform: str) -> int:
     """Bytes of one device.
 
-    A TPU's compiler counts temporaries that are never there together as if they were: a program
-    of 20 GiB by `temp_size_in_bytes` is compiled for a chip of 16. Its peak is within 2% of what
-    it lays out. That of a CPU leaves loops out.
+    On a TPU `temp_size_in_bytes` also counts temporaries that never exist together: a program of
+    20 GiB by it is compiled for a chip of 16. The peak is within 2% of what the compiler lays out.
+    On a CPU the peak leaves loops out.
     """
     if platform == "tpu":
         return analysis.peak_memory_in_bytes + analysis.generated_code_size_in_bytes

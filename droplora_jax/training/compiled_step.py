@@ -33,7 +33,7 @@ class Step(Protocol):
         """The next state, and the step's `loss`, `grad_norm` and `tokens`."""
         ...
 
-    def as_text(self) -> str:
+    def as_text(self) -> str | None:
         """The compiled program; its metadata says which part of the step an instruction is."""
         ...
 

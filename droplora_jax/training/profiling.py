@@ -42,7 +42,7 @@ _HOLDS_OTHERS = re.compile(r"while|call|conditional")  # their time is that of w
 class Executable(Protocol):
     """A compiled program."""
 
-    def as_text(self) -> str:
+    def as_text(self) -> str | None:
         """Its HLO, with the named scopes in the metadata of each instruction."""
         ...
 
@@ -105,7 +105,7 @@ class Profile:
         traces = self.folder.glob("plugins/profile/*/*.trace.json.gz")
         trace = max(traces, key=lambda file: file.stat().st_mtime)
         named = trace.with_name("perfetto_trace.json.gz")
-        times = write_named(trace, named, parts_of(self.executable.as_text()))
+        times = write_named(trace, named, parts_of(self.executable.as_text() or ""))
         shares = sorted(times.items(), key=lambda item: -item[1])
         total = sum(times.values()) or 1.0
         summary = ", ".join(f"{name} {time / total:.0%}" for name, time in shares)

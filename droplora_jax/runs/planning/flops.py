@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from statistics import mean
-from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from droplora_jax.nn.attention import cudnn, splash, tokamax
 
-# Of kernels whose inside says nothing: products of queries and keys, of the causal half.
+# Kernels whose jaxpr does not show their products: the number of products of queries and keys, each
+# over the causal half.
 _PRODUCTS = {
     cudnn.FORWARD: 2,
     cudnn.BACKWARD: 5,
@@ -18,17 +20,19 @@ _PRODUCTS = {
 }
 
 
-def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mean) -> int:
+def matrix_flops(
+    jaxpr: Jaxpr | ClosedJaxpr, of_branches: Callable[[Iterable[int]], float] = mean
+) -> int:
     """Operations of all products (2 for a multiplication and an addition) in one run.
 
-    Nothing is taken on trust about which gradients are needed: what is not in the program is not
-    counted, and what is computed again for the backward pass is. Elementwise work is left out.
+    The products that the program has are counted: no gradient that is not computed, and
+    recomputation for the backward pass again. Elementwise work is left out.
 
     Args:
-      of_branches: what counts of several of which one is run. Spans of attention, and windows of
-        kernels, are each taken about as often.
+      of_branches: the operations of a conditional, from those of its branches. The mean suits key
+        spans of attention, and windows of kernels, which are each taken about as often.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -41,7 +45,7 @@ def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mea
         elif (products := _PRODUCTS.get(_name(equation))) is not None:
             total += products * _causal_product(equation)
         elif equation.primitive.name == "pallas_call":
-            # A branch without products is that of a block that is skipped, and no visit.
+            # The branch without products is taken for a block that is skipped: `_visits` has none.
             total += round(_visits(equation) * matrix_flops(equation.params["jaxpr"], max))
         else:
             inside = (matrix_flops(part, of_branches) for part in _inside(equation))
@@ -49,25 +53,25 @@ def matrix_flops(jaxpr: Any, of_branches: Callable[[Iterable[int]], float] = mea
     return total
 
 
-def _name(equation: Any) -> str:
-    """Of the primitive, or of the function that is called."""
+def _name(equation: JaxprEqn) -> str:
+    """The name of the function that is called, or of the primitive."""
     return equation.params.get("name") or equation.primitive.name
 
 
-def _causal_product(equation: Any) -> int:
+def _causal_product(equation: JaxprEqn) -> int:
     """One product for every pair of a query, the first argument, and a key not after it."""
-    batch, queries, heads, head_dim = equation.invars[0].aval.shape
+    batch, queries, heads, head_dim = _shape(equation.invars[0])
     return 2 * batch * heads * head_dim * (queries * (queries + 1) // 2)
 
 
-def _visits(equation: Any) -> float:
-    """How often the inside of a kernel is run; of a splash kernel, but where it skips."""
+def _visits(equation: JaxprEqn) -> float:
+    """How often the body of a kernel is run; a splash kernel skips some blocks of its grid."""
     name, grid = equation.params["name"] or "", equation.params["grid_mapping"].grid
     return math.prod(grid) * (splash.visited(name, grid) if name.startswith("splash") else 1.0)
 
 
-def _times(equation: Any) -> int:
-    """How often the inside of an equation is run, on all devices together."""
+def _times(equation: JaxprEqn) -> int:
+    """How often the jaxprs in an equation are run, on all devices together."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
     if equation.primitive.name == "shard_map":
@@ -76,16 +80,18 @@ def _times(equation: Any) -> int:
     return 1
 
 
-def _inside(equation: Any) -> list[Any]:
-    found = []
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if hasattr(getattr(item, "jaxpr", item), "eqns"):
-                found.append(item)
-    return found
+def _inside(equation: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
+    """The jaxprs in an equation's parameters."""
+    values = equation.params.values()
+    items = (i for v in values for i in (v if isinstance(v, tuple | list) else [v]))
+    return [item for item in items if isinstance(item, Jaxpr | ClosedJaxpr)]
 
 
-def _product(equation: Any) -> int:
+def _shape(value: object) -> tuple[int, ...]:
+    return value.aval.shape  # type: ignore[attr-defined]
+
+
+def _product(equation: JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    left = _shape(equation.invars[0])
+    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted)

@@ -6,9 +6,8 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -58,6 +57,8 @@ KINDS = {
     "v6e": Device("tpu", "v6e", 918e12, 32 * GIB, 1640e9, 800e9, 12.5e9),
     "7x": Device("tpu", "tpu7x", 1153.5e12, 96 * GIB, 3690e9, 600e9, per_chip=2, dimensions=3),
 }
+# Environment of the TPU compiler on a machine without a TPU: it asks no machine for its metadata,
+# several plans may run at once, and messages about missing hardware are not shown.
 _COMPILER_ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -79,7 +80,7 @@ class Topology:
     """
 
     name: str
-    devices: Sequence[Any]
+    devices: Sequence[jax.Device]
     kind: Device | None
     slices: int = 1
 
@@ -104,7 +105,7 @@ def topology(name: str) -> Topology:
         )
     slices, kind_name, shape = found.groups()
     kind = KINDS[kind_name]
-    options: dict[str, Any] = {"num_slices": int(slices)} if slices else {}
+    options: dict[str, int | str | tuple[int, ...]] = {"num_slices": int(slices)} if slices else {}
     if kind.chip_config is not None:
         options["chip_config_name"] = kind.chip_config
     if math.prod(map(int, shape.split("x"))) == 1:
@@ -115,23 +116,35 @@ def topology(name: str) -> Topology:
     return Topology(name, found_devices, kind, int(slices or 1))
 
 
-def _tpu_devices(name: str, full: str, options: dict[str, Any]) -> Sequence[Any]:
+def _tpu_devices(
+    name: str, full: str, options: Mapping[str, int | str | tuple[int, ...]]
+) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
-    # There is no TPU here: no machine is asked for its metadata, several plans may run at once, and
-    # what the library has to say of missing hardware is no news.
-    for variable, value in _COMPILER_ALONE.items():
-        os.environ.setdefault(variable, value)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=full, **options).devices
+        with _environment(_COMPILER_ALONE):
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=full, **options)
+            return topology.devices
     except Exception as error:
         raise InputError(
-            f"--topology {name}: the TPU compiler can't make it ({first_line(error)}). It needs libtpu "
-            "(pip install 'jax[tpu]'), and a shape that such a slice has"
+            f"--topology {name}: the TPU compiler can't make it ({first_line(error)}). It needs "
+            "libtpu (pip install 'jax[tpu]'), and a shape that such a slice has"
         ) from error
 
 
-def _cpu_devices(count: int) -> Sequence[Any]:
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets the variables that are not set, for the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _cpu_devices(count: int) -> Sequence[jax.Device]:
     # It holds for the whole process: a number that somebody asked for stays.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started: what there is has to do

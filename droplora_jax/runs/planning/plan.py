@@ -87,11 +87,13 @@ def plan(config: RunConfig, base: Base, where: Topology) -> Plan:
     begin = time.perf_counter()
     executable, needed = compiled(lowered, where.platform)
     seconds = time.perf_counter() - begin
-    there = executable is not None
-    sent = tuple(collectives(executable.as_text(), mesh)) if there else ()
+    program = None if executable is None else executable.as_text() or ""
+    sent = () if program is None else tuple(collectives(program, mesh))
     flops = matrix_flops(traced.jaxpr)
     sizes = _sizes(step.arguments)
-    return _described(config, base, where, mesh, sizes, needed, there, sent, flops, seconds)
+    return _described(
+        config, base, where, mesh, sizes, needed, program is not None, sent, flops, seconds
+    )
 
 
 def _fastest(config: RunConfig, base: Base, where: Topology) -> Plan:
