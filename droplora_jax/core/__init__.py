@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, processes, keys, meshes."""
+"""What all other rooms use: errors, files, processes, random keys, meshes."""

@@ -14,12 +14,12 @@ from droplora_jax.core.files import cache_folder
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
-# What JAX warns, program by program, of a folder that it can't use; it compiles instead.
+# JAX's warning about a program whose cache entry it can't read or write; it then compiles.
 _FAILED = re.compile(
     r"Error (?:reading|writing) persistent compilation cache entry .*?: (.*)", re.S
 )
 
-# Small programs too: a start consists of many. By default JAX keeps what took it a second.
+# Keep small programs too, since a start compiles many. JAX's default is those of a second or more.
 _THRESHOLDS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
@@ -28,11 +28,11 @@ _THRESHOLDS = {
 
 @contextmanager
 def compile_cache() -> Iterator[None]:
-    """Programs that are compiled in the block are kept in the user's cache folder, and found there.
+    """Programs that are compiled in the block are kept in the user's cache folder.
 
-    What is set already, in the environment or in `jax.config`, stays as it is: the variable
-    JAX_COMPILATION_CACHE_DIR names another folder, or, set to nothing, switches the cache off. A
-    folder that can't be used costs time only, and is told of once.
+    Settings in the environment or in `jax.config` take precedence: JAX_COMPILATION_CACHE_DIR names
+    another folder, or, if it is empty, switches the cache off. With a folder that can't be used
+    programs are compiled as usual, and one line says so.
     """
     import jax
 
@@ -44,7 +44,7 @@ def compile_cache() -> Iterator[None]:
     unset = {name: value for name, value in _THRESHOLDS.items() if name.upper() not in os.environ}
     _update({"jax_compilation_cache_dir": folder, **unset})
     try:
-        with _failures_told_once(folder):
+        with _one_warning(folder):
             yield
     finally:
         _update(before)
@@ -59,19 +59,19 @@ def _update(settings: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def _failures_told_once(folder: str | None) -> Iterator[None]:
-    told = False
+def _one_warning(folder: str | None) -> Iterator[None]:
+    printed = False
     with warnings.catch_warnings():
         warnings.filterwarnings("always", _FAILED.pattern.partition("(")[0])
         show = warnings.showwarning
 
-        def tell(message: Warning | str, *rest: Any, **named: Any) -> None:
-            nonlocal told
-            if not (failed := _FAILED.match(str(message))):
-                show(message, *rest, **named)
-            elif not told:
-                told = True
-                reason = failed[1].partition("\n")[0]
+        def show_once(message: Warning | str, *rest: Any, **options: Any) -> None:
+            nonlocal printed
+            if not (failure := _FAILED.match(str(message))):
+                show(message, *rest, **options)
+            elif not printed:
+                printed = True
+                reason = failure[1].partition("\n")[0]
                 print(
                     f"droplora: the compilation cache in {folder} can't be used ({reason}): what "
                     f"it lacks is compiled again. Repair or delete it; {VARIABLE} names another",
@@ -79,5 +79,5 @@ def _failures_told_once(folder: str | None) -> Iterator[None]:
                     flush=True,
                 )
 
-        warnings.showwarning = tell
+        warnings.showwarning = show_once
         yield

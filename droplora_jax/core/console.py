@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar, or plain lines without a terminal."""
+"""Plain lines for the terminal, and an example with its trained text marked."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from rich.console import Console
 from rich.text import Text
 
 _SHOWN = 500  # characters at either end of a long text
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # what a terminal would obey
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # characters that control a terminal
 
 
 def say(console: Console, text: str) -> None:
-    """One line of plain text, paths whole and nothing read as markup."""
+    """Print plain text; paths are not broken, and nothing is read as markup."""
     console.print(Text(text), soft_wrap=True)
 
 
 def example(console: Console, spans: list[tuple[str, bool]]) -> None:
-    """One decoded example; what is trained on stands out, by marks where there is no colour.
+    """Print a decoded example; trained text is coloured, or marked where there is no colour.
 
-    Of a long span the middle is left out.
+    The middle of a long span is left out.
+
+    Args:
+      spans: (text, whether it is trained on), in order.
     """
     colour = "green" if console.is_terminal else "[[marked]]"
     say(console, f"one example, what is trained on {colour}:")
     text = Text()
     for part, trained in spans:
-        shown = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", _shortened(part))
+        shown = _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", _shortened(part))
         marked = f"[[{shown}]]" if trained and not console.is_terminal else shown
         text.append(marked, style="bold green" if trained else "dim")
     console.print(text, soft_wrap=True)

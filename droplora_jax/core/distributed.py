@@ -1,6 +1,6 @@
 """One run in several processes, joined by JAX's distributed runtime.
 
-Every process runs the same program on its own devices. The first one writes and speaks for all.
+Every process runs the same program on its own devices. Process 0 alone writes files and lines.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from droplora_jax.core.errors import InputError, first_line
 
 
 def join(config: DistributedConfig) -> None:
-    """Join the other processes, if this one is of several. To be called before JAX starts.
+    """Join the other processes of the run, if there are any. To be called before JAX starts.
 
     Raises:
       InputError: the others could not be reached.
     """
-    # The run looks after SIGTERM by itself, and together with SIGINT.
+    # The training loop handles SIGTERM, as it does SIGINT.
     jax.config.update("jax_enable_preemption_service", False)
     by_hand = config.coordinator is not None
     try:
@@ -38,7 +38,7 @@ def join(config: DistributedConfig) -> None:
             shutdown_timeout_seconds=config.timeout,
         )
     except ValueError as error:
-        # Only where no cluster was found is it a process alone: not where one was found by half.
+        # Without a cluster the process runs alone, but not where JAX found part of a cluster.
         if by_hand or "coordinator_address" not in str(error):
             raise InputError(
                 f"distributed: JAX found a cluster but not all of it ({error}); give "
@@ -46,7 +46,7 @@ def join(config: DistributedConfig) -> None:
             ) from error
     except RuntimeError as error:
         if not by_hand and "must be called before" in str(error):
-            return  # from a program that has used JAX already, alone
+            return  # the program has used JAX already, as a single process
         raise InputError(
             f"distributed.coordinator={config.coordinator!r}: the processes of the run could not "
             f"be joined ({first_line(error)}). All of them have to be started, and to reach "
@@ -55,39 +55,40 @@ def join(config: DistributedConfig) -> None:
 
 
 def leave() -> None:
-    """Wait for the others to leave as well, at most the run's `timeout`."""
+    """Wait until the others leave as well, for at most the run's `timeout`."""
     if several():
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
 
 
 def several() -> bool:
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
-    """Whether this process writes and speaks for all."""
+    """Whether this is the process that writes files and prints."""
     return not several() or jax.process_index() == 0
 
 
 def name() -> str:
-    """This process, in a message."""
+    """The name of this process, for messages."""
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def wait_for_all(point: str) -> None:
-    """Return when every process has come to this point."""
+    """Return when every process has reached this point."""
     if several():
         multihost_utils.sync_global_devices(point)
 
 
 def all_true(here: bool) -> bool:
-    """Whether it is true in every process."""
+    """Whether `here` is true in every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(here)))) if several() else here
 
 
 def same(here: bytes) -> bool:
-    """Whether it is the same in every process."""
+    """Whether `here` is the same in every process."""
     if not several():
         return True
     digest = np.frombuffer(hashlib.sha256(here).digest(), np.uint32)
@@ -96,7 +97,7 @@ def same(here: bytes) -> bool:
 
 
 def of_first(here: Mapping[str, float]) -> dict[str, float]:
-    """The numbers of the first process, in all of them: what has to be decided alike."""
+    """The numbers of the first process, in all processes, so that all decide alike."""
     if not several():
         return dict(here)
     halves = np.array(list(here.values()), np.float64).view(np.uint32)  # no 64 bits in JAX
@@ -105,7 +106,7 @@ def of_first(here: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_of_all(here: np.ndarray) -> np.ndarray:
-    """The sum over all processes of whole numbers below 2 ** 32."""
+    """The sum over all processes of integers below 2 ** 32."""
     if not several():
         return here
     # JAX has no 64 bits by default.
@@ -115,30 +116,30 @@ def sum_of_all(here: np.ndarray) -> np.ndarray:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array, in every process; all have to ask for it."""
+    """The complete array, in every process; all processes must call this."""
     if x.is_fully_addressable:
         return jax.device_get(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 class Agreement:
-    """The highest number that any process has said, learned by all at the same step.
+    """The highest number that any process passes at a step, returned by all at the same step.
 
-    With several processes it is known one step later, so that no device waits for it.
+    With several processes it is returned one step later, so that no device waits for it.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         replicated = NamedSharding(mesh, PartitionSpec())
         self._highest = jax.jit(jnp.max, out_shardings=replicated)
-        self._asked: jax.Array | None = None
+        self._pending: jax.Array | None = None
 
     def __call__(self, number: int) -> int:
         if not several():
             return number
-        before = 0 if self._asked is None else int(self._asked)
-        said = np.array([number], np.int32)
+        before = 0 if self._pending is None else int(self._pending)
+        local = np.array([number], np.int32)
         shape = (self._sharding.mesh.size,)
-        numbers = jax.make_array_from_callback(shape, self._sharding, lambda _: said)
-        self._asked = self._highest(numbers)
+        numbers = jax.make_array_from_callback(shape, self._sharding, lambda _: local)
+        self._pending = self._highest(numbers)
         return before

@@ -1,4 +1,4 @@
-"""Products with a float32 sum, and one with a gradient that is cheap for a low-rank factor."""
+"""Einsums accumulated in float32, and one whose gradient is cheap for a low-rank factor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 
 def einsum_f32(spec: str, x: Array, y: Array) -> Array:
-    """An einsum with a float32 result, without float32 copies where the platform has such a one."""
+    """An einsum with a float32 result; only CPUs need float32 copies of the operands for it."""
     if x.dtype == jnp.float32:
         return jnp.einsum(spec, x, y)
     return jax.lax.platform_dependent(
@@ -23,10 +23,10 @@ def einsum_f32(spec: str, x: Array, y: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(spec: str, x: Array, factor: Array) -> Array:
-    """`einsum(spec, x, factor)` in the dtype of `x`, with a gradient that is cheap for a factor.
+    """`einsum(spec, x, factor)` in the dtype of `x`, with a cheap gradient for a low-rank factor.
 
-    The sum over all rows takes the narrow operand first, since compilers transpose that one: [R]
-    wide, not [I] or [O]. It is accumulated in float32.
+    The factor's gradient is a sum over all positions, accumulated in float32. Its first operand is
+    the narrower one ([R] wide, not [I] or [O]), because compilers transpose the first operand.
     """
     return jnp.einsum(spec, x, factor.astype(x.dtype))
 
@@ -44,7 +44,7 @@ def _product_backward(spec: str, saved: tuple[Array, Array], dy: Array) -> tuple
     (narrow, first), (wide, second) = sorted(sides, key=lambda side: side[1].size)
     order = "".join(dict.fromkeys(c for c in narrow + wide if c in kernel))
     gradient = einsum_f32(f"{narrow},{wide}->{order}", first, second).astype(factor.dtype)
-    # Apart, or the compiler makes the transposition a part of the product again.
+    # The barrier keeps the compiler from merging the transposition into the product again.
     return dx, jnp.einsum(f"{order}->{kernel}", jax.lax.optimization_barrier(gradient))
 
 

@@ -1,4 +1,4 @@
-"""JSON objects, and files and folders that appear whole or not at all."""
+"""JSON files, and files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from droplora_jax.core.errors import InputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """The JSON object in a file.
+
+    Raises:
+      InputError: the file is missing, is not JSON, or holds another value.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -36,7 +40,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def check_free(folder: Path, *, ignore: Collection[Path] = ()) -> None:
-    """Raise InputError if `folder` exists and holds anything, the files `ignore` apart."""
+    """Raise InputError if `folder` exists and holds anything but the files `ignore`."""
     if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(ignore)):
         raise InputError(
             f"{folder}: exists and is not empty; nothing is overwritten. Name another folder, "
@@ -51,9 +55,9 @@ def check_absent(file: Path) -> None:
 
 
 def check_links(folder: Path, patterns: Sequence[str]) -> None:
-    """Raise InputError for a file that is a link to somewhere outside `folder`.
+    """Raise InputError for a matching file that is a link to a place outside `folder`.
 
-    The cache of huggingface_hub is made of links; they lead to the `blobs` beside its snapshots.
+    Links into the `blobs` beside a snapshot are allowed: huggingface_hub's cache consists of them.
     """
     inside = [folder]
     if folder.parent.name == "snapshots":
@@ -68,7 +72,7 @@ def check_links(folder: Path, patterns: Sequence[str]) -> None:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the user's cache, which may not be there yet; what is in it can be made again."""
+    """A folder of the user's cache, which may not exist yet; its contents can be made again."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "droplora" / name
 
@@ -142,7 +146,7 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _finish(folder: Path) -> None:
-    """The usual permissions, and the bytes on disk before a rename makes them visible."""
+    """Set the usual permissions, and flush the files to disk before the rename."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
@@ -156,7 +160,10 @@ Row = dict[str, Any]
 
 
 def read_jsonl(file: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`; a last line that a crash cut short is left out."""
+    """The objects in a file of JSON lines that this package wrote; none if there is no file.
+
+    The last line is left out if a crash cut it short.
+    """
     rows: list[Row] = []
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():

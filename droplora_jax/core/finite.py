@@ -1,4 +1,4 @@
-"""Which arrays of a state hold a NaN or an infinity."""
+"""A check of arrays for NaN and infinity."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Keys by name and path, so that no random number depends on the order of anything.
+"""Random keys by name and path, so that no random number depends on an order of calls.
 
-Every key is `threefry2x32`: the other generators change their bits with the sharding.
+Every key is `threefry2x32`: the bits of JAX's other generators depend on the sharding.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from jaxtyping import Array, Int, Key
 
 
 def root_key(seed: int) -> Key[Array, ""]:
-    """The key that all others of a run are derived from."""
+    """The key from which all others of a run are derived."""
     return jax.random.key(seed, impl="threefry2x32")
 
 
 class RunKeys(NamedTuple):
-    """The roots of all random numbers of a run; nothing else derives a key from the seed.
+    """The roots of all random numbers of a run; nothing else derives a key from its seed.
 
     Attributes:
-      mask: of the masks; step t of training draws from `fold_in(mask, t)`.
-      init: of the adapters' initial factors.
-      generate: of the tokens that are sampled.
+      mask: for the masks; step t of training draws from `fold_in(mask, t)`.
+      init: for the initial factors of the adapters.
+      generate: for sampling tokens.
     """
 
     mask: Key[Array, ""]
@@ -39,13 +39,13 @@ def run_keys(seed: int) -> RunKeys:
 
 
 def fold_name(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """A key of its own for `name`."""
+    """The key for `name`."""
     digest = hashlib.sha256(name.encode()).digest()
     return jax.random.fold_in(key, int.from_bytes(digest[:4], "little"))
 
 
 def fold_path(key: Key[Array, ""], path: Sequence[str | int]) -> Key[Array, ""]:
-    """A key of its own for the module at `path`.
+    """The key for the module at `path`.
 
     Indices are folded last, so layer 3 of a list (`layers.3.q_proj`) and slice 3 of stacked
     layers (`layers.q_proj`, index 3 through `fold_stack`) have the same key.
@@ -66,7 +66,7 @@ def fold_stack(key: Key[Array, ""], stack: tuple[int, ...]) -> Key[Array, "*stac
 
 
 def fold_each(keys: Key[Array, "*k"], data: Int[Array, "*d"]) -> Key[Array, "*k *d"]:
-    """Fold every number of `data` into every key: shape [*keys, *data]."""
+    """Fold every number of `data` into every key; shape [*keys, *data]."""
     fold = jax.random.fold_in
     for _ in range(data.ndim):
         fold = jax.vmap(fold, in_axes=(None, 0))
@@ -76,7 +76,7 @@ def fold_each(keys: Key[Array, "*k"], data: Int[Array, "*d"]) -> Key[Array, "*k 
 
 
 def fold_rows(keys: Key[Array, "*k B"], data: Int[Array, "B *d"]) -> Key[Array, "*k B *d"]:
-    """Fold `data[b]` into the keys of row b: shape [*stack, B, *rest of data]."""
+    """Fold `data[b]` into the keys of row b; shape [*stack, B, *rest of data]."""
     fold = jax.vmap(fold_each)
     for _ in range(keys.ndim - 1):
         fold = jax.vmap(fold, in_axes=(0, None))

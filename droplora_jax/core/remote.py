@@ -14,7 +14,7 @@ from fsspec import AbstractFileSystem
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import cache_folder, locked, new_file, write_file
 
-URL_FILE = ".bucket"  # in a fetched folder: where its tensors are
+URL_FILE = ".bucket"  # the file of a fetched folder that holds the URL of its tensors
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 SIGN_IN = {
     "gs": "gcloud auth application-default login",
@@ -65,7 +65,7 @@ def _small_files(url: str, patterns: Sequence[str]) -> dict[str, bytes]:
 
 
 def tensors_url(folder: Path) -> str | None:
-    """Where the tensors of a fetched folder are; None for a folder that has its own."""
+    """The URL of a fetched folder's tensors; None for a folder that has its own."""
     file = folder / URL_FILE
     return file.read_text() if file.exists() else None
 
@@ -76,7 +76,7 @@ def exists(url: str) -> bool:
 
 
 def fetch_file(url: str) -> Path:
-    """A local copy of a file, taken again when the file has changed.
+    """A local copy of a file, fetched again when the file has changed.
 
     Raises:
       InputError: no such file, no access, a package that is missing, or a disk that is full.
@@ -112,7 +112,7 @@ def matching(url: str) -> list[str]:
 
 
 def names_in(url: str) -> list[str] | None:
-    """The names of the files in a folder; None if it is none."""
+    """The names of the files in a folder; None if the URL is not a folder."""
     fs, path = _filesystem(url)
     with _reading(url):
         if not fs.isdir(path):
@@ -121,7 +121,7 @@ def names_in(url: str) -> list[str] | None:
 
 
 class BucketFile:
-    """A file on a bucket; every range is one request."""
+    """A file on a bucket, read by ranges; each range is one request."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -151,7 +151,7 @@ def _filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 @contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """Whatever a filesystem raises in the block, of which each has its own, as an InputError."""
+    """Turns whatever error a filesystem raises in the block into an InputError."""
     try:
         yield
     except InputError:
@@ -163,7 +163,7 @@ def _reading(url: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The type of an error and the first line of its text."""
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"
 

@@ -1,4 +1,4 @@
-"""Rows of an output that is not whole yet: in a file beside it, from which the work carries on."""
+"""Rows of an unfinished output, in a file beside it, from which the work can be resumed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SETTINGS = "settings"
 
 
 class Partial:
-    """Rows in `OUTPUT.part`, whose first line says what they depend on.
+    """Rows in `OUTPUT.part`; the first line of that file holds the settings they depend on.
 
     Attributes:
-      rows: those that are there.
+      rows: the rows so far.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, object]) -> None:
         """
         Raises:
-          InputError: the file is there and was begun with other settings, or by something else.
+          InputError: the file exists and was begun with other settings, or by something else.
         """
         self.file = output.with_name(f"{output.name}.part")
         self.settings = json.loads(json.dumps(settings))  # as they are read back
@@ -32,7 +32,7 @@ class Partial:
             self.rows = read_jsonl(self.file)[1:]
             if self.rows:
                 self._check(before)
-            self._write_all()  # without a row that a crash cut short
+            self._write_all()  # drops a row that a crash cut short
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
@@ -43,7 +43,7 @@ class Partial:
             file.write(json.dumps(row) + "\n")
 
     def remove(self) -> None:
-        """The output is there."""
+        """Remove the file, once the output is complete."""
         self.file.unlink(missing_ok=True)
 
     def _write_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Values that change over a run: a rise from zero, and then a course of their own."""
+"""Schedules of a value over a run: a warm-up from zero, then constant, linear or cosine."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def schedule(
     """The value at each step of a run of `steps` steps.
 
     Args:
-      name: the key that `warmup_steps` is, for an error.
+      name: the name of the option `warmup_steps`, for an error.
 
     Raises:
-      InputError: a warm-up that is not over before the run is.
+      InputError: the warm-up does not end before the run.
     """
     if warmup_steps >= steps:
         raise InputError(

@@ -1,4 +1,9 @@
-"""The mesh, the rules from logical axes to mesh axes, and shardings made of them."""
+"""The mesh, the rules from logical axes to mesh axes, and the shardings that follow.
+
+Arrays are annotated with logical axes ("width", "heads"), which say what a dimension means. The
+rules below map each logical axis to the mesh axes that split it. So a layer does not know the mesh,
+and one rule changes the layout of all arrays.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,8 @@ from jaxtyping import PyTree
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 
-# A logical axis that is not listed is an error; `None` means replicated. `replica` stands in no
-# weight's rule: only gradients of adapters cross it, so it may be a slow network.
+# `None` means replicated; an axis that is not listed is an error. No weight is split along
+# `replica`: only gradients of adapters are sent across it, so it may be a slow network.
 RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
     {
         "batch": ("replica", "data", "fsdp"),
@@ -29,7 +34,7 @@ RULES: MappingProxyType[str, tuple[str, ...] | None] = MappingProxyType(
         "ffn": ("tensor",),
         "vocab": ("tensor",),
         "norm": None,
-        # Of the loss: a batch that stays whole along `fsdp`, and a vocabulary that does not.
+        # For the loss: its batch is not split along `fsdp`, but its vocabulary is.
         "rows": ("replica", "data"),
         "split_vocab": ("tensor", "fsdp"),
     }
@@ -41,7 +46,7 @@ def make_mesh(
 ) -> Mesh:
     """A mesh of `MeshConfig`'s axes over `devices` (default: all), partitioned by the compiler.
 
-    Where the devices are in several slices, `replica` lies across them.
+    Where the devices are in several slices, `replica` goes across the slices.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or do not fit the slices.
@@ -54,9 +59,9 @@ def make_mesh(
         sizes[sizes.index(-1)] = len(devices) // known
     names = tuple(field.name for field in fields(config))
     if math.prod(sizes) != len(devices):
-        asked = described(dict(zip(names, config.sizes, strict=True)))
+        shape = described(dict(zip(names, config.sizes, strict=True)))
         raise InputError(
-            f"mesh {asked} does not match the {len(devices)} device(s) here: the sizes must "
+            f"mesh {shape} does not match the {len(devices)} device(s) here: the sizes must "
             f"multiply to {len(devices)}; set one of them to -1 to take what is left"
         )
     return Mesh(_ordered(sizes, devices), names, axis_types=(AxisType.Auto,) * len(names))
@@ -84,9 +89,9 @@ def _ordered(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 def partition_spec(
     axes: Sequence[str | None], mesh: Mesh, shape: Sequence[int] | None = None
 ) -> PartitionSpec:
-    """Logical axes to a PartitionSpec.
+    """The PartitionSpec of an array with these logical axes.
 
-    With `shape`, a dimension that its mesh axes do not divide is left replicated.
+    With `shape`, a dimension that its mesh axes do not divide is replicated.
 
     Raises:
       InputError: an unknown logical axis, or two that share a mesh axis.
@@ -111,7 +116,7 @@ def axis_size(mesh: Mesh, names: Sequence[str]) -> int:
 
 
 def described(shape: Mapping[str, int]) -> str:
-    """A mesh's shape in words, without the axes of one device."""
+    """A mesh's shape in words, without axes of size 1."""
     return " x ".join(f"{name}={size}" for name, size in shape.items() if size != 1) or "1 device"
 
 
@@ -128,16 +133,19 @@ def named_sharding(
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None], mesh: Mesh | None) -> jax.Array:
-    """Tell the compiler how `x` lies on the mesh; no mesh, no constraint."""
+    """Constrains the sharding of `x`; without a mesh it is returned as it is."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
 def put(tree: PyTree, axes: Sequence[str | None], mesh: Mesh | None) -> PyTree:
-    """A tree of host arrays, the same on every process, to global ones with these leading axes.
+    """Global arrays from host arrays that are the same on every process.
 
-    No mesh, nothing to do: JAX takes the arrays as they are.
+    Args:
+      tree: host arrays.
+      axes: the logical axes of the leading dimensions of each array.
+      mesh: without one the arrays are returned as they are.
     """
     if mesh is None:
         return tree

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: kept until a run can, or raised at once."""
+"""Signals that ask a command to stop: collected until a run can stop, or raised at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from types import FrameType
 def collected(seconds: float, last_words: Callable[[], str]) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM while the block runs; a second SIGINT acts at once.
 
-    After a SIGTERM the block has so many seconds; then the process says its last words and ends.
+    A block that still runs `seconds` after a SIGTERM is ended with the process, which prints
+    `last_words()` first.
     """
     received: list[int] = []
 
@@ -37,9 +38,9 @@ def collected(seconds: float, last_words: Callable[[], str]) -> Iterator[list[in
 
 @contextmanager
 def _deadline(seconds: float, last_words: Callable[[], str]) -> Iterator[None]:
-    """Ends the process so long after a SIGTERM, whatever its main thread is at.
+    """Ends the process `seconds` after a SIGTERM, whatever its main thread does.
 
-    A handler of Python's would wait for the main thread, which may hang in a step.
+    Python runs signal handlers in the main thread, which may hang in a step; a thread does not.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -71,14 +72,15 @@ def _end(last_words: Callable[[], str]) -> None:
 
 
 class Terminated(BaseException):
-    """SIGTERM; as KeyboardInterrupt, it is not an error that anything handles on the way."""
+    """SIGTERM. A BaseException like KeyboardInterrupt, so that no handler of errors catches it."""
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """In the block SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`, never unseen.
+    """In the block SIGINT raises KeyboardInterrupt and SIGTERM raises `Terminated`.
 
-    So what is half-written is taken away. A signal that is ignored stays so.
+    Both unwind the stack, so that half-written files are removed. Where Python would swallow an
+    exception, raising is retried a little later. A signal that is ignored stays ignored.
     """
     errors = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
     pending: list[type[BaseException]] = []
@@ -103,8 +105,8 @@ def raised() -> Iterator[None]:
 
 
 def _ignores_errors(frame: FrameType | None) -> bool:
-    """Whether what is raised at a frame goes nowhere: into JAX's part of a garbage collection, or
-    the end of an object's life."""
+    """Whether Python swallows exceptions at a frame: in JAX's callback of a garbage collection, or
+    in `__del__`."""
     while frame is not None:
         if frame.f_code.co_name in ("_xla_gc_callback", "__del__"):
             return True

@@ -3,13 +3,12 @@
     rows, report = load("train.json", tokenizer, config)     # load.py: files, formats, templates
     batches = Batches(rows, batch_size=128, seed=0, shuffle=True, max_length=1024)
     batches[n]                                               # batches.py: a function of n alone
-    placed(batches, batches.lines(n), mesh)                  # device_feed.py: on a mesh
-    fed(batches, batches.numbers, mesh, start=n)             # the same for all from n, made ahead
+    feed(batches, batches.indices, mesh, start=n)            # device_feed.py: on a mesh, made ahead
 
-A source (`sources.py`) is one file or several, whose records are read one by one (`data_file.py`,
-`readers/`, a file for each kind). A record becomes an `Example` (`formats/`, one file each), a
-template (`templates/`) writes it out as a `Document`, pieces of text that are trained on or not,
-and `tokenization.py` turns that into a `Row` of token ids. Rows are kept on disk (`row_store.py`,
-`cache.py`) and put into packed sequences (`packing.py`), these into batches, of several sources by
-weight (`mixing.py`).
+A source (`sources.py`) is one file or several, whose records are read one by one (`data_file.py`
+and `readers/`, with one module for each kind of file). A format (`formats/`) turns a record into an
+`Example`. A template (`templates/`) writes the example out as a `Document`: pieces of text that are
+trained on or not. `tokenization.py` turns the document into a `Row` of token ids, and `lengths.py`
+cuts, splits or drops it. Rows are kept on disk (`row_store.py`, `cache.py`). `packing.py` puts them
+into sequences and `batches.py` these into batches, from several sources by weight (`mixing.py`).
 """

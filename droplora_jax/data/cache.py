@@ -1,4 +1,4 @@
-"""Rows that were made once are kept, under everything that they depend on."""
+"""A cache of tokenised rows; its keys hold everything that the rows depend on."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from droplora_jax.data.data_file import File
 from droplora_jax.data.rows import Flat
 from droplora_jax.data.templates.base import Tokenizer
 
-# What of the configuration does not change the rows of a file. Whatever is not named here does.
+# Options that do not change the rows of a file. All others do, and are part of the key.
 OTHERS = ("train", "valid", "valid_fraction", "packing", "cache")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder with the rows of files, each in a folder of its own.
+    """A folder with one folder of rows for each file.
 
     Attributes:
-      folder: where; what is in it may be deleted at any time that no run uses it.
-      tokenizer: the SHA-256 of all that a tokenizer is.
+      folder: what it holds may be deleted whenever no run uses it.
+      tokenizer: the SHA-256 of the tokenizer's files.
     """
 
     folder: Path
@@ -48,25 +48,27 @@ class Cache:
         config: DataConfig,
         write: Callable[[row_store.FlatWriter], None],
     ) -> tuple[Flat, row_store.Info]:
-        """The rows of a file: those that are kept, or what `write` makes of it now.
+        """The rows of a file: from the cache, or else written now by `write`.
 
         Raises:
-          InputError: the folder can't be written, the disk is full, the file changed meanwhile.
+          InputError: the folder can't be written, the disk is full, or the file changed while it
+            was read.
         """
         folder = self.folder / self._key(file, sha256, config)
         if (kept := row_store.read(folder)) is not None:
             return kept
         try:
             with locked(folder):
-                if (kept := row_store.read(folder)) is None:  # no other process was faster
+                # Another process may have written the rows while this one waited for the lock.
+                if (kept := row_store.read(folder)) is None:
                     self._clear(folder)
                     self._make(folder, file, sha256, write)
         except OSError as error:
             raise self._failed(error) from error
-        made = kept or row_store.read(folder)
-        if made is None:
-            raise InputError(f"{folder}: what was just written there is not whole")
-        return made
+        rows = kept or row_store.read(folder)
+        if rows is None:
+            raise InputError(f"{folder}: what was just written there is not complete")
+        return rows
 
     def _make(
         self, folder: Path, file: File, sha256: str, write: Callable[[row_store.FlatWriter], None]
@@ -75,7 +77,7 @@ class Cache:
             try:
                 with ExitStack() as stack:
                     write(row_store.FlatWriter(temporary, stack))
-            except OSError as error:  # of writing alone: what is read says so itself
+            except OSError as error:  # from writing: reading raises InputError itself
                 raise self._failed(error) from error
             if file.sha256() != sha256:
                 raise InputError(f"{file.name}: was changed while it was read; run it again")
@@ -86,7 +88,7 @@ class Cache:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def _clear(self, folder: Path) -> None:
-        """Take away what a process left that was killed here, or whatever is not whole."""
+        """Remove incomplete rows, and what a process left that was killed while it wrote."""
         for left in [folder, *self.folder.glob(f".{folder.name}.*")]:
             if left.is_dir():
                 shutil.rmtree(left)
@@ -99,7 +101,7 @@ class Cache:
 
 
 def _code() -> str:
-    """What this folder's code is: rows that other code made are not taken for its own."""
+    """A hash of this room's code, so that rows that other code made are not used."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 

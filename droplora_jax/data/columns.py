@@ -1,4 +1,4 @@
-"""Columns of other names, and which format a record has."""
+"""Columns that are renamed to the keys of a format, and the format that a record has."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.record import Fields
 
-Columns = Mapping[str, str]  # a format's key, and the column that holds it
+Columns = Mapping[str, str]  # from a key of a format to the name of the file's column
 
 
 def renamed(record: Fields, columns: Columns) -> Fields:
-    """The record with a format's keys; a column that it does not have is a key it does not have."""
+    """The record with a format's keys. Where it lacks a column, the result lacks the key."""
     if not columns:
         return record
     others = {key: value for key, value in record.items() if key not in columns}
@@ -20,14 +20,14 @@ def renamed(record: Fields, columns: Columns) -> Fields:
 
 
 def recognised(record: Fields, columns: Columns) -> str:
-    """The name of the first format whose keys a record has, and which reads the mapped ones.
+    """The name of the first format that matches a record and reads all mapped keys.
 
     Raises:
-      InputError: there is none.
+      InputError: no format does.
     """
-    found = renamed(record, columns)
+    record = renamed(record, columns)
     for name, format in FORMATS.items():
-        if format.matches(found) and all(key in format.read for key in columns):
+        if format.matches(record) and all(key in format.read for key in columns):
             return name
     known = "; ".join(f"{name} ({format.keys})" for name, format in FORMATS.items())
     hint = described(columns) or (
@@ -35,7 +35,7 @@ def recognised(record: Fields, columns: Columns) -> str:
         "completion: a}"
     )
     raise InputError(
-        f"no format has the keys {', '.join(found) or '(none)'}; the formats are {known}{hint}"
+        f"no format has the keys {', '.join(record) or '(none)'}; the formats are {known}{hint}"
     )
 
 
@@ -55,6 +55,6 @@ def column_problems(columns: Columns, format: str | None) -> Iterator[str]:
 
 
 def described(columns: Columns) -> str:
-    """What an error of a renamed record adds."""
+    """The mapping of columns, to be appended to an error; empty without one."""
     reads = ", ".join(f"{key} from {name}" for key, name in columns.items())
     return f"; data.columns reads {reads}" if reads else ""

@@ -1,4 +1,4 @@
-"""What a run reads, and how it is written out for the model."""
+"""The options of a run's data; neither JAX nor transformers is imported here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Part:
 
     Attributes:
       path: a file, a folder, a glob, a URL of any of them, or `hf://OWNER/NAME?split=...`.
-      weight: its share of the lines, in proportion to the others'; with one, all have one.
-      format, columns, template: its own, if they are not the run's.
+      weight: its share of the sequences, in proportion to the other weights; either all sources
+        have a weight or none has.
+      format, columns, template: options of this source, instead of the run's.
     """
 
     path: str
@@ -36,10 +37,10 @@ class Part:
     template: str | None = None
 
     def settings(self, config: DataConfig) -> DataConfig:
-        """The run's, for this source alone.
+        """The run's options with those of this source in their place.
 
         Raises:
-          InputError: its own are not possible.
+          InputError: an option of this source has no such value.
         """
         if not self.options:
             return config
@@ -51,7 +52,7 @@ class Part:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of its options that are its own."""
+        """The options that this source has in place of the run's."""
         options = {"format": self.format, "columns": self.columns, "template": self.template}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -60,9 +61,9 @@ Place = str | PathLike[str] | Part
 
 
 def parts_of(places: Place | Sequence[Place]) -> tuple[Part, ...]:
-    """What `data.train` or `data.valid` names, written out."""
-    several = (places,) if isinstance(places, str | PathLike | Part) else places
-    return tuple(p if isinstance(p, Part) else Part(fspath(p)) for p in several)
+    """The sources of a value of `train` or `valid`, each as a `Part`."""
+    listed = (places,) if isinstance(places, str | PathLike | Part) else places
+    return tuple(p if isinstance(p, Part) else Part(fspath(p)) for p in listed)
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,22 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-      train: a source or several, each a `Part` or its path. Several are one after the other, or,
-        with weights, mixed.
+      train: a source or several, each a `Part` or its path. Several are read one after the other,
+        or mixed if they have weights.
       valid: the same, without weights, for evaluation while training.
-      valid_fraction: instead of `valid`, the part of the training rows that is held out.
-      format: a name in `FORMATS`, or `auto`: by the keys of each file's first row.
-      columns: for files of other names: the format's keys, and the columns that hold them.
-      template: a name in `TEMPLATES`, or `auto`: the usual one of the format.
-      max_length: tokens of a line; a row is never longer.
-      too_long: what happens to a row of more tokens: `cut` keeps the first `max_length`, `drop`
-        leaves the row out, `error` stops. Plain text is split instead, and nothing of it is lost.
-      empty: what happens to a row whose text is empty: `drop` leaves it out, `error` stops.
-      train_on: `responses` (every turn of the assistant and its end marker), `last` (the last of
-        them alone), or `all` (the prompt too).
-      packing: put several rows into a line: `first_fit` (or true) in the order of a shuffle,
-        `best_fit` from long rows to short ones, which fills lines better.
-      cache: a folder for tokenised rows; by default one in the user's cache.
+      valid_fraction: instead of `valid`, the fraction of the training examples to hold out.
+      format: a name in `FORMATS`, or `auto`: by the keys of each file's first record.
+      columns: for files with other names: from the format's keys to the columns that hold them.
+      template: a name in `TEMPLATES`, or `auto`: the default of the format.
+      max_length: tokens of a sequence; no example is longer.
+      too_long: what happens to an example of more tokens: `cut` keeps the first `max_length`,
+        `drop` leaves it out, `error` stops. Plain text is split instead, and nothing of it is lost.
+      empty: what happens to an example whose text is empty: `drop` leaves it out, `error` stops.
+      train_on: `responses` (every turn of the assistant and its end marker), `last` (only the last
+        of them), or `all` (the prompt too).
+      packing: put several examples into one sequence: `first_fit` (or true) in shuffled order,
+        `best_fit` from long examples to short ones, which fills sequences better.
+      cache: a folder for tokenised examples; by default one in the user's cache.
     """
 
     train: str | tuple[str | Part, ...]
@@ -147,18 +148,18 @@ class DataConfig:
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """Of the sources of `train`, if they are mixed."""
+        """The weights of the sources of `train`; None if they are not mixed."""
         weights = tuple(part.weight for part in parts_of(self.train))
         return None if None in weights else weights  # type: ignore[return-value]
 
     @property
     def fit(self) -> Literal["first_fit", "best_fit"] | None:
-        """How rows are put into lines; None for a line each."""
+        """How examples are packed into sequences; None for one example to a sequence."""
         return "first_fit" if self.packing is True else self.packing or None
 
     @property
     def packed(self) -> bool:
-        """Whether a line may hold several rows."""
+        """Whether a sequence may hold several examples."""
         return self.fit is not None
 
 

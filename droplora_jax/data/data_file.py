@@ -1,4 +1,4 @@
-"""Data files: what they hold, unpacked as it is read, and what tells one from another."""
+"""Data files: their records, unpacked while they are read, and their hashes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Unpack = Callable[[BufferedIOBase], BufferedIOBase]
 def _zstandard(stream: BufferedIOBase) -> BufferedIOBase:
     import pyarrow
 
-    # Unlike the stream of the zstandard package, this one tells when the file was cut short.
+    # Unlike the zstandard package, pyarrow raises an error for a file that was cut short.
     unpacked: Any = pyarrow.CompressedInputStream(stream, "zstd")
     return io.BufferedReader(unpacked, 2**20)
 
@@ -46,8 +46,8 @@ class File:
     """A data file that is on this machine.
 
     Attributes:
-      name: what the user calls it.
-      path: where it is.
+      name: the name or URL that the user gave.
+      path: the local file.
     """
 
     name: str
@@ -55,16 +55,16 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """The end of its name that says how it is read, such as `.jsonl`."""
+        """The ending of the name that decides how the file is read, such as `.jsonl`."""
         return data_suffix(self.path.name)
 
     def sha256(self) -> str:
-        """Of the bytes as they lie on disk."""
+        """The SHA-256 of the bytes on disk, packed if they are packed."""
         with self._open() as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def records(self) -> Iterator[Record]:
-        """Its objects, each with where it stands: "a.jsonl:17", "a.parquet, row 17".
+        """The records, each with its place: "a.jsonl:17" or "a.parquet, row 17".
 
         Raises:
           InputError: names the file, the line and the rule.
@@ -111,7 +111,7 @@ class File:
 
 
 def data_suffix(name: str) -> str:
-    """The end of a file's name, that of a packed file left out."""
+    """The ending of a file's name, without that of the packing."""
     path = Path(name.lower())
     return path.with_suffix("").suffix if path.suffix in UNPACKERS else path.suffix
 

@@ -1,4 +1,4 @@
-"""From the records of a file to documents, with errors that name the record."""
+"""Records to documents, with errors that name the record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from droplora_jax.data.templates.base import Document, Tokenizer
 
 @dataclass(frozen=True)
 class Writer:
-    """What writes out the records of one file.
+    """Turns the records of one file into documents.
 
     Attributes:
       format: a name in `FORMATS`.
@@ -30,7 +30,7 @@ class Writer:
 
     @classmethod
     def of(cls, where: str, record: Fields, tokenizer: Tokenizer, config: DataConfig) -> Writer:
-        """The writer of a file whose first record this is.
+        """The writer for a file, chosen by its first record.
 
         Raises:
           InputError: no format has its keys.
@@ -41,15 +41,16 @@ class Writer:
                 name = recognised(record, config.columns)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
-        usual = FORMATS[name].template
-        return cls(name, usual if config.template == AUTO else config.template, tokenizer, config)
+        default = FORMATS[name].template
+        template = default if config.template == AUTO else config.template
+        return cls(name, template, tokenizer, config)
 
     def __call__(self, where: str, record: Fields) -> Document:
-        """The record, written out.
+        """The document of a record.
 
         Raises:
-          Empty: a text that has to hold something does not.
-          InputError: names the place, and what is wrong.
+          Empty: a text that must not be empty is.
+          InputError: the record is not as its format or template needs it; names the place.
         """
         format, columns = FORMATS[self.format], self.config.columns
         try:

@@ -9,13 +9,18 @@ from droplora_jax.data.rows import Rows
 
 
 def held_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Training and validation rows.
+    """Splits rows into training and validation rows.
 
-    Which they are depends on the seed and on what a row holds, not on where it stands: equal rows,
-    and the pieces of one text, are on the same side, whatever is moved in a file or between files.
+    The side of a row depends on the seed and on its content, not on its place: equal rows, and the
+    pieces of one text, are on the same side, wherever they stand in a file or between files.
+
+    Args:
+      rows: all examples.
+      fraction: the part of them to hold out, above 0 and below 1.
+      seed: another seed holds out other rows.
 
     Raises:
-      InputError: nothing would be left on one side, or of a source to train on.
+      InputError: one side would be empty, or a source would have nothing left to train on.
     """
     marks = mixed(rows.keys, seed)
     count = round(fraction * len(rows))
@@ -35,7 +40,7 @@ def held_out(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def mixed(keys: np.ndarray, seed: int) -> np.ndarray:
-    """uint64: other numbers for other seeds, equal ones for equal keys (SplitMix64's mixing)."""
+    """uint64 [n]: hashes of the keys with a seed (the finalizer of SplitMix64)."""
     word = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):
         x = keys + word

@@ -1,4 +1,4 @@
-"""Rows to the length of a line, and a count of what became of them."""
+"""Cuts, splits or drops rows that are too long, and counts what happened to them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from droplora_jax.data.formats.base import Empty
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.rows import Row, Rows
 
-_NAMED = 3  # empty records whose places are kept
+_NAMED = 3  # empty records whose places are reported
 
 
 @dataclass
 class Tally:
-    """What became of the records so far.
+    """Counts of what happened to the records so far.
 
     Attributes:
-      counts: how many were cut, split, dropped.
-      lengths: how many records of each number of tokens there were, before all that.
-      empty: where the first of the records with an empty text stand.
+      counts: the records that were cut, split and dropped, by these names.
+      lengths: the number of records of each length in tokens, before any was changed.
+      empty: the places of the first records with an empty text.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -43,7 +43,7 @@ class Tally:
         """The report of the rows that are kept.
 
         Raises:
-          InputError: none is.
+          InputError: no row is kept.
         """
         if not len(rows):
             raise InputError(self._none_left(sources, limit))
@@ -83,7 +83,7 @@ class Tally:
 
 
 def fit(row: Row, where: str, splittable: bool, config: DataConfig, tally: Tally) -> list[Row]:
-    """The row as one or more of at most `max_length` tokens, or none; counts what it does."""
+    """The row as one or several of at most `max_length` tokens, or none; counted in `tally`."""
     limit, counts = config.max_length, tally.counts
     tally.lengths[len(row)] += 1
     long = len(row) > limit

@@ -1,4 +1,4 @@
-"""Files to tokenised rows, each step of the way named where it is done."""
+"""From the files of sources to tokenised rows."""
 
 from __future__ import annotations
 
@@ -16,44 +16,47 @@ from droplora_jax.data.readers.base import Record
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.row_store import Flat, FlatWriter
 from droplora_jax.data.rows import Rows
-from droplora_jax.data.sources import found
+from droplora_jax.data.sources import files_of
 from droplora_jax.data.templates.base import Document, Tokenizer
 from droplora_jax.data.tokenization import encode
 
-# Tokenised in one call, which is several times faster than one by one: at most so many records, or
-# fewer if they are long.
+# The most that is tokenised in one call, which is several times faster than one record at a time.
 _RECORDS, _CHARACTERS = 1024, 2**21
 
-Placed = tuple[str, Document]  # where a record stands, and the record written out
+Placed = tuple[str, Document]  # the place of a record, for errors, and its document
 
 
 def load(
     paths: Place | Sequence[Place], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[Rows, Report]:
-    """Read, write out, tokenise and shorten the rows of one file or several.
+    """Reads, renders, tokenises and shortens the examples of one source or several.
 
-    The rows are on disk, in the cache; what was made there before is used again. The sources of
-    `Rows` are the entries of `paths`.
+    The rows are arrays on disk, in the cache, and are used again by later calls.
 
     Args:
-      paths: of the files, folders, ...; `config.train` or `config.valid`.
+      paths: files, folders, globs or URLs, such as `config.train` or `config.valid`; each entry is
+        one source of the `Rows`.
       tokenizer: a Hugging Face tokenizer.
-      config: `train` and `valid` are not looked at.
+      config: how records are read, rendered and shortened; its `train` and `valid` are not read.
+
+    Returns:
+      The rows, and a report of what was read, cut, split and dropped.
 
     Raises:
-      InputError: names the file, the line, and the rule; or says why no row is left.
+      InputError: a file or record is not as it should be (names the file, the line and the rule),
+        or no row is left.
     """
     cache = Cache.of(config, tokenizer)
     groups: list[list[Flat]] = []
     sources: list[Source] = []
     total = Tally()
     for part in parts_of(paths):
-        own = part.settings(config)
+        part_config = part.settings(config)
         groups.append([])
-        for file in found(part.path):
+        for file in files_of(part.path):
             sha256 = file.sha256()
-            write = partial(_write, file, config=own, tokenizer=tokenizer)
-            flat, info = cache.rows(file, sha256, own, write)
+            write = partial(_write, file, config=part_config, tokenizer=tokenizer)
+            flat, info = cache.rows(file, sha256, part_config, write)
             tally = info.tally(file.name)
             groups[-1].append(flat)
             sources.append(Source(file.name, info.format, info.template, tally.read, sha256))
@@ -63,7 +66,7 @@ def load(
 
 
 def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Write the rows of a file, a chunk of records at a time."""
+    """Writes the rows of a file, a chunk of records at a time."""
     records = file.records()
     first = next(records)
     write = Writer.of(*first, tokenizer, config)
@@ -78,7 +81,7 @@ def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Token
 
 
 def _written(records: Iterable[Record], write: Writer, tally: Tally) -> Iterator[Placed]:
-    """The records written out; empty ones are left out."""
+    """The documents of the records, without empty ones."""
     for where, record in records:
         try:
             yield where, write(where, record)

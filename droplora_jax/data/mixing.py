@@ -1,4 +1,4 @@
-"""Sources in proportion to their weights, and rows that are held out."""
+"""Sources in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 
 from droplora_jax.core.errors import InputError
 
-LARGEST = 10**6  # lines in which every source has its share exactly
+LONGEST_PERIOD = 10**6  # sequences after which every source has its share exactly
 
 
 class Schedule(grain.transforms.DatasetSelectionMap):
-    """Which source each line is taken from, and how many of it were taken before.
+    """For each sequence, its source and its number among the sequences of that source.
 
-    Of every `len(pattern)` lines each source has its share exactly, spread evenly.
+    The pattern of sources repeats after the sum of the shares; in each period every source has
+    exactly its share, spread evenly.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -27,7 +28,7 @@ class Schedule(grain.transforms.DatasetSelectionMap):
           InputError: one weight is too small beside the others.
         """
         self._shares = _whole(weights)
-        # The j-th of w lines of a source stands at (j + 1/2) / w of the way.
+        # The j-th of w sequences of a source stands at (j + 1/2) / w of the period.
         places = [(np.arange(w) + 0.5) / w for w in self._shares]
         source = np.repeat(np.arange(len(self._shares)), self._shares)
         number = np.concatenate([np.arange(w) for w in self._shares])
@@ -44,14 +45,14 @@ class Schedule(grain.transforms.DatasetSelectionMap):
 
 
 def _whole(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the proportions of some decimals."""
+    """The smallest integers in the proportions of some decimal numbers."""
     exact = [Fraction(str(weight)) for weight in weights]
     common = lcm(*(weight.denominator for weight in exact))
     shares = [int(weight * common) for weight in exact]
     shares = [share // gcd(*shares) for share in shares]
-    if sum(shares) > LARGEST:
+    if sum(shares) > LONGEST_PERIOD:
         raise InputError(
             f"data.train: the weights {', '.join(map(str, weights))} can't be kept within "
-            f"{LARGEST:,} lines; round them"
+            f"{LONGEST_PERIOD:,} lines; round them"
         )
     return shares

@@ -1,4 +1,4 @@
-"""A row as text, for a person to see what is trained on."""
+"""A row decoded to text that shows what is trained on."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from droplora_jax.data.templates.base import Tokenizer, shared_prefix
 
 
 def preview(row: Row, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The decoded row, special tokens shown, in spans of (text, whether it is trained).
+    """The decoded row with its special tokens, in spans of (text, whether it is trained).
 
-    The spans joined are the whole row decoded at once. A character whose bytes are spread over
-    tokens of two spans stands in the second.
+    Joined, the spans are the text of the row decoded at once. A character whose bytes belong to the
+    tokens of two spans stands in the second span.
     """
-    whole = _decode(row.ids, tokenizer)
+    text = _decode(row.ids, tokenizer)
     changes = np.flatnonzero(np.diff(row.trained)) + 1
     spans: list[tuple[str, bool]] = []
     start, done = 0, 0
     for end in (*changes.tolist(), len(row)):
-        # Up to half a character the beginning decodes as it does within the whole.
-        upto = max(shared_prefix(_decode(row.ids[:end], tokenizer), whole), done)
+        # The decoded beginning agrees with the full text up to a character that is cut in half.
+        upto = max(shared_prefix(_decode(row.ids[:end], tokenizer), text), done)
         if upto > done:
-            spans.append((whole[done:upto], bool(row.trained[start])))
+            spans.append((text[done:upto], bool(row.trained[start])))
         start, done = end, upto
     return spans
 

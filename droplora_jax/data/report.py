@@ -23,23 +23,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Report:
-    """What `load` did.
+    """What `load` read, kept and dropped.
 
     Attributes:
       sources: the files.
       max_length: the limit on a row's tokens.
-      read: records in the files.
-      kept: rows that are trained on; a text that was split counts once a piece.
-      cut: of these, rows that were cut to the limit.
+      read: the number of records in the files.
+      kept: rows that are trained on; each piece of a split text counts.
+      cut: kept rows that were cut to the limit.
       split: texts that were split.
       pieces: rows that they were split into.
       dropped_long: records left out because they were longer than the limit.
       dropped_unlabelled: records left out because none of their tokens is a target.
-      dropped_empty: records left out because a text of theirs is empty.
-      empty: where the first of these stand, and what is empty.
+      dropped_empty: records left out because one of their texts is empty.
+      empty: the places of the first empty records, and the key that is empty.
       tokens: tokens of all kept rows.
-      trained_tokens: of these, targets.
-      lengths: (tokens, records), by tokens: of the records before they were cut, split or dropped.
+      trained_tokens: tokens of all kept rows that are targets.
+      lengths: (tokens, number of records) by tokens, before records were cut, split or dropped.
     """
 
     sources: tuple[Source, ...]

@@ -1,4 +1,4 @@
-"""Rows as files: written bit by bit, and mapped into memory when they are read."""
+"""Rows as files: written in chunks, and mapped into memory when they are read."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Info:
-    """What is known of a file's rows without looking at them.
+    """Facts about the rows of a file, stored beside them as JSON.
 
     Attributes:
-      format, template: names of those that were used.
-      rows, tokens: how many there are.
+      format, template: the names of those that were used.
+      rows, tokens: their numbers.
       trained_tokens, largest_id: see `Flat`.
       counts, lengths, empty: see `Tally`; places in the file are without its name.
     """
@@ -45,13 +45,13 @@ class Info:
     empty: list[str]
 
     def tally(self, name: str) -> Tally:
-        """What became of the records of the file, which may have another name by now."""
+        """The tally of the file's records; the file may have another name by now."""
         lengths = Counter({length: count for length, count in self.lengths})
         return Tally(Counter(self.counts), lengths, [name + place for place in self.empty])
 
 
 class FlatWriter:
-    """Writes rows into a folder, with no more of them in memory than are handed over at once."""
+    """Writes rows into a folder; only those of one call of `add` are in memory."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         """The files are closed with `stack`."""
@@ -64,7 +64,7 @@ class FlatWriter:
         }
 
     def add(self, texts: Iterable[Sequence[Row]]) -> None:
-        """The rows of some texts, each of one piece or several, or of none."""
+        """Append the rows of some texts; a text has one piece, several, or none."""
         flat = Flat.of(pieces for pieces in texts if pieces)
         arrays = {**vars(flat), "ends": flat.ends + self._tokens}
         for name, dtype in DTYPES.items():
@@ -75,7 +75,7 @@ class FlatWriter:
         self._largest_id = max(self._largest_id, flat.largest_id)
 
     def finish(self, name: str, format: str, template: str, tally: Tally) -> None:
-        """Write what is known of the rows, which are those of a file of this name."""
+        """Write the `Info` of the rows; `name` is that of the file that they come from."""
         for file in self._files.values():
             file.flush()
         info = Info(
@@ -93,7 +93,7 @@ class FlatWriter:
 
 
 def read(folder: Path) -> tuple[Flat, Info] | None:
-    """The rows in a folder, on disk until they are used; None if they are not all there."""
+    """The rows in a folder, mapped from disk; None if they are missing or incomplete."""
     try:
         info = Info(**json.loads((folder / INFO).read_text(encoding="utf-8")))
         sizes = {"ids": info.tokens, "trained": info.tokens, "ends": info.rows, "keys": info.rows}
@@ -108,5 +108,5 @@ def _mapped(file: Path, dtype: np.dtype, size: int) -> np.ndarray:
     if file.stat().st_size != size * dtype.itemsize:
         raise ValueError(f"{file} has not {size} numbers")
     if not size:
-        return np.zeros(0, dtype)  # there is nothing to map
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
     return np.memmap(file, dtype, "r", shape=(size,))

@@ -1,4 +1,4 @@
-"""Tokenised rows, in a few arrays however many there are."""
+"""Tokenised examples (rows), stored together in a few arrays."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """One document.
+    """One tokenised example.
 
     Attributes:
       ids: int32 [n], the tokens.
-      trained: bool [n], whether a token is a target. Never the first: nothing precedes it.
+      trained: bool [n], whether a token is a target. The first never is: nothing predicts it.
     """
 
     ids: np.ndarray
@@ -30,23 +30,23 @@ class Row:
         return Row(self.ids[:n], self.trained[:n])
 
     def split(self, n: int) -> list[Row]:
-        """Pieces of at most `n` >= 2 tokens. A target of the row is a target of one piece.
+        """Pieces of at most `n` >= 2 tokens. Each target of the row is a target in one piece.
 
-        Each piece but the first begins with the last token of the one before, which predicts the
-        piece's first target and is no target there.
+        Each piece but the first begins with the last token of the piece before, which predicts
+        the second token and is not a target again.
         """
         starts = range(0, max(len(self) - 1, 1), n - 1)
         return [row(self.ids[at : at + n], self.trained[at : at + n]) for at in starts]
 
     @property
     def key(self) -> int:
-        """64 bits of a hash of the tokens: equal rows have equal ones."""
+        """A 64-bit hash of the tokens."""
         digest = hashlib.blake2b(self.ids.tobytes(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
 
 def row(ids: Sequence[int] | np.ndarray, trained: Sequence[bool] | np.ndarray) -> Row:
-    """A row of these tokens, the first of them no target."""
+    """A row of these tokens, of which the first is not a target."""
     mask = np.array(trained, bool)
     mask[:1] = False
     return Row(np.asarray(ids, np.int32), mask)
@@ -54,15 +54,15 @@ def row(ids: Sequence[int] | np.ndarray, trained: Sequence[bool] | np.ndarray) -
 
 @dataclass(frozen=True)
 class Flat:
-    """The rows of one file: five bytes a token and sixteen a row.
+    """The rows of one file, in five bytes a token and sixteen a row.
 
     Attributes:
-      ids: int32, the tokens of all rows.
-      trained: bool, as long.
-      ends: int64, where each row ends in them.
-      keys: uint64 [rows], of the text that a row is of: pieces of one text have one key.
-      trained_tokens: how many of the tokens are targets.
-      largest_id: the largest token; -1 without any.
+      ids: int32 [tokens], the tokens of all rows.
+      trained: bool [tokens], whether they are targets.
+      ends: int64 [rows], where each row ends in `ids`.
+      keys: uint64 [rows], a hash of the text that the row comes from; pieces of a text share it.
+      trained_tokens: the number of targets.
+      largest_id: the largest token id; -1 without a token.
     """
 
     ids: np.ndarray
@@ -74,7 +74,7 @@ class Flat:
 
     @staticmethod
     def of(texts: Iterable[Sequence[Row]]) -> Flat:
-        """The rows of some texts, each of one piece or several."""
+        """The rows of some texts, each with one piece or several."""
         texts = [list(pieces) for pieces in texts]
         rows = [row for pieces in texts for row in pieces]
         ids = np.concatenate([r.ids for r in rows] or [np.zeros(0, np.int32)])
@@ -97,11 +97,11 @@ class Flat:
 
 
 class Rows(Sequence[Row]):
-    """The rows of several files, one after the other, or some of them.
+    """The rows of several files, one after the other, or a selection of them.
 
     Attributes:
       sources: the files, grouped by the entry of `data.train` that names them.
-      chosen: int64, rising: which of the rows these are; None for all.
+      chosen: int64, ascending indices of the rows that are selected; None for all.
     """
 
     def __init__(self, sources: Sequence[Sequence[Flat]], chosen: np.ndarray | None = None) -> None:
@@ -111,16 +111,16 @@ class Rows(Sequence[Row]):
 
     @staticmethod
     def of(rows: Iterable[Row]) -> Rows:
-        """Rows that are in memory."""
+        """Rows from memory, as one source."""
         return Rows([[Flat.of([row] for row in rows)]])
 
     def only(self, chosen: np.ndarray) -> Rows:
-        """Some of these rows by their indices, which rise."""
+        """A selection of these rows by ascending indices."""
         return Rows(self.sources, chosen if self.chosen is None else self.chosen[chosen])
 
     @property
     def counts(self) -> list[int]:
-        """How many rows each source has."""
+        """The number of rows of each source."""
         stops = np.cumsum([sum(map(len, source)) for source in self.sources])
         if self.chosen is not None:
             stops = np.searchsorted(self.chosen, stops)
@@ -128,7 +128,7 @@ class Rows(Sequence[Row]):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [len(self)]."""
+        """int64 [len(self)], the tokens of each row."""
         return self._gather([np.diff(flat.ends, prepend=0) for flat in self._flats], np.int64)
 
     @property
@@ -138,17 +138,17 @@ class Rows(Sequence[Row]):
 
     @property
     def trained_tokens(self) -> int:
-        """Targets of all rows of the sources."""
+        """The number of targets in all rows of the sources, selected or not."""
         return sum(flat.trained_tokens for flat in self._flats)
 
     @property
     def largest_id(self) -> int:
-        """The largest token of the sources."""
+        """The largest token id of the sources."""
         return max(flat.largest_id for flat in self._flats)
 
     def _gather(self, parts: list[np.ndarray], dtype: type) -> np.ndarray:
-        whole = np.concatenate([np.zeros(0, dtype), *parts])
-        return whole if self.chosen is None else whole[self.chosen]
+        values = np.concatenate([np.zeros(0, dtype), *parts])
+        return values if self.chosen is None else values[self.chosen]
 
     def __len__(self) -> int:
         if self.chosen is not None:

@@ -1,4 +1,4 @@
-"""Where data is: a file, a folder, a glob, a URL of any of them, or a data set of the hub."""
+"""Sources: a file, a folder, a glob, a URL of any of them, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.data.data_file import KNOWN, File, data_suffix
 from droplora_jax.data.readers import READERS
 
-HUB = re.compile(r"hf://(?!(datasets|spaces|buckets)/)")  # those are paths, for fsspec
+HUB = re.compile(r"hf://(?!(datasets|spaces|buckets)/)")  # these three are paths for fsspec
 
 
-def found(place: str) -> list[File]:
-    """The files at a place, in the order of their names.
+def files_of(place: str) -> list[File]:
+    """The files of a source, in the order of their names.
 
-    What is on a bucket or on the hub is fetched into the cache first.
+    Files on a bucket or on the hub are fetched into the cache first.
 
     Raises:
-      InputError: there is nothing, it can't be reached, or it is not clear what is meant.
+      InputError: there is no file, it can't be reached, or the source is ambiguous.
     """
     if HUB.match(place):
-        return _of_hub(place)
+        return _hub_files(place)
     if remote.is_url(place):
-        urls = _of_url(place)
+        urls = _urls(place)
         return [File(url, remote.fetch_file(url)) for url in urls]
     path = Path(place).expanduser()
     if path.is_dir():
-        return [File(str(file), file) for file in _of_folder(place, path)]
+        return [File(str(file), file) for file in _folder_files(place, path)]
     if path.exists() or not glob.has_magic(place):
         return [File(place, path)]
     names = [name for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     return [File(name, Path(name)) for name in _some(place, sorted(names), "matches no file")]
 
 
-def _of_folder(place: str, folder: Path) -> list[Path]:
+def _folder_files(place: str, folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         ways = " or ".join(str(folder / split) for split in splits)
         raise InputError(f"{place}: holds the splits {', '.join(splits)}; name one: {ways}")
     if (folder / "state.json").exists() and (folder / "dataset_info.json").exists():
-        # Saved by the `datasets` library, with its parts in their order.
+        # The `datasets` library saved this folder; its state lists the parts in order.
         state = json.loads((folder / "state.json").read_text())
         return [folder / part["filename"] for part in state["_data_files"]]
     names = [path.name for path in folder.iterdir() if path.is_file()]
     return [folder / name for name in _of_one_kind(place, names)]
 
 
-def _of_url(url: str) -> list[str]:
+def _urls(url: str) -> list[str]:
     if glob.has_magic(url):
         return _some(url, remote.matching(url), "matches no file")
     if (names := remote.names_in(url)) is not None:
@@ -62,7 +62,7 @@ def _of_url(url: str) -> list[str]:
 
 
 def _of_one_kind(place: str, names: Sequence[str]) -> list[str]:
-    """A folder's data files: it may hold a README beside them, but not two kinds of data."""
+    """The data files of a folder, which may hold other files, but only one kind of data."""
     data = sorted(n for n in names if data_suffix(n) in READERS and not n.startswith("."))
     kinds = sorted({data_suffix(name) for name in data})
     if len(kinds) > 1:
@@ -81,7 +81,7 @@ def _some(place: str, names: Sequence[str], otherwise: str) -> list[str]:
 
 @dataclass(frozen=True)
 class HubSet:
-    """`hf://OWNER/NAME?config=main&split=train&revision=...`, as the `datasets` library has it."""
+    """A data set of the hub: `hf://OWNER/NAME?config=main&split=train&revision=...`."""
 
     id: str
     config: str | None = None
@@ -101,7 +101,7 @@ class HubSet:
         return HubSet((parts.netloc + parts.path).strip("/"), **options)
 
 
-def _of_hub(url: str) -> list[File]:
+def _hub_files(url: str) -> list[File]:
     wanted = HubSet.read(url)
     try:
         import datasets
@@ -113,7 +113,7 @@ def _of_hub(url: str) -> list[File]:
         table = datasets.load_dataset(
             wanted.id, wanted.config, split=wanted.split, revision=wanted.revision
         )
-    except Exception as error:  # the library's own, of many kinds
+    except Exception as error:  # the library raises errors of many kinds
         raise InputError(
             f"{url}: could not be fetched from the hub ({remote.reason(error)}). Without a "
             "network, copy its files here and name them instead"

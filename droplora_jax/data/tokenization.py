@@ -13,19 +13,19 @@ from droplora_jax.data.templates.base import Document, Tokenizer
 
 
 def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Row]:
-    """The documents as rows, however long.
+    """The documents as rows of any length.
 
     Raises:
-      InputError: a document is to end with EOS, and the tokenizer has none; or one is to be
-        tokenised as a whole, and the tokenizer can't say which text a token stands for.
+      InputError: a document must end with EOS and the tokenizer has none, or a document must be
+        tokenised as one text and the tokenizer gives no offsets.
     """
     in_pieces = _in_pieces([doc for doc in documents if doc.add_special], tokenizer)
-    whole = _whole([doc for doc in documents if not doc.add_special], tokenizer)
-    return [next(in_pieces if doc.add_special else whole) for doc in documents]
+    at_once = _at_once([doc for doc in documents if not doc.add_special], tokenizer)
+    return [next(in_pieces if doc.add_special else at_once) for doc in documents]
 
 
 def _in_pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
-    """BOS, every piece tokenised by itself, and a trained EOS."""
+    """Rows of BOS, every piece tokenised by itself, and a trained EOS."""
     if not documents:
         return
     begin, end = _begin(tokenizer), [_eos(tokenizer)]
@@ -37,8 +37,8 @@ def _in_pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[
         yield row(np.concatenate(parts).astype(np.int32), np.repeat(trained, lengths))
 
 
-def _whole(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
-    """The text tokenised at once; a token that reaches into a trained piece is trained."""
+def _at_once(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
+    """Rows of texts tokenised at once; a token that overlaps a trained piece is trained."""
     if not documents:
         return
     if not tokenizer.is_fast:
@@ -49,25 +49,25 @@ def _whole(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]
     texts = ["".join(piece.text for piece in doc.pieces) for doc in documents]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    for document, own, places in zip(documents, ids, offsets, strict=True):
-        starts, ends = np.array(places, np.int64).reshape(-1, 2).T
-        trained = np.zeros(len(own), bool)
-        upto = list(accumulate(len(piece.text) for piece in document.pieces))
-        for piece, end in zip(document.pieces, upto, strict=True):
+    for document, tokens, spans in zip(documents, ids, offsets, strict=True):
+        starts, ends = np.array(spans, np.int64).reshape(-1, 2).T
+        trained = np.zeros(len(tokens), bool)
+        piece_ends = list(accumulate(len(piece.text) for piece in document.pieces))
+        for piece, end in zip(document.pieces, piece_ends, strict=True):
             if piece.trained:
                 trained |= (ends > end - len(piece.text)) & (starts < end)
-        yield row(own, trained)
+        yield row(tokens, trained)
 
 
 def _ids(texts: list[str], tokenizer: Tokenizer, *, add_special: bool = False) -> list[list[int]]:
     if not texts:
-        return []  # of which no tokenizer makes anything
-    # Without `verbose=False` it warns of text longer than the model takes, which is seen to here.
+        return []  # tokenizers refuse an empty list
+    # `verbose=False`: no warning of long texts, which `lengths.py` handles.
     return tokenizer(texts, add_special_tokens=add_special, verbose=False)["input_ids"]
 
 
 def _begin(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text. What it puts behind one is not for a prompt."""
+    """The special tokens that the tokenizer puts before a text (not those behind it)."""
     probe = ["a"]
     (bare,), (full,) = _ids(probe, tokenizer), _ids(probe, tokenizer, add_special=True)
     for at in range(len(full) - len(bare) + 1):
@@ -89,24 +89,24 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 
 def encode_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> list[list[int]]:
-    """The documents up to their last response, as token ids to go on from.
+    """The documents up to their last response, as the token ids of prompts.
 
-    They are what the model was trained to go on from: the same pieces, the same special tokens
-    before them. A text that begins with those already does not get them twice.
+    The ids are those that preceded the response in training: the same pieces with the same special
+    tokens before them. A text that begins with these tokens already does not get them twice.
     """
     begin = _begin(tokenizer) if any(document.add_special for document in documents) else []
     texts = [_prompt_texts(document) for document in documents]
-    ids = iter(_ids([text for own in texts for text in own], tokenizer))
+    ids = iter(_ids([text for prompt_texts in texts for text in prompt_texts], tokenizer))
     prompts = []
-    for document, own in zip(documents, texts, strict=True):
-        prompt = list(chain.from_iterable(islice(ids, len(own))))
+    for document, prompt_texts in zip(documents, texts, strict=True):
+        prompt = list(chain.from_iterable(islice(ids, len(prompt_texts))))
         begun = not document.add_special or prompt[: len(begin)] == begin
         prompts.append(prompt if begun else begin + prompt)
     return prompts
 
 
 def _prompt_texts(document: Document) -> list[str]:
-    """What is before the last response, as it is tokenised: in pieces, or as a whole."""
+    """The texts before the last response, each tokenised by itself."""
     trained = [i for i, piece in enumerate(document.pieces) if piece.trained]
     texts = [piece.text for piece in document.pieces[: trained[-1] if trained else None]]
     return texts if document.add_special else ["".join(texts)]

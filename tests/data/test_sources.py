@@ -15,15 +15,15 @@ from droplora_jax.core import remote
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
 from droplora_jax.data.load import load
-from droplora_jax.data.sources import HubSet, found
+from droplora_jax.data.sources import HubSet, files_of
 
 
 def names(place) -> list[str]:
-    return [file.name for file in found(str(place))]
+    return [file.name for file in files_of(str(place))]
 
 
 def rows(place) -> list[dict]:
-    return [row for file in found(str(place)) for _, row in file.records()]
+    return [row for file in files_of(str(place)) for _, row in file.records()]
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def test_a_name_with_a_star_is_a_name_if_there_is_such_a_file(folder):
 
 def test_places_that_hold_nothing(folder, tmp_path):
     with pytest.raises(InputError, match=r"\*\.csv: matches no file"):
-        found(str(folder / "*.csv"))
+        files_of(str(folder / "*.csv"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: the folder holds no data file \(\.jsonl, "):
-        found(str(tmp_path / "empty"))
+        files_of(str(tmp_path / "empty"))
     write_jsonl(folder / "d.csv", [])
     with pytest.raises(InputError, match=r"holds \.csv and \.jsonl files; say which: .*/\*\.csv"):
-        found(str(folder))
+        files_of(str(folder))
 
 
 def test_what_the_datasets_library_saves(tmp_path):
@@ -73,7 +73,7 @@ def test_what_the_datasets_library_saves(tmp_path):
     with pytest.raises(
         InputError, match=r"holds the splits train, test; name one: .*/splits/train"
     ):
-        found(str(tmp_path / "splits"))
+        files_of(str(tmp_path / "splits"))
     table.to_parquet(tmp_path / "a.parquet")
     assert rows(tmp_path / "a.parquet") == data
 
@@ -122,11 +122,11 @@ def test_a_file_is_fetched_once_and_again_when_it_has_changed(bucket, monkeypatc
 
 def test_a_bucket_without_the_file(bucket):
     with pytest.raises(InputError, match=r"memory://bucket/no\.jsonl: no such file on the bucket"):
-        found("memory://bucket/no.jsonl")
+        files_of("memory://bucket/no.jsonl")
     with pytest.raises(InputError, match=r"memory://bucket/\*\.csv: matches no file"):
-        found("memory://bucket/*.csv")
+        files_of("memory://bucket/*.csv")
     with pytest.raises(InputError, match="nosuch://a/b.jsonl: .*nosuch"):
-        found("nosuch://a/b.jsonl")
+        files_of("nosuch://a/b.jsonl")
 
 
 class Locked(fsspec.AbstractFileSystem):
@@ -144,7 +144,7 @@ class Locked(fsspec.AbstractFileSystem):
 def test_a_bucket_without_credentials(monkeypatch, place):
     monkeypatch.setattr(remote, "_filesystem", lambda url: (Locked(), url))
     with pytest.raises(InputError) as error:
-        found(place)
+        files_of(place)
     assert str(error.value) == (
         f"{place}: can't be read (PermissionError: Unable to locate credentials). If you have "
         "access, sign in: aws configure"
@@ -157,7 +157,7 @@ def test_a_bucket_whose_package_is_missing(monkeypatch):
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(InputError, match="s3://b/a.jsonl: needs s3fs: pip install s3fs"):
-        found("s3://b/a.jsonl")
+        files_of("s3://b/a.jsonl")
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 def test_the_hub_without_a_network_or_the_library(monkeypatch):
     url = "hf://openai/gsm8k?config=main"
     with pytest.raises(InputError, match="could not be fetched from the hub .*Without a network"):
-        found(url)  # as the tests have none
+        files_of(url)  # as the tests have none
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"needs the datasets library: pip install 'droplora-jax"):
-        found(url)
+        files_of(url)
 
 
 def test_a_path_of_the_hub_is_a_url_as_any_other(monkeypatch):

@@ -1,4 +1,4 @@
-"""The formats of a record, one file each; `auto` takes the first that matches."""
+"""The formats of records, one module each; `auto` takes the first that matches."""
 
 from droplora_jax.data.formats.alpaca import ALPACA
 from droplora_jax.data.formats.base import Format
@@ -9,7 +9,8 @@ from droplora_jax.data.formats.sharegpt import SHAREGPT
 from droplora_jax.data.formats.text import TEXT
 from droplora_jax.data.formats.wrapped import WRAPPED
 
-# The more telling keys first: many instruction data sets also carry a `text`.
+# In the order in which `auto` tries them. The more specific keys come first: many instruction data
+# sets also have a `text`.
 FORMATS: dict[str, Format] = {
     "messages": MESSAGES,
     "sharegpt": SHAREGPT,

@@ -1,4 +1,4 @@
-"""Alpaca: an instruction, what it applies to, and the response."""
+"""Alpaca: an instruction, an optional input that it applies to, and the response."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from droplora_jax.data.record import Fields
 
 
 def convert(record: Fields) -> Example:
-    given = record.get("input") is not None  # left out or null: none
+    has_input = record.get("input") is not None
     return exchange(
         text_of(record, "instruction"),
         text_of(record, "output"),
-        input=text_of(record, "input", may_be_empty=True) if given else "",
+        input=text_of(record, "input", may_be_empty=True) if has_input else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""What every format turns its records into, and the checks they share."""
+"""The contract of a format, the example that it makes, and the checks that formats share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ USER, ASSISTANT, TOOL = "user", "assistant", "tool"
 
 
 class Empty(InputError):
-    """A text that has to hold something is empty; `key` says which."""
+    """A text that must not be empty is; `key` names it."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"{key} is empty: fill it in or remove the row")
@@ -21,15 +21,15 @@ class Empty(InputError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. What the assistant says is learnt.
+    """One message of a conversation. The assistant's are trained on.
 
     Attributes:
       role: one of `conversation.ROLES`.
-      content: the words; None where there are none, but calls.
+      content: the text; None for a message of calls alone.
       calls: the assistant's calls of tools, as {"type": "function", "function": {"name",
         "arguments": an object}}.
-      keys: what else a chat template may read of a message (`name`, `tool_call_id`, ...).
-      learnt: of an assistant's turn, whether it is trained on.
+      keys: further keys that a chat template may read (`name`, `tool_call_id`, ...).
+      learnt: whether the turn is trained on, if it is the assistant's.
     """
 
     role: str
@@ -41,13 +41,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One record, whatever its format: a conversation, or plain text.
+    """One record in the form that all formats share: a conversation, or plain text.
 
     Attributes:
       turns: the conversation; empty for plain text.
-      input: what a single instruction applies to, where that is kept apart from it.
+      input: the text that a single instruction applies to, where a format has it apart.
       text: plain text; empty for a conversation.
-      tools: that the assistant may call, as {"type": "function", "function": {"name", ...}}.
+      tools: what the assistant may call, as {"type": "function", "function": {"name", ...}}.
       first: the number of the first turn among the record's messages, for errors.
     """
 
@@ -60,14 +60,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Format:
-    """How records of one format look.
+    """The contract of a format: how its records look and become examples.
+
+    A format is recognised by its keys. `convert` is a pure function from a record to an `Example`;
+    it checks everything that it reads and raises an InputError that names the key and the rule,
+    without the file and line, which the caller adds. For a text that must not be empty and is, it
+    raises `Empty`, so that the run's `data.empty` can decide. Columns are renamed before; a format
+    knows its own keys alone. It does not write out prompts: that is the template's part.
 
     Attributes:
       required: the keys by which a record is recognised.
-      template: the name of the template it usually goes with.
-      convert: record to `Example`; raises InputError that says what is wrong with which key.
-      optional: further keys that are read. Any others are ignored.
-      telling: what else a record of this format must show; by default its keys are enough.
+      template: the name of the template that `data.template=auto` takes.
+      convert: from a record to its `Example`.
+      optional: further keys that are read; all others are ignored.
+      telling: what a record must fulfil beside having the keys; by default nothing.
     """
 
     required: tuple[str, ...]
@@ -81,12 +87,12 @@ class Format:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """All keys that are read."""
+        """All keys that the format reads."""
         return self.required + self.optional
 
     @property
     def keys(self) -> str:
-        """The keys, for a person."""
+        """The keys in words, for errors."""
         optional = "".join(f", optional {key}" for key in self.optional)
         return ", ".join(self.required) + optional
 
@@ -100,8 +106,8 @@ def text_of(record: Fields, key: str, *, may_be_empty: bool = False) -> str:
     """The text under a key.
 
     Raises:
-      Empty: there is none in it.
-      InputError: it is missing or is not text.
+      Empty: the text is null or white space, and may not be.
+      InputError: the key is missing or its value is not text.
     """
     if key not in record:
         raise InputError(f"{key} is missing")
@@ -117,6 +123,7 @@ def text_of(record: Fields, key: str, *, may_be_empty: bool = False) -> str:
 
 
 def check_unicode(key: str, text: str) -> None:
+    """Raise InputError for half of a surrogate pair, which no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What conversations have in common: roles, their order, tools and calls."""
+"""What the formats of conversations share: roles, their order, tools and calls."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def conversation(
     """The example of a record that holds a list of messages.
 
     Args:
-      record: with the messages under `key`, and perhaps `tools`.
-      key: of the messages.
-      turn: what a message is; what it raises is told with the message's number.
-      before: turns that stand before the messages.
+      record: has the messages under `key`, and perhaps `tools`.
+      key: the key of the messages.
+      turn: from a message to its turn; the message's number is added to what it raises.
+      before: turns that precede the messages.
 
     Raises:
-      InputError: names the number of the message.
+      InputError: a message is not as it should be; names its number.
     """
     messages = record.get(key)
     if not isinstance(messages, list) or not messages:
@@ -62,10 +62,10 @@ def _numbered(turn: Callable[[Fields], Turn], message: object, number: int) -> T
 
 
 def check_order(turns: Sequence[Turn]) -> None:
-    """Raise InputError where no order of messages could be meant.
+    """Raise InputError for an order of messages that no chat template can mean.
 
-    What else is out of order (two turns of the user, a system turn in the middle) depends on the
-    chat template, which says so itself.
+    Other orders (two turns of the user in a row, a system turn in the middle) are valid for some
+    chat templates; the others raise an error of their own.
     """
     if turns[0].role == ASSISTANT:
         raise InputError(
@@ -83,7 +83,7 @@ def check_order(turns: Sequence[Turn]) -> None:
 
 
 def _answered(turn: Turn, pending: Sequence[Call], number: int) -> int:
-    """Which call a result answers: by its id, or the first."""
+    """The index of the call that a result answers: the one of its id, or the first."""
     ids = [call.get("id") for call in pending]
     id = turn.keys.get("tool_call_id")
     if id is None or None in ids:
@@ -97,7 +97,7 @@ def _answered(turn: Turn, pending: Sequence[Call], number: int) -> int:
 
 
 def tools_of(value: object) -> tuple[Call, ...]:
-    """Tools as chat templates take them, of a list or the JSON of one.
+    """Tools in the form of chat templates, from a list or its JSON.
 
     A bare {"name", ...} is wrapped as {"type": "function", "function": ...}.
     """
@@ -107,9 +107,9 @@ def tools_of(value: object) -> tuple[Call, ...]:
 
 
 def calls_of(key: str, value: object) -> tuple[Call, ...]:
-    """Calls as chat templates take them, of an object, a list of them or the JSON of either.
+    """Calls in the form of chat templates, from an object, a list of objects, or JSON of either.
 
-    Their arguments are objects here; they may come as JSON.
+    Arguments that are given as JSON become objects.
     """
     listed = enumerate(_listed(key, value), 1)
     return tuple(_call(key, _function(key, call, number)) for number, call in listed)

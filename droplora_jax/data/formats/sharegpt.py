@@ -21,8 +21,8 @@ ROLES = {
 
 
 def convert(record: Fields) -> Example:
-    given = record.get("system") is not None
-    system = text_of(record, "system", may_be_empty=True) if given else ""
+    has_system = record.get("system") is not None
+    system = text_of(record, "system", may_be_empty=True) if has_system else ""
     before = [Turn("system", system)] if system else []
     example = conversation(record, "conversations", _turn, before)
     if before and example.turns[1].role == "system":

@@ -1,4 +1,4 @@
-"""Plain text, all of it learnt."""
+"""Plain text, all of it trained on."""
 
 from __future__ import annotations
 

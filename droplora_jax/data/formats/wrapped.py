@@ -1,4 +1,4 @@
-"""The rows of DropLoRA's authors: `instruction` is the whole prompt, wrapped already."""
+"""The files of DropLoRA's authors: `instruction` is the complete, already wrapped prompt."""
 
 from __future__ import annotations
 

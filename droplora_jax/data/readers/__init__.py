@@ -1,4 +1,4 @@
-"""The kinds of data files by the ends of their names, one file each."""
+"""The kinds of data files by the endings of their names, one module for each."""
 
 from droplora_jax.data.readers.arrow import ARROW
 from droplora_jax.data.readers.base import Reader

@@ -1,4 +1,4 @@
-"""Arrow files and streams, such as the `datasets` library saves, a batch of rows at a time."""
+"""Arrow files and streams, such as the `datasets` library saves, read in batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol, runtime_checkable
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.data.readers.base import BATCH, Reader, Record
 
-_MAGIC = b"ARROW1"  # begins a file; a stream begins with the length of its schema
+_MAGIC = b"ARROW1"  # the first bytes of a file; a stream begins with the length of its schema
 
 
 @runtime_checkable
 class Table(Protocol):
-    """What is read of a `pyarrow.RecordBatch`."""
+    """The part of a `pyarrow.RecordBatch` that is used here."""
 
     num_rows: int
 
@@ -46,7 +46,7 @@ def _batches(stream: BufferedIOBase, whole_file: bool) -> Iterator[Table]:
 
 
 def numbered(batches: Iterable[Table], name: str) -> Iterator[Record]:
-    """The rows of Arrow batches as objects, with their numbers from 1."""
+    """The rows of Arrow batches as records, numbered from 1."""
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):

@@ -1,4 +1,4 @@
-"""What every reader shares: records with where each one stands, and lines of text."""
+"""What readers share: records with their places, and lines of text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from io import BufferedIOBase
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.record import Fields
 
-Record = tuple[str, Fields]  # where it stands, for errors; and the object
-LONGEST = 64 * 2**20  # bytes of one line or row: a mistake in the file, not a text to learn
+Record = tuple[str, Fields]  # its place in the file, for errors, and the object
+LONGEST = 64 * 2**20  # bytes of one line or row; a longer one is a mistake in the file
 BATCH = 1024  # rows of a table that are turned into objects at once
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How files of one kind are read.
+    """The contract of a kind of file.
+
+    A reader turns a stream of unpacked bytes into records, one at a time, so that a file of any
+    size is read in little memory. Each record comes with its place ("a.jsonl:17"), which all later
+    errors about it name. What a reader can't read it reports as an InputError that names the file,
+    the line or row, and the rule; it never skips a record. Empty files are reported by the caller.
 
     Attributes:
-      records: the objects in a stream of (unpacked) bytes, read as they are asked for; takes the
-        file's name, for errors.
-      seeks: the stream has to be seekable.
+      records: the records of a stream; the second argument is the file's name, for errors.
+      seeks: whether the stream must be seekable.
     """
 
     records: Callable[[BufferedIOBase, str], Iterator[Record]]
@@ -29,7 +33,7 @@ class Reader:
 
 
 def lines(stream: BufferedIOBase, name: str) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 text with their numbers, each with its end; a BOM is left out.
+    """The lines of a UTF-8 text with their numbers and line ends, without a byte order mark.
 
     Raises:
       InputError: names the line that is not UTF-8, or is too long.
@@ -45,7 +49,7 @@ def lines(stream: BufferedIOBase, name: str) -> Iterator[tuple[int, str]]:
 
 
 def decoded(text: bytes, name: str, line: int) -> str:
-    """UTF-8 that begins in a line of a file."""
+    """Decoded UTF-8; `line` is the line of the file in which it begins."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -53,7 +57,7 @@ def decoded(text: bytes, name: str, line: int) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, name: str, line: int) -> InputError:
-    """`line` is where the text begins that was decoded."""
+    """`line` is the line of the file in which the decoded text begins."""
     line += error.object.count(b"\n", 0, error.start)
     byte = error.object[error.start]
     return InputError(f"{name}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8")
@@ -73,6 +77,6 @@ def as_object(where: str, row: object) -> Fields:
 
 
 def kind(value: object) -> str:
-    """A JSON value, for a person."""
+    """A JSON value in words, for errors."""
     kinds = {dict: "an object", list: "a list", str: "text", type(None): "null"}
     return kinds.get(type(value), repr(value))

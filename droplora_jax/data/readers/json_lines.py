@@ -1,4 +1,4 @@
-"""JSON Lines: an object a line; empty lines are skipped."""
+"""JSON Lines: one object on each line; empty lines are skipped."""
 
 from __future__ import annotations
 

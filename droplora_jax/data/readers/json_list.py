@@ -26,8 +26,9 @@ from droplora_jax.data.readers.base import (
 
 _PART = 2**20  # bytes read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
-# What the decoder says of text that ends too early, other than by pointing at its end.
-_NEAR_THE_END = 12  # characters: a constant such as -Infinity or \ud83d\ude42 that is cut
+# An error this close to the end of the text may come from a constant that is cut off there, such as
+# -Infinity or \ud83d\ude42.
+_NEAR_THE_END = 12  # characters
 
 
 def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
@@ -58,7 +59,7 @@ JSON_LIST = Reader(_records)
 
 
 class _Text:
-    """A text that is read on when more of it is needed, and forgotten when it is behind `at`."""
+    """The part of a text from `at` on that has been read; more is read when it is needed."""
 
     def __init__(self, stream: BufferedIOBase, name: str) -> None:
         self.name, self._stream = name, stream
@@ -67,7 +68,7 @@ class _Text:
         self._text, self.at, self._line, self._ended = "", 0, 1, False
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             self.at = _match_end(_SPACE, self._text, self.at)
             if self.at < len(self._text):
@@ -84,7 +85,7 @@ class _Text:
         self.skip()
 
     def value(self, where: str = "") -> object:
-        """The JSON value that stands next."""
+        """The next JSON value."""
         self.peek()
         while True:
             try:
@@ -96,7 +97,7 @@ class _Text:
                 raise self.broken(error.msg, error.pos) from error
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where or self.name}: broken JSON ({error})") from error
-            # A number at the end of the text may go on.
+            # A number at the end of what has been read may continue.
             if end == len(self._text) and self._more():
                 continue
             self.at = end
@@ -110,7 +111,7 @@ class _Text:
         return InputError(f"{self.name}:{line}: broken JSON ({reason}){hint}")
 
     def _more(self) -> bool:
-        """Read on; whether there was more. Reads twice as much as is there, while a row grows."""
+        """Reads more; whether there was any. Doubles the part that is read while a row grows."""
         if self._ended:
             return False
         self._line += self._text.count("\n", 0, self.at)
@@ -129,5 +130,5 @@ class _Text:
 
 
 def _match_end(pattern: re.Pattern[str], text: str, at: int) -> int:
-    found = pattern.match(text, at)
-    return found.end() if found else at
+    match = pattern.match(text, at)
+    return match.end() if match else at

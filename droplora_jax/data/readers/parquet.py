@@ -1,4 +1,4 @@
-"""Parquet, a batch of rows at a time."""
+"""Parquet, read in batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Without a buffer of its own for everything that it will read.
+        # `pre_buffer` would hold everything that is going to be read in memory.
         file = ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
         yield from numbered(file.iter_batches(batch_size=BATCH), name)
     except (pyarrow.ArrowException, OSError) as error:

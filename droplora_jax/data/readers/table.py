@@ -1,4 +1,4 @@
-"""Tables of text: the first line names the columns, and every value is text."""
+"""CSV and TSV: the first line names the columns, and every value is text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an example is written out for the model, one file each."""
+"""Templates: how an example is written out for the model, one module each."""
 
 from droplora_jax.data.templates import alpaca, chat, none
 from droplora_jax.data.templates.base import Template

@@ -1,4 +1,4 @@
-"""The Alpaca prompt, as DropLoRA's published results used it (no chat template)."""
+"""The Alpaca prompt, as DropLoRA's published results use it (no chat template)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ WITH_INPUT = (
 
 
 def prompt(instruction: str, input: str = "") -> str:
-    """The text that stands before the response."""
+    """The text before the response."""
     template = WITH_INPUT if input else WITHOUT_INPUT
     return template.format(instruction=instruction, input=input)
 
 
 def steps_prompt(instruction: str, input: str = "") -> str:
-    """The same for mathematics, which begins the response with a request to think step by step."""
+    """The prompt for mathematics, which asks at the start of the response to think step by step."""
     return prompt(instruction, input).rstrip("\n") + STEPS
 
 
 def render(example: Example, tokenizer: Tokenizer) -> Document:
-    """The wrapped instruction, untrained, and the response.
+    """The wrapped instruction, not trained, and the response, trained.
 
     Raises:
       InputError: the example is not one exchange, or its instruction is wrapped already.
@@ -45,7 +45,7 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
 
 
 def render_steps(example: Example, tokenizer: Tokenizer) -> Document:
-    """The same for mathematics: the response is begun with a request to think step by step."""
+    """As `render`, with the prompt for mathematics."""
     return _wrapped(example, steps_prompt)
 
 

@@ -1,4 +1,4 @@
-"""What a template makes of an example."""
+"""The contract of a template, and the document that it makes of an example."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ else:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is trained on or not."""
+    """A text, and whether it is trained on."""
 
     text: str
     trained: bool
@@ -25,14 +25,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """An example, written out.
+    """An example as text.
 
     Attributes:
-      pieces: its text, in order.
-      add_special: every piece is tokenised by itself; BOS, if the tokenizer adds one, goes before
-        and a trained EOS behind. Without it the text has all its special tokens already and is
-        tokenised as one.
-      split: where it is too long, it is split and never cut.
+      pieces: the text, in order.
+      add_special: if true, every piece is tokenised by itself, BOS goes before the first (if the
+        tokenizer adds one) and a trained EOS after the last. If false, the text contains all its
+        special tokens and is tokenised at once.
+      split: whether a text that is too long is split instead of cut.
     """
 
     pieces: tuple[Piece, ...]
@@ -40,7 +40,7 @@ class Document:
     split: bool = False
 
     def trained_on(self, which: str) -> Document:
-        """The document with the pieces trained that `which`, one of `TRAIN_ON`, names."""
+        """The document with those pieces trained that `which`, one of `TRAIN_ON`, names."""
         trained = [i for i, piece in enumerate(self.pieces) if piece.trained]
         kept = {"responses": trained, "last": trained[-1:], "all": range(len(self.pieces))}[which]
         pieces = (replace(piece, trained=i in kept) for i, piece in enumerate(self.pieces))
@@ -48,6 +48,10 @@ class Document:
 
 
 TRAIN_ON = ("responses", "last", "all")
+
+# The contract of a template: a pure function that writes out an example of any format, and says of
+# each piece of text whether it is trained on. It reads of the tokenizer only its chat template and
+# special tokens, and raises an InputError for an example that it can't write out completely.
 Template = Callable[[Example, Tokenizer], Document]
 
 
@@ -55,7 +59,7 @@ def one_exchange(example: Example, template: str) -> tuple[str, str]:
     """The prompt and the response of an example that has one of each.
 
     Raises:
-      InputError: it is plain text, a longer conversation, or one with tools.
+      InputError: the example is plain text, a longer conversation, or one with tools.
     """
     roles = [turn.role for turn in example.turns]
     if not roles:

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template, with the loss on what the assistant says."""
+"""The tokenizer's own chat template; the assistant's turns are trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from droplora_jax.data.templates.jinja import Fails, Renderer
 
 
 def render(example: Example, tokenizer: Tokenizer) -> Document:
-    """The rendered conversation; every assistant turn is trained, to its end marker.
+    """The rendered conversation; every turn of the assistant is trained, with its end marker.
 
-    Where the chat template marks by `{% generation %}` what the assistant generates, that is
-    trained; else it is read off renderings of the conversation so far.
+    Where the chat template marks with `{% generation %}` what the assistant generates, these spans
+    are trained; else they are found by comparing renderings.
 
     Raises:
-      InputError: there is no chat template, it fails or leaves something out, or what to train
-        can't be told.
+      InputError: there is no chat template, it fails or leaves something out, or the assistant's
+        turns can't be found in the rendering.
     """
     renderer = Renderer.of(tokenizer, example.tools)
     turns = _turns(example)
@@ -50,7 +50,7 @@ def _turns(example: Example) -> tuple[Turn, ...]:
 
 
 def _where_it_fails(renderer: Renderer, turns: Sequence[Turn], first: int, error: Fails) -> str:
-    """The error with the message behind the longest conversation so far that is rendered."""
+    """The error, and the message after the longest beginning that the template renders."""
     for count in range(len(turns) - 1, 0, -1):
         try:
             renderer.text(turns[:count])
@@ -62,7 +62,7 @@ def _where_it_fails(renderer: Renderer, turns: Sequence[Turn], first: int, error
 
 
 def _check_written(example: Example, text: str) -> None:
-    """Raise InputError for what the template passes over in silence: tools, calls, roles."""
+    """Raise InputError for a tool, call or message that the template leaves out silently."""
     names = [("tool", tool["function"]["name"]) for tool in example.tools]
     for number, turn in enumerate(example.turns, example.first):
         names += [(f"call in message {number}", call["function"]["name"]) for call in turn.calls]

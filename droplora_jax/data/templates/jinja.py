@@ -1,4 +1,4 @@
-"""Renderings of a conversation by the tokenizer's chat template."""
+"""Renderings of conversations by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.record import Call
 from droplora_jax.data.templates.base import Tokenizer
 
-Span = tuple[int, int]  # characters of a rendering, the second left out
+Span = tuple[int, int]  # start and end (exclusive) in the characters of a rendering
 
-# A row must not depend on the day. Llama 3 writes this date where it doesn't know today's.
+# Rows must not depend on the day. Llama 3's template falls back to this date.
 DATE = "26 Jul 2024"
 
 
@@ -28,7 +28,7 @@ class Renderer:
 
     Attributes:
       template: the Jinja source.
-      markers: the tokens that no text is split into.
+      markers: the texts of special and added tokens.
     """
 
     tokenizer: Tokenizer
@@ -54,18 +54,18 @@ class Renderer:
 
     @property
     def has_marks(self) -> bool:
-        """Whether the template says what the assistant generates."""
+        """Whether the template marks what the assistant generates."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
     def text(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         return self._rendered(turns, add_generation_prompt=add_generation_prompt)[0]
 
     def marked(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
-        """The text, and where the assistant generates it."""
+        """The text, and the spans of it that the template marks as generated."""
         return self._rendered(turns, return_assistant_tokens_mask=True)
 
     def _rendered(self, turns: Sequence[Turn], **options: bool) -> tuple[str, list[Span]]:
-        # What apply_chat_template calls; that itself gives no places in the text.
+        # `apply_chat_template` calls this, but does not return the spans of characters.
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its annotation says otherwise
@@ -78,13 +78,13 @@ class Renderer:
                 **self.tokenizer.special_tokens_map,
                 date_string=DATE,
             )
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise any error
             raise Fails(f"data.template=chat: the chat template fails ({error})") from error
         return text, spans[0] if spans else []
 
 
 def message(turn: Turn) -> dict[str, object]:
-    """A turn as chat templates read it."""
+    """A turn in the form of chat templates."""
     content = {} if turn.content is None else {"content": turn.content}
     calls = {"tool_calls": list(turn.calls)} if turn.calls else {}
     return {"role": turn.role, **content, **calls, **turn.keys}

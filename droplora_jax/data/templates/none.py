@@ -7,7 +7,7 @@ from droplora_jax.data.templates.base import Document, Piece, Tokenizer, one_exc
 
 
 def render(example: Example, tokenizer: Tokenizer) -> Document:
-    """The prompt, untrained, and the response; or a text, all of it trained and splittable."""
+    """The prompt, not trained, and the response; or plain text, all of it trained, to be split."""
     if example.text:
         return Document((Piece(example.text, True),), split=True)
     prompt, response = one_exchange(example, "none")
