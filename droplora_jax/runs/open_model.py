@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -30,9 +31,8 @@ from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE, adapter_record
 from droplora_jax.runs.open_base import open_base
-from droplora_jax.training import optimizer
 from droplora_jax.training.checkpoint import Checkpoints
-from droplora_jax.training.step import init_state
+from droplora_jax.training.step import TrainState
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -235,14 +235,14 @@ def restored(
         raise InputError(f"{folder}: no complete checkpoint in it; train it first")
     model = inject(model, config.adapter, key="later")
     graphdef, adapters, mask_keys, frozen = split(model)
-    tx = optimizer.optimizer(config.optim, lambda count: 0.0)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
-    step = checkpoints.choose(which)
-    like = replace(init_state(adapters, tx), initial=initial_of(frozen))
-    state = checkpoints.restore(step, like)
+    like = TrainState(
+        jnp.zeros((), jnp.int32), adapters, opt_state=None, initial=initial_of(frozen)
+    )
+    with Checkpoints(folder / CHECKPOINTS, read_only=True) as checkpoints:
+        step = checkpoints.choose(which)
+        state, record = checkpoints.restore(step, like), checkpoints.record(step)
     frozen = nnx.merge_state(frozen, state.initial)
-    model = nnx.merge(graphdef, state.adapters, mask_keys, frozen)
-    return model, adapter_record(checkpoints.record(step))
+    return nnx.merge(graphdef, state.adapters, mask_keys, frozen), adapter_record(record)
 
 
 def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:

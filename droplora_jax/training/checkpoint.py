@@ -39,10 +39,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
-        """`read_only` touches nothing: another process may be saving there."""
+        """
+        Args:
+          keep: how many of the newest to keep.
+          read_only: nothing in the folder is touched, as another process may be saving there; and
+            `restore` reads no more arrays than it is asked for.
+        """
         self._silence = lambda record: False
         logging.getLogger("absl").addFilter(self._silence)
-        self.folder = folder
+        self.folder, self._read_only = folder, read_only
         self.unfinished = [path for path in _entries(folder) if TEMPORARY in path.name]
         newest = policies.LatestN(keep)
         best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
@@ -56,7 +61,9 @@ class Checkpoints:
             step_prefix="step",
         )
         handlers: dict[str, Any] = {
-            "state": ocp.StandardCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler()
+            if read_only
+            else ocp.StandardCheckpointHandler(),
             "run": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(
@@ -165,6 +172,9 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state saved at `step`, laid out as `like` is.
 
+        Args:
+          like: of read-only checkpoints it may leave out parts of the state, such as `opt_state`.
+
         Raises:
           Corrupt: it can't be read, is not what was saved, or holds a value that is not finite.
           InputError: it is a checkpoint of something else.
@@ -173,13 +183,12 @@ class Checkpoints:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), flat
         )
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
-        )
+        args = ocp.args.Composite(state=self._restore_args(target), run=ocp.args.JsonRestore())
         where = self._path(step)
         with _read_errors(where):
             metadata = self._manager.item_metadata(step)["state"].tree
-            shapes = {name: tuple(leaf.shape) for name, leaf in metadata.items()}
+            names = metadata.keys() & flat.keys() if self._read_only else metadata
+            shapes = {name: tuple(metadata[name].shape) for name in names}
         if shapes != (needed := {name: leaf.shape for name, leaf in flat.items()}):
             name = min(name for name, _ in shapes.items() ^ needed.items())
             raise InputError(
@@ -198,6 +207,14 @@ class Checkpoints:
             raise Corrupt(f"{where}: {names[0]} in it holds a value that is not finite")
         paths, structure = jax.tree.flatten_with_path(like)
         return jax.tree.unflatten(structure, [restored[_name(path)] for path, _ in paths])
+
+    def _restore_args(
+        self, target: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> ocp.args.StandardRestore | ocp.args.PyTreeRestore:
+        if not self._read_only:
+            return ocp.args.StandardRestore(target)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -385,3 +386,24 @@ def test_digests_are_the_same_on_every_mesh_and_see_every_bit(untied):
     bit[5] ^= 1
     for changed in (swapped, bit.view(np.float32)):
         assert digests({name: jnp.asarray(changed.reshape(x.shape))})[name] != found[name]
+
+
+def test_what_is_only_read_needs_no_optimizer(checkpoints, state):
+    """An adapter is opened without the moments that it was trained with."""
+    save(checkpoints, state, 1)
+    adapters = jax.tree.map(jnp.zeros_like, state.adapters)
+    like = TrainState(jnp.int32(0), adapters, opt_state=None)
+    with Checkpoints(checkpoints.folder, read_only=True) as opened:
+        restored = opened.restore(1, like)
+    assert_same(restored, TrainState(jnp.int32(1), state.adapters, opt_state=None))
+    with pytest.raises(InputError, match="opt_state"):
+        checkpoints.restore(1, like)
+
+
+def test_orbax_logs_nothing_until_the_checkpoints_are_closed(tmp_path, caplog):
+    logger = logging.getLogger("absl")
+    with Checkpoints(tmp_path / "checkpoints"):
+        logger.error("a traceback of a thread")
+        assert caplog.records == []
+    logger.error("of somebody else")
+    assert [record.message for record in caplog.records] == ["of somebody else"]

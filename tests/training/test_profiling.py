@@ -54,16 +54,16 @@ def test_a_profile_changes_no_bit(base, tmp_path, droplora):
 
 def test_a_run_that_is_stopped_meanwhile_ends_well(base, tmp_path, droplora, monkeypatch):
     """What there was is written, and the run can carry on; it then has steps of its own to trace."""
-    original = Profile.__call__
+    original = Profile.step
 
-    def call(self, number, *arguments):
+    def step(self, number, state):
         if number == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, number, *arguments)
+        return original(self, number, state)
 
     yaml = write_run(base, tmp_path, train={"steps": 6, "profile_steps": [2, 5]})
     with monkeypatch.context() as patch:
-        patch.setattr(Profile, "__call__", call)
+        patch.setattr(Profile, "step", step)
         result = droplora("train", yaml)
     assert (result.code, result.err) == (143, "droplora: stopped by SIGTERM: step 3 is saved\n")
     assert {

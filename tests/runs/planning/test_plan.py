@@ -22,13 +22,14 @@ from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import described, make_mesh
 from droplora_jax.runs import config_reader
-from droplora_jax.runs.compile import abstract_step, step_options
+from droplora_jax.runs.compile import step_options
 from droplora_jax.runs.memory import _used
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.planning.flops import matrix_flops
 from droplora_jax.runs.planning.hardware import KINDS, topology
 from droplora_jax.runs.planning.hlo_collectives import collectives
 from droplora_jax.runs.planning.plan import changes, plan
+from droplora_jax.runs.preparation import prepared_step
 
 MESH = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
@@ -162,9 +163,7 @@ def test_a_plan_of_a_run(file, base):
 
 
 def traced(config, mesh, where):
-    return abstract_step(config, open_base(config.model), mesh, where.platform, 10).traced(
-        step_options(config)
-    )
+    return prepared_step(config, open_base(config.model), mesh, 10).traced(step_options(config))
 
 
 def gathered(config, where) -> list[str]:
