@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,9 +15,7 @@ from oracles import relative
 from run_fixtures import (
     adapter_bytes,
     factors,
-    make_base,
     metrics,
-    process,
     processes,
     rows,
     write_run,
@@ -26,27 +25,26 @@ from droplora_jax.core.config import DistributedConfig
 from droplora_jax.core.distributed import join
 from droplora_jax.core.errors import InputError
 
+TRAIN = {"global_batch": 8, "save_every": 4, "eval_every": 4, "log_every": 1}
 SETTINGS = {
-    "train": {"steps": 8, "global_batch": 8, "save_every": 4, "eval_every": 4} | {"log_every": 1},
-    "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
+    "train": {**TRAIN, "keep": 1},
+    "mesh": {"data": 4, "fsdp": 2, "tensor": 1},
     "optim": {"schedule": "constant"},  # so that it does not matter when the end is known
 }
+ENDLESS = "train.steps=100000"
 
 
-def written(base, folder, settings=SETTINGS):
+def written(base, folder, **train):
     """A run with everything by which its data could depend on the number of processes."""
+    folder.mkdir(exist_ok=True)
     data = folder / "data"
     mixture = [
         {"path": str(data / "train.jsonl"), "weight": 3},
         {"path": str(data / "valid.jsonl"), "weight": 1},
     ]
     packed = {"packing": "best_fit", "train": mixture, "valid": None, "valid_fraction": 0.2}
+    settings = {**SETTINGS, "train": {**SETTINGS["train"], **train}}
     return write_run(base, folder, data=packed, **settings)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base")).path
 
 
 def ended(running):
@@ -82,16 +80,18 @@ def good(running) -> str:
     return first
 
 
-@pytest.fixture(scope="module")
-def alone(base, tmp_path_factory):
-    """The folder of a run of one process with four devices."""
-    folder = tmp_path_factory.mktemp("alone")
-    good([process("train", written(base, folder), devices=4)])
-    return folder / "run"
-
-
 def losses(run) -> list[float]:
     return [row.get("loss", row.get("eval_loss")) for row in metrics(run)]
+
+
+def scores(run) -> list[float]:
+    return [row["accuracy/boolq"] for row in metrics(run) if "loss" not in row]
+
+
+def checkpoints(run) -> dict[int, Path]:
+    """Those that are complete, by step."""
+    folders = (run / "checkpoints").glob("step_*")
+    return {int(folder.name[5:]): folder for folder in folders if folder.name[5:].isdigit()}
 
 
 def assert_same_run(run, other):
@@ -103,67 +103,67 @@ def assert_same_run(run, other):
         assert relative(value, theirs[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_train_as_one(base, alone, tmp_path, count):
-    """Masks and data are the same, or the losses were not; one process speaks and writes."""
-    out = good(processes(count, "train", written(base, tmp_path)))
-    assert f"as data=2 x fsdp=2 in {count} processes; attention blockwise" in out
-    assert "; 8 steps\n" in out
-    assert_same_run(tmp_path / "run", alone)
-
-
-@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 2)])
-def test_a_run_goes_on_in_another_number_of_processes(base, alone, tmp_path, before, after):
-    """On another mesh too: no place in the data, no mask and no weight depends on either."""
-
-    def start(count, *overrides):
-        yaml = written(base, tmp_path)
-        if count == 1:
-            return [process("train", yaml, *overrides, devices=4)]
-        return processes(count, "train", yaml, *overrides)
-
-    good(start(before, "train.steps=4"))
-    out = good(start(after, "mesh.data=1", "mesh.fsdp=4"))
-    assert "carrying on from the checkpoint of step 4" in out
-    assert_same_run(tmp_path / "run", alone)
-
-
-def test_a_task_is_scored_by_several_processes_as_by_one(base, tmp_path):
-    """And its best checkpoint is the same, which all of them have to save."""
-    asked = [
-        {"instruction": row["instruction"], "answer": row["output"].split()[-1]}
-        for row in rows(24, seed=2)
-    ]
-    tasks = {"boolq": write_jsonl(tmp_path / "boolq.jsonl", asked)}
-    train = {**SETTINGS["train"], "steps": 16, "save_every": 100, "keep": 1, "best": "boolq"}
-    settings = {**SETTINGS, "train": {**train, "eval_tasks": tasks, "eval_examples": 10}}
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    good([process("train", written(base, tmp_path / "one", settings), devices=4)])
-    good(processes(2, "train", written(base, tmp_path / "two", settings)))
-    one, two = (metrics(tmp_path / name / "run") for name in ("one", "two"))
-    scores = [row["accuracy/boolq"] for row in one if "loss" not in row]
-    assert scores == [row["accuracy/boolq"] for row in two if "loss" not in row]
-    assert len(scores) == 4
-    kept = [
-        {path.name for path in (tmp_path / name / "run" / "checkpoints").iterdir()}
-        for name in ("one", "two")
-    ]
-    assert kept[0] == kept[1]
-
-
-def until(condition, seconds: float = 120) -> None:
+def until(condition, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
+def assert_all_stopped(running, number: int) -> tuple[int, str]:
+    """All saved the same step because of a signal to one. The step, and what the first says."""
+    codes, (out, *_), errors = ended(running)
+    assert codes == [128 + number] * len(running), errors
+    step = int(errors[0].split("step ")[1].split()[0])
+    for i, error in enumerate(errors):
+        line = f"process {i} of {len(running)}: stopped by {signal.Signals(number).name}: "
+        assert f"droplora: {line}step {step} is saved\n" in error
+    return step, out
+
+
+def test_a_run_goes_from_four_processes_to_one_to_two_and_ends_as_in_one(base, droplora, tmp_path):
+    """No place in the data, no mask, no weight and no score depends on their number or the mesh.
+
+    Every process hears of a signal to one of them; one process speaks and writes.
+    """
+    questions = [
+        {"instruction": row["instruction"], "answer": row["output"].split()[-1]}
+        for row in rows(24, seed=2)
+    ]
+    tasks = {"boolq": write_jsonl(tmp_path / "boolq.jsonl", questions)}
+    train = {"eval_tasks": tasks, "eval_examples": 10, "best": "boolq"}
+    yaml = written(base, tmp_path / "several", **train)
+    run, alone = tmp_path / "several" / "run", tmp_path / "alone" / "run"
+
+    running = processes(4, "train", yaml, ENDLESS, devices=8)
+    until(lambda: checkpoints(run))
+    running[1].send_signal(signal.SIGTERM)
+    stopped, out = assert_all_stopped(running, signal.SIGTERM)
+    assert "as data=4 x fsdp=2 in 4 processes; attention blockwise" in out
+    assert stopped in checkpoints(run)
+
+    resumed = 4 * (stopped // 4 + 1)
+    out = droplora.good("train", yaml, f"train.steps={resumed}", "mesh.data=1", "mesh.fsdp=8")
+    assert f"carrying on from the checkpoint of step {stopped}" in out
+
+    steps = resumed + 4
+    out = good(processes(2, "train", yaml, f"train.steps={steps}", devices=8))
+    assert f"carrying on from the checkpoint of step {resumed}" in out
+    assert "as data=4 x fsdp=2 in 2 processes; attention blockwise" in out
+    assert f"; {steps} steps\n" in out
+
+    droplora.good("train", written(base, tmp_path / "alone", **train), f"train.steps={steps}")
+    assert_same_run(run, alone)
+    assert scores(run) == scores(alone)
+    assert len(scores(run)) == steps // 4
+    assert checkpoints(run).keys() == checkpoints(alone).keys()  # all had to save the best
+
+
 @pytest.mark.parametrize("dead", [0, 1])
-def test_when_one_process_dies_the_others_stop_and_say_why(base, alone, tmp_path, dead):
+def test_when_one_process_dies_the_others_stop_and_say_why(base, tmp_path, dead):
     yaml = written(base, tmp_path)
-    running = processes(2, "train", yaml, "train.steps=100000", "distributed.timeout=10")
-    until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
+    running = processes(2, "train", yaml, ENDLESS, "distributed.timeout=10", devices=8)
+    until(lambda: checkpoints(tmp_path / "run"))
     killed = time.monotonic()
     running[dead].kill()
     codes, _, errors = ended(running)
@@ -173,28 +173,14 @@ def test_when_one_process_dies_the_others_stop_and_say_why(base, alone, tmp_path
     assert "This most likely indicates that another task died" in errors[1 - dead]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_and_saves_all(base, tmp_path, number):
-    yaml = written(base, tmp_path)
-    running = processes(2, "train", yaml, "train.steps=100000")
-    until(lambda: (tmp_path / "run" / "checkpoints" / "step_4").is_dir())
-    running[1].send_signal(number)
-    codes, _, errors = ended(running)
-    assert codes == [128 + number] * 2
-    step = int(errors[0].split("step ")[1].split()[0])
-    for i, error in enumerate(errors):
-        said = f"process {i} of 2: stopped by {number.name}: step {step} is saved"
-        assert f"droplora: {said}\n" in error
-    assert (tmp_path / "run" / "checkpoints" / f"step_{step}").is_dir()
-
-
 def test_a_mistake_is_told_by_every_process_and_ends_all(base, tmp_path):
     yaml = written(base, tmp_path)
-    codes, _, errors = ended(processes(2, "train", yaml, "mesh.tensor=3"))
+    running = processes(2, "train", yaml, ENDLESS, "mesh.tensor=3", devices=2)
+    codes, _, errors = ended(running)
     assert codes == [2, 2]
     for i, error in enumerate(errors):
         assert f"droplora: process {i} of 2: mesh " in error
-        assert "does not match the 4 device(s)" in error
+        assert "does not match the 2 device(s)" in error
         assert "Traceback" not in error
 
 
@@ -228,16 +214,10 @@ def test_how_processes_find_each_other_is_checked(options, words):
 @pytest.mark.parametrize("seed", range(1))
 def test_a_run_whose_processes_are_killed_twenty_times_ends_in_the_same_bits(base, tmp_path, seed):
     """A random one of two, at a random moment: while they start, in a step, in a save, at the end."""
-    long = {
-        **SETTINGS,
-        "train": {**SETTINGS["train"], "steps": 1000, "save_every": 10, "eval_every": 500}
-        | {"log_every": 100},
-    }
-    folders = undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    for folder in folders:
-        folder.mkdir()
-    good(processes(2, "train", written(base, undisturbed, long)))
-    yaml = written(base, disturbed, long)
+    long = {"steps": 1000, "save_every": 10, "eval_every": 500, "log_every": 100, "keep": 2}
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    good(processes(2, "train", written(base, undisturbed, **long)))
+    yaml = written(base, disturbed, **long)
     random = np.random.default_rng(seed)
     steps = []
     for _ in range(20):
@@ -246,9 +226,7 @@ def test_a_run_whose_processes_are_killed_twenty_times_ends_in_the_same_bits(bas
         running[random.integers(2)].kill()
         codes, _, errors = ended(running)
         assert set(codes) <= {0, -signal.SIGKILL, -signal.SIGABRT}, errors
-        checkpoints = disturbed / "run" / "checkpoints"
-        done = [int(p.name[5:]) for p in checkpoints.glob("step_*") if p.name[5:].isdigit()]
-        steps.append(max(done, default=0))
+        steps.append(max(checkpoints(disturbed / "run"), default=0))
     assert steps == sorted(steps)
     assert len(set(steps)) > 5, steps
     print("newest checkpoint after every kill:", steps)
