@@ -1,12 +1,15 @@
-"""The options of a run's mesh and processes; no JAX is imported here."""
+"""The options of a run's mesh and processes, and the names of schedules; no JAX is imported here."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from droplora_jax.core.errors import raise_all
+
+Schedule = Literal["constant", "linear", "cosine"]  # what follows a warm-up
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
 
 import optax
 
+from droplora_jax.core.config import Schedule
 from droplora_jax.core.errors import InputError
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 COURSES: Mapping[str, Callable[[float, int], optax.Schedule]] = MappingProxyType(
     {

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from droplora_jax.core.config import Schedule
 from droplora_jax.core.errors import raise_all
-from droplora_jax.core.schedules import Schedule
 from droplora_jax.nn.options import Remat
 
 
