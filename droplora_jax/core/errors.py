@@ -9,7 +9,7 @@ section that they stand in, which only the reader of the file knows:
     def _problems(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"rank={self.rank}: must be at least 1"
-        yield from problems_of(check_columns, self.columns)  # of a check that raises
+        yield from problems_of(check_pattern, self.targets)  # a check that raises
 
 Every problem begins with the field's name, and `=` and the value where that helps. The reader of
 a file catches the error and shows `error.within("adapter")`, whose problems begin `adapter.rank`.
@@ -30,7 +30,7 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with code 2.
 
     Attributes:
-      problems: what is wrong, each in words of its own; the message has a line for each.
+      problems: the mistakes; the message has a line for each.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -38,8 +38,13 @@ class InputError(ValueError):
         self.problems = problems
 
     def within(self, section: str) -> InputError:
-        """The error of a section, whose problems begin with a field, seen from outside of it."""
-        return InputError(*(f"{section}.{problem}" for problem in self.problems))
+        """The same problems, which begin with a field, each with the section before the field.
+
+        Args:
+          section: dotted keys, such as `adapter`; empty at the top of a file.
+        """
+        prefix = f"{section}." if section else ""
+        return InputError(*(prefix + problem for problem in self.problems))
 
 
 def raise_all(problems: Iterable[str]) -> None:
@@ -51,7 +56,7 @@ def raise_all(problems: Iterable[str]) -> None:
 def problems_of(
     check: Callable[P, object], *arguments: P.args, **options: P.kwargs
 ) -> tuple[str, ...]:
-    """The problems of the InputError that a call raises; none if it raises none."""
+    """The problems of the InputError that a call raises; empty if it raises none."""
     try:
         check(*arguments, **options)
     except InputError as error:
@@ -66,6 +71,6 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`did you mean NAME?`, of the known name that is most like a word; empty if none is."""
+    """`did you mean NAME?` with the most similar known name; empty if none is similar."""
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f"did you mean {near[0]}?" if near else ""

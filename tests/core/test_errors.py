@@ -37,6 +37,7 @@ def test_a_dataclass_tells_all_that_is_wrong_with_it_at_once():
 def test_a_reader_adds_the_section_to_each_problem():
     error = InputError("low=1: too low", "high is missing").within("pair")
     assert error.problems == ("pair.low=1: too low", "pair.high is missing")
+    assert error.within("").problems == error.problems
 
 
 def test_a_check_that_raises_gives_its_problems():
