@@ -40,7 +40,7 @@ def real_rows(file: Path, tokenizer: Any, count: int, cache: Path) -> tuple[Row,
     from droplora_jax.data.load import load
 
     config = DataConfig(train=str(file), max_length=LINE, cache=str(cache))
-    rows, _ = load.load(config.train, tokenizer, config)
+    rows, _ = load(config.train, tokenizer, config)
     chosen = np.random.default_rng(0).permutation(len(rows))[:count]
     return tuple(Row(rows[int(i)].ids, rows[int(i)].trained) for i in chosen)
 

@@ -1,4 +1,7 @@
-"""The benchmark suite compares like with like, and counts what it says it counts."""
+"""The benchmark suite compares like with like, and counts what it says it counts.
+
+Slow, and marked so: no part of the package depends on the suite, and torch.compile takes a minute.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 from run_fixtures import rows as make_rows
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
