@@ -1,4 +1,4 @@
-"""The options of a run's mesh and processes, and the names of schedules; no JAX is imported here."""
+"""Options of a run's mesh and processes, and names of schedules; no JAX is imported here."""
 
 from __future__ import annotations
 

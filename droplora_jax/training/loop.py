@@ -88,12 +88,22 @@ class Run:
         )
 
 
-class _Aftermath(NamedTuple):
-    """What may be due after a step."""
+class _Parts(NamedTuple):
+    """A run's parts that stay the same from step to step.
+
+    Attributes:
+      frozen: the base, and the initial factors that branches are measured from.
+      initial: the latter, for checkpoints.
+      log: None in all processes but the first.
+    """
 
     run: Run
-    monitor: Monitor
+    compiled: CompiledStep
+    mask_keys: nnx.State
+    frozen: nnx.State
+    initial: nnx.State
     checkpoints: Checkpoints
+    log: MetricsLog | None
     evaluate: Evaluate | None
 
 
@@ -110,44 +120,14 @@ def train(run: Run) -> Decoder:
     fresh = replace(init_state(adapters, run.optim.tx), initial=initial_of(frozen))
     saved = checkpoints.restore_newest(fresh, partial(say, run.console))
     state, frozen = replace(saved, initial=None), nnx.merge_state(frozen, saved.initial)
-    start = int(state.step)
     evaluate = run.evaluation.function(graphdef, mask_keys, frozen, run.mesh, run.options)
-    mask_root = prng.run_keys(run.seed).mask
-    log = MetricsLog(run.folder, step=start) if distributed.first() else None
+    log = MetricsLog(run.folder, step=int(state.step)) if distributed.first() else None
     try:
         compiled = run.compiled.result()
         if compiled.reason:
             say(run.console, compiled.reason)
-        step_of_run = compiled.step
-        agreed = distributed.Agreement(run.mesh)
-        last_words = partial(_too_late, run, checkpoints)
-        with (
-            signals.collected(run.config.stop_seconds, last_words) as received,
-            progress(run.console, start=start, total=run.steps) as show,
-            closing(run.feed(start)) as batches,
-            closing(run.profile(compiled)) as profile,
-        ):
-            monitor = Monitor(
-                run.config.log_every,
-                run.steps,
-                run.optim.learning_rate,
-                log=log,
-                show=show,
-                newest_checkpoint=checkpoints.newest_saved,
-            )
-            aftermath = _Aftermath(run, monitor, checkpoints, evaluate)
-            for step in range(start + 1, run.steps + 1):
-                batch = next(batches)
-                with profile.step(step, state):
-                    state, metrics = step_of_run(state, mask_keys, frozen, batch, mask_root)
-                monitor.after(step, metrics)
-                if step == profile.last:
-                    with monitor.pause():
-                        profile.close(metrics)
-                if step == start + 1:
-                    say(run.console, _start_up(run, compiled))
-                stop = agreed(received[0] if received else 0)
-                _evaluate_and_save(aftermath, replace(state, initial=saved.initial), step, stop)
+        parts = _Parts(run, compiled, mask_keys, frozen, saved.initial, checkpoints, log, evaluate)
+        state = _steps(parts, state)
         checkpoints.wait()
         if log:
             log.plot()
@@ -167,13 +147,50 @@ def train(run: Run) -> Decoder:
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
 
 
-def _evaluate_and_save(due: _Aftermath, state: TrainState, step: int, stop: int) -> None:
+def _steps(parts: _Parts, state: TrainState) -> TrainState:
+    """The state after the last step, from that of the newest checkpoint."""
+    run, checkpoints, train_step = parts.run, parts.checkpoints, parts.compiled.step
+    mask_root, start = prng.run_keys(run.seed).mask, int(state.step)
+    agreed = distributed.Agreement(run.mesh)
+    last_words = partial(_too_late, run, checkpoints)
+    with (
+        signals.collected(run.config.stop_seconds, last_words) as received,
+        progress(run.console, start=start, total=run.steps) as show,
+        closing(run.feed(start)) as batches,
+        closing(run.profile(parts.compiled)) as profile,
+    ):
+        monitor = Monitor(
+            run.config.log_every,
+            run.steps,
+            run.optim.learning_rate,
+            log=parts.log,
+            show=show,
+            newest_checkpoint=checkpoints.newest_saved,
+        )
+        for step in range(start + 1, run.steps + 1):
+            batch = next(batches)
+            with profile.step(step, state):
+                state, metrics = train_step(state, parts.mask_keys, parts.frozen, batch, mask_root)
+            monitor.after(step, metrics)
+            if step == profile.last:
+                with monitor.pause():
+                    profile.close(metrics)
+            if step == start + 1:
+                say(run.console, _start_up(run, parts.compiled))
+            stop = agreed(received[0] if received else 0)
+            _evaluate_and_save(parts, monitor, replace(state, initial=parts.initial), step, stop)
+    return state
+
+
+def _evaluate_and_save(
+    parts: _Parts, monitor: Monitor, state: TrainState, step: int, stop: int
+) -> None:
     """Whatever is due after `step`: an evaluation, a checkpoint, and the end of a stopped run.
 
     Args:
       stop: the number of the signal that asks the run to stop, or 0.
     """
-    run, monitor, checkpoints, evaluate = due
+    run, checkpoints, evaluate = parts.run, parts.checkpoints, parts.evaluate
     score = None
     save = monitor.due(step, run.config.save_every) or bool(stop)
     judged = evaluate is not None and monitor.due(step, run.config.eval_every)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -88,12 +88,28 @@ def plan(config: RunConfig, base: Base, where: Topology) -> Plan:
     executable, needed = compiled(lowered, where.platform)
     seconds = time.perf_counter() - begin
     program = None if executable is None else executable.as_text() or ""
-    sent = () if program is None else tuple(collectives(program, mesh))
+    sent = None if program is None else tuple(collectives(program, mesh))
     flops = matrix_flops(traced.jaxpr)
-    sizes = _sizes(step.arguments)
-    return _described(
-        config, base, where, mesh, sizes, needed, program is not None, sent, flops, seconds
-    )
+    measured = _Measured(_sizes(step.arguments), needed, sent, flops, seconds)
+    return _described(config, base, where, mesh, measured)
+
+
+class _Measured(NamedTuple):
+    """What the compiler says of a step.
+
+    Attributes:
+      sizes: bytes of one device that the arguments take.
+      needed: bytes of one device that the program takes.
+      sent: what is sent between devices; None if the compiler refused the program as too large.
+      flops: of the products, on all devices.
+      seconds: that compiling took.
+    """
+
+    sizes: dict[str, int]
+    needed: int
+    sent: tuple[Collective, ...] | None
+    flops: int
+    seconds: float
 
 
 def _fastest(config: RunConfig, base: Base, where: Topology) -> Plan:
@@ -123,17 +139,10 @@ def _bytes(tree: Any) -> int:
 
 
 def _described(
-    config: RunConfig,
-    base: Base,
-    where: Topology,
-    mesh: Mesh,
-    sizes: dict[str, int],
-    needed: int,
-    compiled: bool,
-    sent: tuple[Collective, ...],
-    flops: int,
-    compile_seconds: float,
+    config: RunConfig, base: Base, where: Topology, mesh: Mesh, measured: _Measured
 ) -> Plan:
+    sizes, needed, sent, flops, compile_seconds = measured
+    compiled, sent = sent is not None, sent or ()
     kind = where.kind
     tokens = config.train.global_batch * config.data.max_length
     seconds: dict[str, float] = {}
