@@ -32,7 +32,8 @@ with epy.lazy_api_imports(globals()):
     from droplora_jax.hf.load import load
     from droplora_jax.hf.merged import save_merged
     from droplora_jax.hf.peft.adapter import load_adapter, save_adapter
-    from droplora_jax.inference.generator import Generator, Sampling
+    from droplora_jax.inference.config import Sampling
+    from droplora_jax.inference.generator import Generator
     from droplora_jax.nn.linear_spec import LinearSpec, linear_spec
     from droplora_jax.nn.options import Quantization
     from droplora_jax.runs.open_model import open_model

@@ -15,7 +15,8 @@ from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, USER, Turn
 from droplora_jax.data.tokenization import encode_prompts
-from droplora_jax.inference.generator import Generator, Sampling
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator
 from droplora_jax.runs.open_model import Opened
 
 

@@ -23,7 +23,8 @@ from droplora_jax.data.formats.base import ASSISTANT, USER, Example, Turn, text_
 from droplora_jax.data.templates import TEMPLATES
 from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
-from droplora_jax.inference.generator import Generator, Sampling
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator
 from droplora_jax.runs.open_model import ModelFiles, Opened
 
 RECORDED = "recorded"  # in place of a template's name

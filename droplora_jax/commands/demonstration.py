@@ -25,7 +25,8 @@ from droplora_jax.data.config import DataConfig
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.merged import REPORT_FILE, save_merged
 from droplora_jax.hf.peft.adapter import load_adapter
-from droplora_jax.inference.generator import Generator, Sampling
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator
 from droplora_jax.runs import train_run
 from droplora_jax.runs.config import BaseConfig, RunConfig
 from droplora_jax.training.config import OptimConfig, TrainConfig

@@ -9,7 +9,7 @@ from droplora_jax.commands.options import ModelRef
 from droplora_jax.commands.parser import group, option
 from droplora_jax.core.compile_cache import compile_cache
 from droplora_jax.core.errors import InputError
-from droplora_jax.inference.generator import Sampling
+from droplora_jax.inference.config import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

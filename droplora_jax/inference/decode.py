@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Int, Key
 
 from droplora_jax.adapters.surgery import view
 from droplora_jax.core import prng
-from droplora_jax.inference.sampling import Filters, sample
+from droplora_jax.inference.config import Filters
+from droplora_jax.inference.sampling import sample
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.quantized_kernel import Quantized, leaves

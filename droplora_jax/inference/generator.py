@@ -9,7 +9,6 @@ Letters: `B` batch, `P` position of a prompt, `N` new token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,8 +22,8 @@ from droplora_jax.core.sharding import RULES, axis_size, put
 from droplora_jax.data.templates.base import Document, Piece, shared_prefix
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.hf import source
+from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.decode import Decoding, apart, better_apart, decode, prefill
-from droplora_jax.inference.sampling import Filters
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.rope import longest_static
@@ -33,49 +32,6 @@ CHUNK = 32  # steps between two looks at what was written
 TAIL = 8  # tokens of a prompt with which those after them are turned into text
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to go on from a prompt.
-
-    Attributes:
-      max_new_tokens: at most so many.
-      temperature: 0 is greedy: always the most likely token.
-      top_k, top_p: see `sampling.Filters`.
-      stop: texts before which a completion ends.
-      seed: with the row's index it determines what is drawn; the batch does not matter.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k}: must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1")
-        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
-            raise InputError(
-                f"top_k={self.top_k}, top_p={self.top_p}: nothing is drawn at temperature 0; "
-                "set a temperature, such as 1"
-            )
-        if "" in self.stop:
-            raise InputError(f"stop={self.stop!r}: must not hold an empty text")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")
-
-    @property
-    def filters(self) -> Filters:
-        return Filters(self.temperature, self.top_k, self.top_p)
 
 
 class Generator:

@@ -27,7 +27,8 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import put
 from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
-from droplora_jax.inference.generator import Generator, Sampling, bucket
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator, bucket
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 

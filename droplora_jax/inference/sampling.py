@@ -5,26 +5,11 @@ Letters: `B` batch, `V` vocabulary, `C` candidates: the vocabulary, or the k mos
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-
-class Filters(NamedTuple):
-    """What is left of a distribution to draw from.
-
-    Attributes:
-      temperature: the logits are divided by it; 0 takes the most likely token.
-      top_k: only the k most likely tokens.
-      top_p: of those, the fewest most likely ones that have this probability together
-        (arXiv 1904.09751).
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+from droplora_jax.inference.config import Filters
 
 
 def sample(

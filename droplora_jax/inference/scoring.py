@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.inference.generator import Sampling
+from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.task import Example, Task
 
 Complete = Callable[[Sequence[str], Sampling], Sequence[str]]

@@ -55,7 +55,8 @@ class Ours:
         import jax.numpy as jnp
 
         import droplora_jax as dl
-        from droplora_jax.inference.generator import Generator, Sampling
+        from droplora_jax.inference.config import Sampling
+        from droplora_jax.inference.generator import Generator
 
         model = dl.load(work.base, dtype=jnp.float32)
         generator = Generator(model, Numbers(), batch_size=len(work.prompts))

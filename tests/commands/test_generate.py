@@ -14,7 +14,8 @@ from droplora_jax.commands.completions import prompt_document
 from droplora_jax.core.resumable import Partial
 from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.tokenization import encode_prompts
-from droplora_jax.inference.generator import Generator, Sampling
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator
 from droplora_jax.runs.open_model import open_model
 
 PROMPTS = [f"Is {n} odd?" for n in range(20)]

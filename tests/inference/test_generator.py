@@ -18,7 +18,8 @@ from run_fixtures import VOCAB, make_base
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import RULES
-from droplora_jax.inference.generator import Generator, Sampling, bucket, ending_ids
+from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.generator import Generator, bucket, ending_ids
 
 PROMPTS = ["Is 7 odd? ", "the answer", "Write a response that appropriately completes", "x", "1 2"]
 NEW = 20

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from droplora_jax.core import prng
-from droplora_jax.inference.sampling import Filters, candidates, sample
+from droplora_jax.inference.config import Filters
+from droplora_jax.inference.sampling import candidates, sample
 
 VOCAB = 300
 

@@ -11,7 +11,7 @@ import pytest
 from data_fixtures import write_json, write_jsonl
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.inference.generator import Sampling
+from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.scoring import Result, ask, evaluate, wilson
 from droplora_jax.inference.tasks import TASKS
 from droplora_jax.inference.tasks.math import boxed, normalised

@@ -1,0 +1,66 @@
+"""How completions are drawn, as plain data: this module imports no JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from droplora_jax.core.errors import InputError
+
+
+class Filters(NamedTuple):
+    """What is left of a distribution to draw from.
+
+    Attributes:
+      temperature: the logits are divided by it; 0 takes the most likely token.
+      top_k: only the k most likely tokens.
+      top_p: of those, the fewest most likely ones that have this probability together
+        (arXiv 1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to go on from a prompt.
+
+    Attributes:
+      max_new_tokens: at most so many.
+      temperature: 0 is greedy: always the most likely token.
+      top_k, top_p: see `Filters`.
+      stop: texts before which a completion ends.
+      seed: with the row's index it determines what is drawn; the batch does not matter.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k={self.top_k}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
+            raise InputError(
+                f"top_k={self.top_k}, top_p={self.top_p}: nothing is drawn at temperature 0; "
+                "set a temperature, such as 1"
+            )
+        if "" in self.stop:
+            raise InputError(f"stop={self.stop!r}: must not hold an empty text")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(self.temperature, self.top_k, self.top_p)
