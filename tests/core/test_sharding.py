@@ -78,17 +78,6 @@ def test_sizes_that_do_not_multiply_say_what_was_asked_and_what_there_is(config)
         make_mesh(config)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 0}, {"fsdp": -2}])
-def test_sizes_must_be_positive_or_minus_one(sizes):
-    with pytest.raises(InputError, match=r"^(data=0|fsdp=-2): must be positive"):
-        MeshConfig(**sizes)
-
-
-def test_only_one_axis_may_be_minus_one():
-    with pytest.raises(InputError, match="only one"):
-        MeshConfig(data=-1, fsdp=-1, tensor=1)
-
-
 def test_logical_axes_to_mesh_axes():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert partition_spec(("batch", None, "vocab"), mesh) == P(

@@ -11,13 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_fixtures import make_tokenizer, random_rows, write_jsonl
+from data_fixtures import assert_rows_equal, make_tokenizer, write_jsonl
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data import cache, row_store
+from droplora_jax.data import cache
 from droplora_jax.data.config import DataConfig
 from droplora_jax.data.load import _write, load
-from droplora_jax.data.rows import Flat, Rows
 
 DATA = [{"prompt": f"{i} the", "completion": "true" * (i % 7)} for i in range(50)]
 
@@ -42,35 +41,28 @@ def made(monkeypatch) -> list[str]:
     return names
 
 
-def loaded(config, **changes):
+def loaded_of(config, **changes):
     return load(config.train, make_tokenizer(), replace(config, **changes))
 
 
-def assert_equal(rows, others):
-    assert len(rows) == len(others) > 0
-    for one, other in zip(rows, others, strict=True):
-        np.testing.assert_array_equal(one.ids, other.ids)
-        np.testing.assert_array_equal(one.trained, other.trained)
-
-
 def test_rows_are_made_once_and_lie_on_disk(config, made):
-    rows, report = loaded(config)
-    again, same = loaded(config)
+    rows, report = loaded_of(config)
+    again, same = loaded_of(config)
     assert made == [config.train]
     assert report == same
     assert report.cut > 0
     assert report.dropped_empty > 0
-    assert_equal(rows, again)
+    assert_rows_equal(rows, again)
     assert isinstance(again[0].ids.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         again[0].ids[0] = 1
 
 
 def test_a_file_that_has_moved_is_known_and_reported_by_its_new_name(config, made, tmp_path):
-    _, report = loaded(config)
+    _, report = loaded_of(config)
     moved = str(tmp_path / "other.jsonl")
     shutil.move(config.train, moved)
-    _, after = loaded(replace(config, train=moved))
+    _, after = loaded_of(replace(config, train=moved))
     assert len(made) == 1
     assert after.sources[0].path == moved
     assert [place.replace("a.jsonl", "other.jsonl") for place in report.empty] == list(after.empty)
@@ -87,27 +79,27 @@ def test_a_file_that_has_moved_is_known_and_reported_by_its_new_name(config, mad
     ],
 )
 def test_other_settings_make_other_rows(config, made, changes):
-    loaded(config)
-    loaded(config, **changes)
+    loaded_of(config)
+    loaded_of(config, **changes)
     assert len(made) == 2
 
 
 def test_another_file_tokenizer_or_code_makes_other_rows(config, made, monkeypatch, tmp_path):
-    loaded(config)
+    loaded_of(config)
     load(config.train, make_tokenizer(adds_bos=False), config)
     load(config.train, make_tokenizer(chat_template="x"), config)
     write_jsonl(tmp_path / "a.jsonl", DATA[:-1])
-    rows, _ = loaded(config)
+    rows, _ = loaded_of(config)
     assert len(made) == 4
     assert len(rows) < 50
     monkeypatch.setattr(cache, "_code", lambda: "new")
-    loaded(config)
+    loaded_of(config)
     assert len(made) == 5
 
 
 def test_what_changes_no_row_makes_none(config, made):
-    loaded(config)
-    loaded(config, packing="best_fit", valid_fraction=0.5)
+    loaded_of(config)
+    loaded_of(config, packing="best_fit", valid_fraction=0.5)
     assert len(made) == 1
 
 
@@ -117,7 +109,7 @@ def entries(config):
 
 @pytest.mark.parametrize("name", ["ids", "trained", "ends", "keys", "info.json"])
 def test_what_is_not_whole_is_made_again(config, made, name):
-    rows, report = loaded(config)
+    rows, report = loaded_of(config)
     rows = [replace(row, ids=row.ids.copy(), trained=row.trained.copy()) for row in rows]
     (folder,) = [path for path in entries(config) if not path.startswith(".")]
     file = os.path.join(config.cache, folder, name)
@@ -125,10 +117,10 @@ def test_what_is_not_whole_is_made_again(config, made, name):
         opened.truncate(os.path.getsize(file) - 1)
     left = os.path.join(config.cache, f".{folder}.left")  # of a process that was killed
     os.mkdir(left)
-    again, same = loaded(config)
+    again, same = loaded_of(config)
     assert len(made) == 2
     assert report == same
-    assert_equal(rows, again)
+    assert_rows_equal(rows, again)
     assert not os.path.exists(left)
 
 
@@ -148,7 +140,7 @@ def test_a_file_that_changes_while_it_is_read(config, monkeypatch, tmp_path):
 
     monkeypatch.setattr("droplora_jax.data.load._write", changing)
     with pytest.raises(InputError, match=r"a\.jsonl: was changed while it was read"):
-        loaded(config)
+        loaded_of(config)
     assert all(name.endswith(".lock") for name in entries(config))
 
 
@@ -156,7 +148,7 @@ def test_threads_that_race_make_the_rows_once(config, made):
     results = [None] * 4
 
     def work(i):
-        results[i] = loaded(config)[0]
+        results[i] = loaded_of(config)[0]
 
     threads = [threading.Thread(target=work, args=[i]) for i in range(4)]
     for thread in threads:
@@ -165,13 +157,13 @@ def test_threads_that_race_make_the_rows_once(config, made):
         thread.join()
     assert len(made) == 1
     for rows in results:
-        assert_equal(rows, results[0])
+        assert_rows_equal(rows, results[0])
 
 
 def test_a_folder_that_can_not_be_written(config, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="set data.cache to a folder elsewhere"):
-        loaded(config, cache=str(tmp_path / "file"))
+        loaded_of(config, cache=str(tmp_path / "file"))
 
 
 def test_a_full_disk(tmp_path):
@@ -195,40 +187,11 @@ def test_no_row_of_a_file_is_no_error_where_another_has_one(config, tmp_path):
     assert rows.counts[0] == 0
     assert len(rows) == rows.counts[1] > 0
     assert report.read == 51
-    np.testing.assert_array_equal(rows[0].ids, loaded(config)[0][0].ids)
-
-
-def test_rows_of_several_files_and_some_of_them():
-    parts = random_rows(20, 9, seed=0)
-    flats = [Flat.of([row] for row in parts[a:b]) for a, b in [(0, 5), (5, 5), (5, 12), (12, 20)]]
-    rows = Rows([flats[:2], flats[2:]])
-    assert rows.counts == [5, 15]
-    assert_equal(rows, parts)
-    chosen = np.array([0, 4, 5, 11, 12, 19])
-    some = rows.only(chosen)
-    assert some.counts == [2, 4]
-    assert_equal(some, [parts[i] for i in chosen])
-    assert some.lengths.tolist() == [len(parts[i]) for i in chosen]
-    assert_equal(some.only(np.array([1, 5])), [parts[4], parts[19]])
-    assert some.only(np.array([1, 5])).counts == [1, 1]
-    assert rows.largest_id == max(int(row.ids.max()) for row in parts)
-    assert rows.trained_tokens == sum(int(row.trained.sum()) for row in parts)
-
-
-def test_pieces_of_a_text_have_its_key_and_equal_rows_an_equal_one(tmp_path):
-    texts = ["0123456789" * 3, "true", "0123456789" * 3, "false"]
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
-    rows, report = load(path, make_tokenizer(), DataConfig(train=path, max_length=8))
-    assert report.split == 2
-    pieces = report.pieces // 2
-    keys = rows.keys.tolist()
-    assert len(set(keys)) == 3
-    assert keys[:pieces] == keys[pieces + 1 : -1] == keys[:1] * pieces
+    np.testing.assert_array_equal(rows[0].ids, loaded_of(config)[0][0].ids)
 
 
 MEMORY = """
 import sys
-from data_fixtures import make_tokenizer
 from droplora_jax.data.config import DataConfig
 from droplora_jax.data.load import load
 rows, _ = load(sys.argv[1], make_tokenizer(), DataConfig(train=sys.argv[1], cache=sys.argv[2]))
@@ -249,22 +212,3 @@ def test_memory_stays_flat_however_large_the_file(tmp_path):
         out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(out.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 12_000
-
-
-def test_a_writer_and_its_reader(tmp_path):
-    from contextlib import ExitStack
-
-    from droplora_jax.data.lengths import Tally
-
-    rows = random_rows(30, 9, seed=0)
-    with ExitStack() as stack:
-        writer = row_store.FlatWriter(tmp_path, stack)
-        for start in range(0, 30, 7):
-            writer.add([row] for row in rows[start : start + 7])
-        writer.finish("a", "text", "none", Tally())
-    found = row_store.read(tmp_path)
-    assert found is not None
-    assert_equal(Rows([[found[0]]]), rows)
-    np.testing.assert_array_equal(found[0].keys, Flat.of([row] for row in rows).keys)
-    assert found[1].rows == 30
-    assert row_store.read(tmp_path / "nowhere") is None

@@ -68,7 +68,7 @@ def test_lines_of_several_sources():
 @FITS
 def test_many_rows_pack_in_seconds(fit):
     lengths = np.random.default_rng(2).integers(20, 1025, 100_000)
-    start = time.perf_counter()
+    start = time.process_time()
     found = packed(lengths, np.arange(len(lengths)), 1024, fit)
-    assert time.perf_counter() - start < 10  # half a second where nothing else runs
+    assert time.process_time() - start < 10  # half a second where nothing else runs
     assert len(found.examples) == len(lengths)

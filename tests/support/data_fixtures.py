@@ -1,16 +1,23 @@
-"""Small tokenizers and rows for the tests of the data."""
+"""Small tokenizers, files and rows for the tests of the data."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from droplora_jax.data.rows import Row
+from droplora_jax.core.errors import InputError
+from droplora_jax.data.config import DataConfig
+from droplora_jax.data.load import load
+from droplora_jax.data.report import Report
+from droplora_jax.data.rows import Flat, Row, Rows
 
 SENTENCES = (
     "Below is an instruction that describes a task.",
@@ -19,6 +26,9 @@ SENTENCES = (
     "the answer is true, the answer is false: 0 1 2 3 4 5 6 7 8 9",
 )
 BOS, EOS, START, END = "<s>", "</s>", "<|start|>", "<|end|>"
+PROMPT, RESPONSE = "the answer: ", "is true 日本 🙂"
+PAIR = {"prompt": PROMPT, "completion": RESPONSE}
+ROW = {"instruction": "add", "input": "1 2", "output": "3"}  # of the format alpaca
 CHATML = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -110,3 +120,34 @@ def random_rows(count: int, max_length: int, seed: int) -> list[Row]:
         rows.append(Row(np.arange(next_id, next_id + length, dtype=np.int32), trained))
         next_id += length
     return rows
+
+
+def sources(*counts: int, length: int = 16) -> Rows:
+    """Rows of several sources, in which every token occurs once."""
+    rows = random_rows(sum(counts), length, seed=0)
+    ends = list(itertools.accumulate(counts, initial=0))
+    parts = [rows[a:b] for a, b in itertools.pairwise(ends)]
+    return Rows([[Flat.of([row] for row in part)] for part in parts])
+
+
+def loaded(folder: Path, records: list[Any], tokenizer: Any, **options: Any) -> tuple[Rows, Report]:
+    """The rows of records, by way of a file."""
+    path = write_json(folder / "a.json", records)
+    return load(path, tokenizer, DataConfig(train=path, **options))
+
+
+def fails(path: Path | str, config: DataConfig | None = None, *, match: str) -> str:
+    """The error of a file that can't be loaded, which names the file."""
+    config = config or DataConfig(train=str(path))
+    with pytest.raises(InputError, match=match) as info:
+        load(config.train, make_tokenizer(), config)
+    assert str(path) in str(info.value)
+    return str(info.value)
+
+
+def assert_rows_equal(rows: Iterable[Row], others: Iterable[Row]) -> None:
+    rows, others = list(rows), list(others)
+    assert len(rows) == len(others) > 0
+    for one, other in zip(rows, others, strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.trained, other.trained)

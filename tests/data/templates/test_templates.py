@@ -13,7 +13,7 @@ from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.formats.base import Example, Turn, exchange
 from droplora_jax.data.load import load
 from droplora_jax.data.templates import TEMPLATES
-from droplora_jax.data.templates.base import Piece
+from droplora_jax.data.templates.base import Document, Piece
 
 PLAIN = make_tokenizer()
 QUESTION = exchange("Add.", "3")
@@ -292,3 +292,13 @@ def test_a_template_for_tools_is_taken_where_there_are_tools():
     text = "".join(text for text, _ in pieces("chat", replace(QUESTION, tools=(tool,)), tokenizer))
     assert text.startswith("find<|start|>user")
     assert pieces("chat", QUESTION, tokenizer)[0][0].startswith("<|start|>user")
+
+
+def test_what_is_trained_on():
+    pieces = [("a", False), ("b", True), ("c", False), ("d", True), ("e", False)]
+    document = Document(tuple(Piece(*piece) for piece in pieces))
+    expected = {"responses": "bd", "last": "d", "all": "abcde"}
+    for which, texts in expected.items():
+        got = document.trained_on(which).pieces
+        assert [piece.text for piece in got] == list("abcde")
+        assert "".join(piece.text for piece in got if piece.trained) == texts
