@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from droplora_jax.commands.parser import option
 from droplora_jax.core.compile_cache import compile_cache
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_free
+from droplora_jax.hf import EXPORTERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Export:
         "RUN_DIR|ADAPTER_DIR[=WEIGHT]", "several: their sum", nargs="+"
     )
     to: Path = option("DIR", required=True)
-    format: Literal["merged", "peft"] = option(required=True)
+    format: str = option(choices=tuple(EXPORTERS), required=True)
     dtype: Literal["bfloat16", "float32"] | None = option(help="default: the base's", default=None)
     step: str = option("last|best|N", "of a run", default="last")
     rank: int | None = option("K", "truncate the adapter to this rank", default=None)
@@ -47,25 +47,12 @@ class Export:
         from droplora_jax.adapters.truncate import truncated
         from droplora_jax.commands.exported_model import exported_model
         from droplora_jax.core.console import say
-        from droplora_jax.hf.merged import save_merged
-        from droplora_jax.hf.peft.adapter import save_adapter
+        from droplora_jax.hf.exporter import exporter
 
         console = Console()
         model, record = exported_model(self.folders, step=self.step, base=self.base)
         if self.rank is not None:
             model, truncation = truncated(model, self.rank)
             say(console, str(truncation))
-        if self.format == "merged":
-            say(console, str(save_merged(model, self.to, dtype=self.dtype)))
-        else:
-            limits = save_adapter(model, self.to, extra=record)
-            say(console, f"{self.to}: adapter in PEFT's format{_for_vllm(limits)}")
-
-
-def _for_vllm(limits: Sequence[str]) -> str:
-    return (
-        f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged is "
-        "for every tool"
-        if limits
-        else ""
-    )
+        write = exporter(self.format)
+        say(console, write(model, self.to, dtype=self.dtype, record=record))

@@ -1,9 +1,10 @@
-"""Hugging Face and PEFT folders, in and out; output formats by name.
+"""Hugging Face and PEFT folders, in and out.
 
-A new format is one file and one line here.
+In: `base` finds and checks a base model (`source`), `weights` reads it (`shards`,
+`safetensors_file`) and `tokenizer` loads its tokenizer; `load` is `dl.load`. Out: `merged` writes
+base + adapters and `verify` checks the folder; `peft/` writes and reads adapters.
 """
 
-from droplora_jax.hf.merged import save_merged
-from droplora_jax.hf.peft.adapter import save_adapter
-
-EXPORTERS = {"merged": save_merged, "peft": save_adapter}
+# The formats of `droplora export --format`, and the module that writes each, whose `export` is an
+# `exporter.Exporter`. A new format is one file and one line here.
+EXPORTERS = {"merged": "droplora_jax.hf.merged", "peft": "droplora_jax.hf.peft.adapter"}

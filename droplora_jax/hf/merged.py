@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, check_links, read_json, write_json
-from droplora_jax.hf.safetensors_file import is_finite, write_tensors
+from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
 from droplora_jax.hf.shards import INDEX_FILE, Each, TensorFiles, open_folder, turned
 from droplora_jax.hf.source import source_folder
 from droplora_jax.hf.verify import probe
@@ -88,28 +89,57 @@ def save_merged(
         )
     check_free(folder)
     base_folder = source_folder(model)
-    base, merges = open_folder(base_folder), merges_by_tensor(model)
     with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_folder(folder) as temporary:
-        merge = _Merging(base, merges, dtype, pool.map)
-        for shard, names in base.shards().items():
-            merge.write(temporary / shard, names)
+        merged = MergedBase(open_folder(base_folder), merges_by_tensor(model), dtype, pool.map)
+        rounding = _write_shards(merged, temporary)
         _carry_over(base_folder, temporary, dtype)
         if (base_folder / INDEX_FILE).exists():
-            weight_map = {name: Path(file).name for name, file in base.files.items()}
-            index = {"metadata": {"total_size": merge.written}, "weight_map": weight_map}
-            write_json(temporary / INDEX_FILE, index)
+            write_json(temporary / INDEX_FILE, _index(merged))
         report = MergeReport(
             folder=folder,
-            tensors=len(base.files),
-            merged=len(merges),
-            rounding=tuple(sorted(merge.rounding.items(), key=lambda item: -item[1])),
-            difference=probe(model, merge.less_rounding, temporary, pool.map),
+            tensors=len(merged.base.files),
+            merged=len(merged.merges),
+            rounding=tuple(sorted(rounding.items(), key=lambda item: -item[1])),
+            difference=probe(model, merged.reference, temporary, pool.map),
         )
         write_json(temporary / REPORT_FILE, _as_json(report, model))
     return report
 
 
-def _as_json(report: MergeReport, model: Decoder) -> dict:
+def export(
+    model: Decoder,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    record: Mapping[str, object] | None = None,
+) -> str:
+    """An `exporter.Exporter`: `save_merged`, which records nothing but its own report."""
+    return str(save_merged(model, folder, dtype=dtype))
+
+
+def _write_shards(merged: MergedBase, folder: Path) -> dict[str, float]:
+    """Write the shards of the base with the adapter merged in; the rounding of merged tensors."""
+    rounding: dict[str, float] = {}
+    for shard, names in merged.base.shards().items():
+        entries = {name: (merged.dtype_of(name), merged.base.shape(name)) for name in names}
+        with TensorWriter(folder / shard, entries) as writer:
+            for name in names:
+                tensor, lost = merged.tensor(name)
+                writer.write(name, tensor)
+                if lost is not None:
+                    rounding[name] = lost
+    return rounding
+
+
+def _index(merged: MergedBase) -> dict[str, object]:
+    """The index of the shards, whose sizes `dtype` may have changed."""
+    base = merged.base
+    size = sum(math.prod(base.shape(name)) * merged.dtype_of(name).itemsize for name in base.files)
+    weight_map = {name: Path(file).name for name, file in base.files.items()}
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
+
+
+def _as_json(report: MergeReport, model: Decoder) -> dict[str, object]:
     source = model.source
     return {
         "format_version": 1,
@@ -148,77 +178,96 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
 
         for layer, adapted in enumerate(adapter.adapted):
             if adapted:
-                own = partial(run, index=(layer,) if name.stacked else ())
-                merges[name.of_layer(layer)] = Merge(own, name.transposed)
-    for where, whole in wholes_of(model).items():
-        name, value = names[base_path(where)], whole.get_value()
+                of_layer = partial(run, index=(layer,) if name.stacked else ())
+                merges[name.of_layer(layer)] = Merge(of_layer, name.transposed)
+    for where, trained in wholes_of(model).items():
+        name, value = names[base_path(where)], trained.get_value()
         for layer in range(model.config.layers if name.stacked else 1):
-            own = value[layer] if name.stacked else value
-            merges[name.of_layer(layer)] = Merge(
-                partial(_instead, own), name.transposed, replaces=True
-            )
+            replace = partial(_replacement, value[layer] if name.stacked else value)
+            merges[name.of_layer(layer)] = Merge(replace, name.transposed, replaces=True)
     return merges
 
 
-def _instead(value: jax.Array, kernel: np.ndarray) -> np.ndarray:
-    """What is trained whole takes the place of what was there."""
+def _replacement(value: jax.Array, kernel: np.ndarray) -> np.ndarray:
+    """A fully trained parameter, which takes the place of the base's."""
     return np.asarray(value)
 
 
-@dataclass
-class _Merging:
-    """A base on its way into a merged folder; what is seen on the way is kept for the report."""
+@dataclass(frozen=True)
+class MergedBase:
+    """The tensors of a base with an adapter merged in, made one at a time; none is kept.
+
+    Attributes:
+      merges: the merge of every tensor that has an adapter.
+      dtype: of all tensors; None keeps the one that each is stored in.
+      each: a `map` to read with, such as that of a pool of threads.
+    """
 
     base: TensorFiles
-    merges: dict[str, Merge]
+    merges: Mapping[str, Merge]
     dtype: DTypeLike | None
     each: Each
-    rounding: dict[str, float] = field(default_factory=dict)
-    written: int = 0  # bytes
 
-    def target(self, name: str) -> np.dtype:
+    def dtype_of(self, name: str) -> np.dtype:
         return np.dtype(self.dtype or self.base.dtype(name))
 
-    def write(self, file: Path, names: list[str]) -> None:
-        """Write one shard."""
-        entries = {name: (self.target(name), self.base.shape(name)) for name in names}
-        write_tensors(file, entries, map(self._merged, names))
+    def tensor(self, name: str) -> tuple[np.ndarray, float | None]:
+        """A tensor as it is stored; and the share of the adapter that the cast took, if it has one.
 
-    def _merged(self, name: str) -> np.ndarray:
-        target, merge = self.target(name), self.merges.get(name)
-        kernel = self._read(name, merge is not None and merge.transposed)
-        merged = kernel if merge is None else merge.run(kernel)
-        with np.errstate(over="ignore"):
-            out = merged.astype(target, copy=False)
-        if not is_finite(out):
-            raise InputError(
-                f"{self.base.files[name]}: {name} is not finite once the adapter is merged into "
-                f"{target.name}; the base or the adapter holds NaN, infinity or values too large"
-            )
-        if merge is not None:
-            self.rounding[name] = float(_rounding_loss(kernel, merged, out))
-            out = turned(out, self.each) if merge.transposed else out
-        self.written += out.nbytes
-        return out
+        Raises:
+          InputError: a value that is not finite.
+        """
+        merge = self.merges.get(name)
+        if merge is None:
+            stored = _cast(self._read(name), self.dtype_of(name))
+            self._check_finite(name, stored)
+            return stored, None
+        kernel, merged, stored = self._merged(name, merge)
+        self._check_finite(name, stored)
+        lost = float(_rounding_loss(kernel, merged, stored))
+        return (turned(stored, self.each) if merge.transposed else stored), lost
 
-    def less_rounding(
+    def reference(
         self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
     ) -> np.ndarray:
-        """A base tensor in float32, less what the cast of its merge takes: see `probe`."""
-        target, merge = self.target(name), self.merges.get(name)
-        if merge is None:
-            kernel = self._read(name, transposed, index)
-            return kernel.astype(target, copy=False).astype(np.float32, copy=False)
-        kernel = self._read(name, merge.transposed)
-        merged = merge.run(kernel)
-        out = merged.astype(target)
-        if not merge.replaces:
-            out = np.asarray(_less_rounding(kernel, merged, out))
-        out = out.astype(np.float32, copy=False)
-        return (out if merge.transposed == transposed else out.T)[index]
+        """A base tensor in float32, less what the cast of its merge takes: see `probe`.
 
-    def _read(self, name: str, transposed: bool, index: tuple[slice, ...] = ()) -> np.ndarray:
+        An adapted tensor is merged once more for it: to keep what `tensor` merged would take the
+        memory of the whole model.
+        """
+        merge = self.merges.get(name)
+        if merge is None:
+            stored = _cast(self._read(name, index, transposed), self.dtype_of(name))
+            return stored.astype(np.float32, copy=False)
+        kernel, merged, stored = self._merged(name, merge)
+        if not merge.replaces:
+            stored = np.asarray(_less_rounding(kernel, merged, stored))
+        value = stored.astype(np.float32, copy=False)
+        return (value if merge.transposed == transposed else value.T)[index]
+
+    def _merged(self, name: str, merge: Merge) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The base's kernel, the sum in float32, and the sum cast to what is stored."""
+        kernel = self._read(name, transposed=merge.transposed)
+        merged = merge.run(kernel)
+        return kernel, merged, _cast(merged, self.dtype_of(name))
+
+    def _read(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray:
         return self.base.read(name, index, transposed=transposed, each=self.each)
+
+    def _check_finite(self, name: str, stored: np.ndarray) -> None:
+        if not is_finite(stored):
+            raise InputError(
+                f"{self.base.files[name]}: {name} is not finite once the adapter is merged into "
+                f"{stored.dtype.name}; the base or the adapter holds NaN, infinity or values too "
+                "large"
+            )
+
+
+def _cast(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is not finite is refused by its name
+        return value.astype(dtype, copy=False)
 
 
 @jax.jit

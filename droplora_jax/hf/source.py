@@ -42,8 +42,9 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     try:
         fetched = snapshot_download(str(path), revision=revision, allow_patterns=HUB_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error)
         raise InputError(
-            f"path={str(path)!r}: no such folder, and not to be had from the hub ({first_line(error)})"
+            f"path={str(path)!r}: no such folder, and not to be had from the hub ({reason})"
         ) from error
     return Path(fetched)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from run_fixtures import CommandLine, write_jsonl, write_run
+from run_fixtures import write_jsonl, write_run
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf import source
@@ -31,10 +31,9 @@ def opened(monkeypatch):
     return calls
 
 
-def test_a_command_opens_its_base_once(base, tmp_path, capsys, opened):
-    droplora = CommandLine(capsys)
+def test_a_command_opens_its_base_once(base, tmp_path, droplora, opened):
     run, merged = tmp_path / "run", tmp_path / "merged"
-    config = write_run(base, tmp_path, train={"steps": 2, "eval_every": 2, "save_every": 2})
+    config = write_run(base, tmp_path, train={"steps": 4})
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "odd? 7"}])
     question = {"question": "1+1?", "answer": "#### 2"}
     task = write_jsonl(tmp_path / "task.jsonl", [question])

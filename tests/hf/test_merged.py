@@ -36,6 +36,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import EXPORTERS, merged
+from droplora_jax.hf.exporter import exporter
 from droplora_jax.models.parameters import PARAMETERS
 
 KEY = dl.root_key(0)
@@ -223,7 +224,7 @@ def test_what_is_there_is_not_touched(kind, model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(dl.InputError, match=r"out: exists and is not empty"):
-        EXPORTERS[kind](model, tmp_path / "out")
+        exporter(kind)(model, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -231,14 +232,14 @@ def test_what_is_there_is_not_touched(kind, model, tmp_path):
 def test_a_disk_full_half_way_leaves_nothing(model, tmp_path, monkeypatch):
     written = []
 
-    def write_tensors(path, entries, tensors):
-        if written:
+    def write(writer, name, tensor):
+        if len(written) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(path)
-        real(path, entries, tensors)
+        written.append(name)
+        real(writer, name, tensor)
 
-    real = merged.write_tensors
-    monkeypatch.setattr(merged, "write_tensors", write_tensors)
+    real = merged.TensorWriter.write
+    monkeypatch.setattr(merged.TensorWriter, "write", write)
     with pytest.raises(dl.InputError, match=r"out: could not be written.*No space left on device"):
         dl.save_merged(model, tmp_path / "out")
     assert written
@@ -258,12 +259,12 @@ def largest_file(size: int):
 
 @pytest.mark.parametrize(("kind", "size"), [("merged", 20_000), ("peft", 2_000)])
 def test_a_write_that_the_system_refuses_leaves_nothing(kind, size, model, tmp_path):
-    EXPORTERS[kind](model, tmp_path / "compiled")
+    exporter(kind)(model, tmp_path / "compiled")
     with (
         pytest.raises(dl.InputError, match=r"out: could not be written.*File too large"),
         largest_file(size),
     ):
-        EXPORTERS[kind](model, tmp_path / "out")
+        exporter(kind)(model, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["compiled"]
 
 
@@ -273,7 +274,7 @@ def test_values_that_are_not_finite_are_refused(kind, value, model, tmp_path):
     b = adapters_of(model)["layers.v_proj"].lora_b
     b.set_value(b[...].at[1, 2, 3].set(value))
     with pytest.raises(dl.InputError, match=r"layers\.1\.self_attn\.v_proj.*not finite"):
-        EXPORTERS[kind](model, tmp_path / "out")
+        exporter(kind)(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

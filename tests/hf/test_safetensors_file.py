@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.hf.safetensors_file import MappedFile, TensorFile, is_finite, write_tensors
+from droplora_jax.hf.safetensors_file import MappedFile, TensorFile, TensorWriter, is_finite
 
 VALUES = {
     "b": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -22,8 +22,14 @@ VALUES = {
 ENTRIES = {name: (value.dtype, value.shape) for name, value in VALUES.items()}
 
 
+def write_all(file, tensors):
+    with TensorWriter(file, ENTRIES) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 def test_what_is_written_is_read_by_the_package_and_back(tmp_path):
-    write_tensors(tmp_path / "ours", ENTRIES, iter(VALUES.values()))
+    write_all(tmp_path / "ours", VALUES)
     save_file(VALUES, tmp_path / "theirs", metadata={"format": "pt"})
     theirs = load_file(tmp_path / "ours")
     assert theirs.keys() == VALUES.keys()
@@ -38,24 +44,23 @@ def test_what_is_written_is_read_by_the_package_and_back(tmp_path):
     np.testing.assert_array_equal(opened.rows("b", 1, 3), VALUES["b"][1:3])
 
 
-def test_tensors_are_asked_for_one_at_a_time(tmp_path):
+def test_a_tensor_is_in_the_file_when_it_is_written(tmp_path):
     """So that one of them is in memory."""
     sizes = []
-
-    def values():
-        for value in VALUES.values():
+    with TensorWriter(tmp_path / "out", ENTRIES) as writer:
+        for name, value in VALUES.items():
             sizes.append((tmp_path / "out").stat().st_size)
-            yield value
-
-    write_tensors(tmp_path / "out", ENTRIES, values())
-    begin = sizes[0]
-    assert [size - begin for size in sizes] == [0, 48, 58, 58]
+            writer.write(name, value)
+    assert [size - sizes[0] for size in sizes] == [0, 48, 58, 58]
 
 
 def test_another_tensor_than_was_announced(tmp_path):
-    wrong = [*list(VALUES.values())[:-1], np.zeros((1, 2, 4), np.float16)]
     with pytest.raises(ValueError, match="half"):
-        write_tensors(tmp_path / "out", ENTRIES, wrong)
+        write_all(tmp_path / "out", {**VALUES, "half": np.zeros((1, 2, 4), np.float16)})
+    with pytest.raises(ValueError, match="half was not written"):
+        write_all(tmp_path / "out", {name: VALUES[name] for name in ("b", "a", "none")})
+    with pytest.raises(ValueError, match="a: bfloat16"):
+        write_all(tmp_path / "out", {"a": VALUES["a"]})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -71,6 +71,30 @@ def save_adapter(
     return vllm_limits(peft)
 
 
+def export(
+    model: Decoder,
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    record: Mapping[str, object] | None = None,
+) -> str:
+    """An `exporter.Exporter`: `save_adapter`, which stores float32.
+
+    Raises:
+      InputError: any other dtype.
+    """
+    if dtype not in (None, "float32"):
+        raise InputError(f"dtype={dtype!r}: adapters are stored in float32")
+    limits = save_adapter(model, folder, extra=record)
+    text = f"{folder}: adapter in PEFT's format"
+    if limits:
+        text += (
+            f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged "
+            "is for every tool"
+        )
+    return text
+
+
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
     """By PEFT's names: lora_A [r, in], lora_B [out, r], and whatever else is trained."""
     tensors: dict[str, np.ndarray] = {}
