@@ -255,8 +255,8 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
 
 
 def _template(adapter: Path) -> str | None:
-    own = adapter / OWN_FILE
-    return read_json(own).get("template") if own.exists() else None
+    file = adapter / OWN_FILE
+    return read_json(file).get("template") if file.exists() else None
 
 
 def decoding_mesh(shape: ModelConfig) -> Mesh:

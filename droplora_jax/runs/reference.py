@@ -63,7 +63,7 @@ def options() -> Iterator[Option]:
 
 def meanings(cls: type) -> dict[str, str]:
     """What the `Attributes` of a dataclass and its bases say of each field."""
-    found = {"kind": "the kind of adapter: see `adapters/README.md`"}
+    meaning_of = {"kind": "the kind of adapter: see `adapters/README.md`"}
     for base in reversed(inspect.getmro(cls)):
         _, *text = re.split(r"Attributes[^\n]*:\n", base.__dict__.get("__doc__") or "")
         section = inspect.cleandoc("\n" + "".join(text).partition("\n\n")[0])
@@ -71,8 +71,8 @@ def meanings(cls: type) -> dict[str, str]:
             names, colon, meaning = entry.partition(":")
             if colon:
                 sentence = " ".join(meaning.split())
-                found |= dict.fromkeys(re.split(r",\s*", names), sentence)
-    return found
+                meaning_of |= dict.fromkeys(re.split(r",\s*", names), sentence)
+    return meaning_of
 
 
 def _option(cls: type, field: dataclasses.Field[Any], key: str, only: str) -> Option:
@@ -87,7 +87,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return "" if field.default in (dataclasses.MISSING, None) else _yaml(field.default)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):

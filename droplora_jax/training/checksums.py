@@ -1,4 +1,4 @@
-"""Numbers by which a checkpoint tells whether its arrays are what was saved."""
+"""Checksums of the arrays of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from droplora_jax.core import distributed
 
 
 def digests(flat: Mapping[str, jax.Array]) -> dict[str, int]:
-    """A number for every array, which tells if a bit of it has changed.
+    """A checksum of each array, which differs if a bit of the array does.
 
-    The sum of its bits, each weighted by its place: the same on any mesh, unlike a hash, and found
-    by every process from its own parts.
+    It is the sum of the elements' bits, each weighted by its index. Unlike a hash it is the same on
+    any mesh: every process adds up its own shards.
     """
-    own = [
+    shard_sums = [
         sum(_digest(part, x.shape) for part in x.addressable_shards if part.replica_id == 0)
         for x in flat.values()
     ]
-    total = distributed.sum_of_all(np.array(own, np.uint64))
+    total = distributed.sum_of_all(np.array(shard_sums, np.uint64))
     return {name: int(number) % 2**32 for name, number in zip(flat, total, strict=True)}
 
 

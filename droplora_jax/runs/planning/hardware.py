@@ -95,15 +95,15 @@ def topology(name: str) -> Topology:
     Raises:
       InputError: a name that means nothing, or no compiler for it here.
     """
-    if found := re.fullmatch(r"cpu:(\d+)", name):
-        return Topology(name, _cpu_devices(int(found.group(1))), None)
-    found = FORM.fullmatch(name)
-    if not found:
+    if match := re.fullmatch(r"cpu:(\d+)", name):
+        return Topology(name, _cpu_devices(int(match.group(1))), None)
+    match = FORM.fullmatch(name)
+    if not match:
         raise InputError(
             f"--topology {name}: must be a kind and its shape, such as v5e:4x4, v5p:4x4x4 or "
             f"2xv5e:16x16 (two slices); kinds: {', '.join(KINDS)}, and cpu:N"
         )
-    slices, kind_name, shape = found.groups()
+    slices, kind_name, shape = match.groups()
     kind = KINDS[kind_name]
     options: dict[str, int | str | tuple[int, ...]] = {"num_slices": int(slices)} if slices else {}
     if kind.chip_config is not None:
@@ -112,8 +112,8 @@ def topology(name: str) -> Topology:
         options["chips_per_host_bounds"] = (1, 1, 1)
     sizes = shape.split("x")
     sizes += ["1"] * (kind.dimensions - len(sizes))
-    found_devices = _tpu_devices(name, f"{kind.topology}:{'x'.join(sizes)}", options)
-    return Topology(name, found_devices, kind, int(slices or 1))
+    devices = _tpu_devices(name, f"{kind.topology}:{'x'.join(sizes)}", options)
+    return Topology(name, devices, kind, int(slices or 1))
 
 
 def _tpu_devices(
@@ -145,9 +145,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _cpu_devices(count: int) -> Sequence[jax.Device]:
-    # It holds for the whole process: a number that somebody asked for stays.
+    # The number of CPU devices holds for the whole process; one that was asked for stays.
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has started: what there is has to do
+        with contextlib.suppress(RuntimeError):  # JAX has started: its devices have to do
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:

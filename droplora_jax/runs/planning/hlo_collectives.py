@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices: read from its text, loops counted."""
+"""The collectives of a compiled program, read from its text; each iteration of a loop counts."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Collective:
 
     Attributes:
       axes: of the mesh, joined by `+`.
-      count: how many are run, in loops every time.
-      bytes: that a device gets, together.
+      count: how many are run, each iteration of a loop counted.
+      bytes: that one device receives in all of them.
     """
 
     kind: str
@@ -55,27 +55,27 @@ class Collective:
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """The collectives in a compiled program's text, of one run, largest first."""
+    """The collectives of one run of a program, from its compiled text, largest first."""
     bodies, entry = _computations(text)
-    # One that runs beside other work stands in several fusions: its beginning, its middle, its end.
-    # Its middle may be in a loop, where a part of it is done each time.
+    # An asynchronous collective appears several times under one channel_id: start, steps (perhaps
+    # in a loop) and end. Count it once, with the largest size and the smallest trip count.
     seen: dict[str, tuple[str, str, int, int]] = {}
     for line, times in _run(bodies, entry, 1):
-        found = _INSTRUCTION.search(line)
-        if found:
-            kind, group = found.group("kind"), _first_group(line, mesh.size)
-            size = _size(found.group("shape"), started=bool(found.group("start")))
+        match = _INSTRUCTION.search(line)
+        if match:
+            kind, group = match.group("kind"), _first_group(line, mesh.size)
+            size = _size(match.group("shape"), started=bool(match.group("start")))
             channel = _CHANNEL.search(line)
             key = channel.group(1) if channel else line
-            of_one = int(size * _received(kind, len(group)))
-            *_, before, most = seen.get(key, ("", "", times, 0))
-            seen[key] = (kind, _axes(group, mesh), min(times, before), max(of_one, most))
+            received = int(size * _received(kind, len(group)))
+            *_, fewest, most = seen.get(key, ("", "", times, 0))
+            seen[key] = (kind, _axes(group, mesh), min(times, fewest), max(received, most))
     totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for kind, axes, times, of_one in seen.values():
+    for kind, axes, times, received in seen.values():
         totals[kind, axes][0] += times
-        totals[kind, axes][1] += times * of_one
-    made = [Collective(kind, axes, *total) for (kind, axes), total in totals.items()]
-    return sorted(made, key=lambda collective: -collective.bytes)
+        totals[kind, axes][1] += times * received
+    result = [Collective(kind, axes, *total) for (kind, axes), total in totals.items()]
+    return sorted(result, key=lambda collective: -collective.bytes)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -115,7 +115,7 @@ def _trips(line: str, condition: list[str]) -> int:
 
 
 def _size(shape: str, *, started: bool) -> int:
-    """Bytes of a result; one that is only started lists its operands before it."""
+    """Bytes of a result; the shape of a `-start` lists the operands before it."""
     sizes = [
         BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
         for dtype, dims in _SHAPE.findall(shape)
@@ -149,20 +149,20 @@ def _first_group(line: str, devices: int) -> list[int]:
         numbers = _numbers(pairs.group(1))
         moves = [[a, b] for a, b in zip(numbers[::2], numbers[1::2], strict=True) if a != b]
         return moves[0] if moves else [0]
-    found = _GROUPS.search(line)
-    if not found:
+    match = _GROUPS.search(line)
+    if not match:
         return list(range(devices))
-    text = found.group(1)
+    text = match.group(1)
     if text.startswith("{{"):
         return [int(n) for n in text[2 : text.index("}")].split(",") if n]
     if text.startswith("mesh"):
-        return _of_mesh(text, devices)
+        return _mesh_group(text, devices)
     # Iota: [groups, size]<=[dims]T(permutation)
     shape, order = text.split("<=")
     return _iota(order, devices).reshape(_numbers(shape))[0].tolist()
 
 
-def _of_mesh(text: str, devices: int) -> list[int]:
+def _mesh_group(text: str, devices: int) -> list[int]:
     """`mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'b'}`: the devices along some axes."""
     named = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", text)]
     along = re.findall(r"'(\w+)'", text[text.rindex("{") :])
@@ -174,11 +174,11 @@ def _of_mesh(text: str, devices: int) -> list[int]:
 
 def _iota(order: str, devices: int) -> np.ndarray:
     """`[dims]T(permutation)`: the devices counted in another order; or a list of them."""
-    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
-    if not found:
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if not match:
         return np.asarray(_numbers(order.partition("{")[0]))
-    numbers = np.arange(devices).reshape(_numbers(found.group(1)))
-    return numbers.transpose(_numbers(found.group(2))) if found.group(2) else numbers
+    numbers = np.arange(devices).reshape(_numbers(match.group(1)))
+    return numbers.transpose(_numbers(match.group(2))) if match.group(2) else numbers
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Does it fit, and how fast could it be? The very step of a run, compiled for devices elsewhere.
+"""Does a run fit, and how fast could it be? Its own step, compiled for devices elsewhere.
 
 Weights are shapes only and no accelerator is needed: the compiler itself says how much memory the
 program takes and what it sends between devices.
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +19,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.models.config import ModelConfig
+from droplora_jax.nn.options import Remat
 from droplora_jax.runs.compile import AUTO, Arguments, attention_kernel, step_options
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.memory import compiled
@@ -115,10 +116,10 @@ class _Measured(NamedTuple):
 def _fastest(config: RunConfig, base: Base, where: Topology) -> Plan:
     """The plan with the fastest `remat` that fits; that of the smallest if none does."""
     for remat in AUTO:
-        found = plan(replace(config, train=replace(config.train, remat=remat)), base, where)
-        if found.fits is not False:
+        planned = plan(replace(config, train=replace(config.train, remat=remat)), base, where)
+        if planned.fits is not False:
             break
-    return found
+    return planned
 
 
 def _sizes(arguments: Arguments) -> dict[str, int]:
@@ -130,8 +131,8 @@ def _sizes(arguments: Arguments) -> dict[str, int]:
     }
 
 
-def _bytes(tree: Any) -> int:
-    """Of one device."""
+def _bytes(tree: object) -> int:
+    """Bytes of one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -218,29 +219,28 @@ def smallest_change(
     """The first of `changes` whose plan fits, as overrides; None if none does."""
     for overrides, changed in changes(config, where):
         try:
-            found = plan(changed, base, where)
+            planned = plan(changed, base, where)
         except InputError:
             continue
-        if found.fits:
-            return overrides, found
+        if planned.fits:
+            return overrides, planned
     return None
 
 
 def changes(config: RunConfig, where: Topology) -> Iterator[tuple[list[str], RunConfig]]:
     """Other settings that take less memory, those that cost least time first."""
     count = len(where.devices)
-    remats: list[Any] = [
-        config.train.remat,
-        *(["nothing"] if config.train.remat not in ("auto", "nothing") else []),
-    ]
+    remats: list[Remat | Literal["auto"]] = [config.train.remat]
+    if config.train.remat not in ("auto", "nothing"):
+        remats.append("nothing")
     for tensor in [config.mesh.tensor, *(t for t in (2, 4, 8) if count % t == 0)]:
         same = tensor == config.mesh.tensor
         mesh = config.mesh if same else replace(config.mesh, data=1, fsdp=-1, tensor=tensor)
-        of_mesh = [] if same else ["mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={tensor}"]
+        mesh_overrides = [] if same else ["mesh.data=1", "mesh.fsdp=-1", f"mesh.tensor={tensor}"]
         for remat in remats:
             rows = config.train.rows_per_pass
             while rows >= 1 and config.train.global_batch % rows == 0:
-                overrides = list(of_mesh)
+                overrides = list(mesh_overrides)
                 overrides += [f"train.remat={remat}"] if remat != config.train.remat else []
                 if rows != config.train.rows_per_pass:
                     overrides.append(f"train.micro_batch={rows}")
