@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_fixtures import write_json, write_jsonl
 from rich.console import Console
-from run_fixtures import CommandLine, make_base, rows, write_run
+from run_fixtures import make_base, rows, write_run
 
 from droplora_jax.commands.evaluate import Evaluate
 from droplora_jax.commands.options import ModelRef, TaskOptions
@@ -28,11 +28,6 @@ ADD = {
     "entry_point": "add",
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
 }
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +195,9 @@ def test_the_table(capsys):
 # --- the command line
 
 
-def test_base_adapter_and_merged_are_scored_alike(run, tmp_path, base):
+def test_base_adapter_and_merged_are_scored_alike(droplora, tmp_path, base):
     """A model that learnt to answer beats the base; its adapter and its merge say the same."""
-    run.good(
+    droplora.good(
         "train",
         write_run(
             base,
@@ -218,7 +213,7 @@ def test_base_adapter_and_merged_are_scored_alike(run, tmp_path, base):
     ]
     given = ["--task", "boolq=" + write_json(tmp_path / "test.json", test), "--max-new-tokens", 8]
     folder = tmp_path / "run"
-    run.good("export", folder, "--to", tmp_path / "merged", "--format", "merged")
+    droplora.good("export", folder, "--to", tmp_path / "merged", "--format", "merged")
     models = {
         "base": [base],
         "adapter": [base, "--adapter", folder / "adapter"],
@@ -227,7 +222,7 @@ def test_base_adapter_and_merged_are_scored_alike(run, tmp_path, base):
     }
     found = {}
     for name, words in models.items():
-        out = run.good("evaluate", *words, *given, "--output", tmp_path / f"{name}.json")
+        out = droplora.good("evaluate", *words, *given, "--output", tmp_path / f"{name}.json")
         assert "boolq" in out
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["tasks"]["boolq"]
     said = {name: [row["completion"] for row in task["rows"]] for name, task in found.items()}
@@ -266,32 +261,32 @@ def test_a_model_says_the_same_as_when_it_is_called(base):
         (["--task", "boolq={file}", "--max-new-tokens", "999"], "boolq.json, boolq 1: its"),
     ],
 )
-def test_bad_input_says_what_to_do(run, tmp_path, base, words, says):
+def test_bad_input_says_what_to_do(droplora, tmp_path, base, words, says):
     places = {
         "file": write_json(tmp_path / "boolq.json", BOOLQ),
         "code": write_jsonl(tmp_path / "code.jsonl", [ADD]),
         "folder": str(tmp_path),
     }
     words = [word.format(**places) for word in words]
-    result = run("evaluate", base, *words, "--output", tmp_path / "out.json")
+    result = droplora("evaluate", base, *words, "--output", tmp_path / "out.json")
     assert result.code == 2
     assert says in result.err
     assert not list(tmp_path.glob("out.json*"))
 
 
-def test_an_output_that_exists_is_kept(run, tmp_path, base, boolq):
+def test_an_output_that_exists_is_kept(droplora, tmp_path, base, boolq):
     output = tmp_path / "out.json"
     output.write_text("mine")
-    result = run("evaluate", base, "--task", boolq, "--output", output)
+    result = droplora("evaluate", base, "--task", boolq, "--output", output)
     assert result.code == 2
     assert "exists; nothing is overwritten" in result.err
     assert output.read_text() == "mine"
 
 
-def test_code_is_run_with_the_flag(run, tmp_path, base):
+def test_code_is_run_with_the_flag(droplora, tmp_path, base):
     task = "humaneval=" + write_jsonl(tmp_path / "code.jsonl", [ADD])
     words = ["--task", task, "--max-new-tokens", 4, "--run-code"]
-    run.good("evaluate", base, *words, "--output", tmp_path / "out.json")
+    droplora.good("evaluate", base, *words, "--output", tmp_path / "out.json")
     (row,) = json.loads((tmp_path / "out.json").read_text())["tasks"]["humaneval"]["rows"]
     assert row["right"] is False
     assert row["note"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -12,10 +10,10 @@ from flax import nnx
 from gradients import loss_and_gradients
 from oracles import Folder, model_folder, random_tokens, randomized, relative
 from safetensors.numpy import load_file
+from small_models import load
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
-from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.peft.adapter import adapter_tensors
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.parameters import PARAMETERS
@@ -75,11 +73,6 @@ CASES = {
 def folder(request, tmp_path_factory) -> Folder:
     model_type, options = CASES[request.param]
     return model_folder(tmp_path_factory.mktemp("model"), model_type, **options)
-
-
-def load(folder: Folder, **options) -> nnx.Module:
-    mesh = make_mesh(devices=jax.devices()[:1])
-    return dl.load(folder.path, mesh=mesh, dtype=jnp.float32, **options)
 
 
 @nnx.jit

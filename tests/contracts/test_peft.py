@@ -18,12 +18,12 @@ from flax import nnx
 from gradients import loss_and_gradients
 from oracles import Folder, model_folder, random_tokens, relative, torch_logits
 from safetensors.numpy import load_file, save_file
+from small_models import load
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax.adapters.fully_trained import wholes_of
 from droplora_jax.adapters.surgery import adapters_of
-from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.peft.adapter import adapter_config, adapter_tensors
 from droplora_jax.hf.peft.config import vllm_limits
 
@@ -126,10 +126,6 @@ def trained(request, bases, tmp_path) -> Trained:
     return train_in_peft(bases[family].path, tmp_path / "theirs", **OPTIONS[option])
 
 
-def load(base: Path, dtype=jnp.float32, devices: int = 1) -> nnx.Module:
-    return dl.load(base, mesh=make_mesh(devices=jax.devices()[:devices]), dtype=dtype)
-
-
 @nnx.jit
 def forward(model, tokens):
     return model(tokens)
@@ -230,7 +226,7 @@ def test_what_is_trained_whole_moves_and_is_cast_where_it_is_used(bases, tmp_pat
         bias="all",
         modules_to_save=["lm_head", "norm", "embed_tokens"],
     )
-    base = load(trained.base, jnp.bfloat16)
+    base = load(trained.base, dtype=jnp.bfloat16)
     model = dl.load_adapter(base, trained.adapter)
     wholes = wholes_of(model)
     assert len(wholes) == 5 + 3  # norms, embedding and head; three biases
@@ -247,7 +243,7 @@ def test_what_is_trained_whole_moves_and_is_cast_where_it_is_used(bases, tmp_pat
 def test_dora_beside_a_bfloat16_base(bases, tmp_path):
     options = {"use_dora": True, "target_modules": LINEAR}
     trained = train_in_peft(bases["qwen2"].path, tmp_path / "theirs", **options)
-    model = dl.load_adapter(load(trained.base, jnp.bfloat16), trained.adapter)
+    model = dl.load_adapter(load(trained.base, dtype=jnp.bfloat16), trained.adapter)
     logits = forward(model, TOKENS)
     assert logits.dtype == jnp.bfloat16
     assert relative(logits, trained.logits) < 3e-2

@@ -16,6 +16,7 @@ import torch
 from flax import nnx
 from oracles import Folder, model_folder, randomized
 from safetensors.numpy import load_file, save_file
+from small_models import load
 
 import droplora_jax as dl
 from droplora_jax import cli
@@ -27,11 +28,6 @@ from droplora_jax.models.config import Source
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.families.base import Family, rope_config, windows
 from droplora_jax.models.families.llama import FAMILY
-
-
-def load(path: Path, **options) -> nnx.Module:
-    options = {"mesh": make_mesh(devices=jax.devices()[:1]), "dtype": jnp.float32, **options}
-    return dl.load(path, **options)
 
 
 @pytest.fixture
@@ -67,7 +63,7 @@ def edit_tensors(file: Path, **changes) -> None:
 )
 def test_values_equal_transformers_and_every_device_has_its_part(either, config):
     mesh = make_mesh(config)
-    model = load(either.path, mesh=mesh)
+    model = load(either, config)
     theirs = either.torch.state_dict()
     names = FAMILY.tensor_names(model.config)
     seen = set()

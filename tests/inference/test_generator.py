@@ -14,6 +14,7 @@ from data_fixtures import END, make_tokenizer
 from flax import nnx
 from oracles import Folder, model_folder, randomized
 from run_fixtures import VOCAB, make_base
+from small_models import load
 
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
@@ -65,22 +66,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Folder:
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-def one_device():
-    return dl.make_mesh(devices=jax.devices()[:1])
-
-
-def load(folder: Folder, **mesh: int):
-    mesh = dl.make_mesh(dl.MeshConfig(**mesh)) if mesh else one_device()
-    return dl.load(folder.path, dtype=jnp.float32, mesh=mesh)
-
-
-@pytest.fixture(scope="module")
-def generator(base, tokenizer) -> Generator:
-    return Generator(load(base), tokenizer, batch_size=4)
+def generator(base_folder, tokenizer) -> Generator:
+    return Generator(load(base_folder), tokenizer, batch_size=4)
 
 
 def theirs(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[str]:
@@ -113,10 +100,10 @@ def test_greedy_is_that_of_transformers(tmp_path, tokenizer, name, strict):
     assert len(set(completions)) == len(PROMPTS)
 
 
-def test_a_long_row_is_in_many_steps_of_the_loop(base, tokenizer, generator):
+def test_a_long_row_is_in_many_steps_of_the_loop(base_folder, tokenizer, generator):
     """More new tokens than are looked at together, and than the sliding of any bucket."""
     sampling = Sampling(max_new_tokens=70)
-    expected = theirs(base.torch, tokenizer, generator.ends, PROMPTS[:2], 70)
+    expected = theirs(base_folder.torch, tokenizer, generator.ends, PROMPTS[:2], 70)
     assert generator(PROMPTS[:2], sampling) == expected
 
 
@@ -130,14 +117,14 @@ def test_a_long_row_is_in_many_steps_of_the_loop(base, tokenizer, generator):
     ],
     ids=str,
 )
-def test_eight_devices_as_one(base, tokenizer, generator, mesh):
-    sharded = Generator(load(base, **mesh), tokenizer, batch_size=4)
+def test_eight_devices_as_one(base_folder, tokenizer, generator, mesh):
+    sharded = Generator(load(base_folder, dl.MeshConfig(**mesh)), tokenizer, batch_size=4)
     for sampling in (Sampling(NEW), Sampling(NEW, temperature=1.0, top_p=0.9)):
         assert sharded(PROMPTS, sampling) == generator(PROMPTS, sampling)
 
 
-def test_the_cache_is_split_over_the_mesh(base):
-    model = load(base, tensor=2, fsdp=4)
+def test_the_cache_is_split_over_the_mesh(base_folder):
+    model = load(base_folder, dl.MeshConfig(tensor=2, fsdp=4))
     (cache,) = jax.jit(lambda: nnx.merge(*nnx.split(model)).empty_caches(8, 16))()
     for kept in (cache.k_LBKHS, cache.v_LBKSH):
         _, rows, heads, *_ = kept.sharding.shard_shape(kept.shape)
@@ -145,9 +132,11 @@ def test_the_cache_is_split_over_the_mesh(base):
     assert RULES["heads"] == ("tensor",)
 
 
-def test_a_stack_and_layers_by_themselves_decode_the_same(base, tokenizer, generator, monkeypatch):
+def test_a_stack_and_layers_by_themselves_decode_the_same(
+    base_folder, tokenizer, generator, monkeypatch
+):
     monkeypatch.setattr("droplora_jax.inference.generator.better_apart", lambda model: False)
-    stacked = Generator(load(base), tokenizer, batch_size=4)
+    stacked = Generator(load(base_folder), tokenizer, batch_size=4)
     assert len(nnx.merge(stacked._graphdef, stacked._state).stacks) == 1
     assert len(nnx.merge(generator._graphdef, generator._state).stacks) == 2
     sampling = Sampling(NEW)
@@ -160,10 +149,12 @@ def test_a_stack_and_layers_by_themselves_decode_the_same(base, tokenizer, gener
 @pytest.mark.parametrize(
     "options", [{}, {"alpha_pattern": {r"\.1\.": 2.0}}], ids=["one", "by layer"]
 )
-def test_an_adapter_and_its_merge_give_the_same(base, tokenizer, tmp_path, options, generator):
+def test_an_adapter_and_its_merge_give_the_same(
+    base_folder, tokenizer, tmp_path, options, generator
+):
     peft = pytest.importorskip("peft")
     config = dl.DropLoRA(rank=4, alpha=8, drop_rate=0.5, targets="all-linear", **options)
-    plain = load(base)
+    plain = load(base_folder)
     tuned = randomized(dl.inject(plain, config, key=dl.root_key(0)))
     dl.save_adapter(tuned, tmp_path / "adapter")
     dl.save_merged(tuned, tmp_path / "merged")
@@ -174,19 +165,19 @@ def test_an_adapter_and_its_merge_give_the_same(base, tokenizer, tmp_path, optio
             tuned,
             dl.load_adapter(plain, tmp_path / "adapter"),
             dl.merge(tuned),
-            dl.load(tmp_path / "merged", dtype=jnp.float32, mesh=one_device()),
+            load(tmp_path / "merged"),
         )
     ]
-    model = peft.PeftModel.from_pretrained(make_copy(base), tmp_path / "adapter").eval()
+    model = peft.PeftModel.from_pretrained(make_copy(base_folder), tmp_path / "adapter").eval()
     expected = theirs(model, tokenizer, generator.ends)
     assert given == [expected] * 4
     assert expected != generator(PROMPTS, sampling)
 
 
-def make_copy(base: Folder):
+def make_copy(folder: Folder):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(base.path).eval()
+    return AutoModelForCausalLM.from_pretrained(folder.path).eval()
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -194,10 +185,10 @@ def make_copy(base: Folder):
 DRAWN = Sampling(NEW, temperature=1.0, top_k=50, seed=3)
 
 
-def test_what_is_drawn_depends_on_the_row_alone(base, tokenizer, generator):
+def test_what_is_drawn_depends_on_the_row_alone(base_folder, tokenizer, generator):
     whole = generator(PROMPTS, DRAWN)
     for size in (1, 3):
-        assert Generator(load(base), tokenizer, batch_size=size)(PROMPTS, DRAWN) == whole
+        assert Generator(load(base_folder), tokenizer, batch_size=size)(PROMPTS, DRAWN) == whole
     assert generator(PROMPTS[2:], DRAWN, rows=[2, 3, 4]) == whole[2:]
 
 
@@ -223,14 +214,14 @@ def ids_of(generator: Generator, prompt: str, new: int) -> list[int]:
     return row[start:]
 
 
-def test_every_eos_of_the_generation_config_ends_a_row(base, tmp_path, tokenizer, generator):
+def test_every_eos_of_the_generation_config_ends_a_row(base_folder, tmp_path, tokenizer, generator):
     greedy = ids_of(generator, PROMPTS[0], 8)
     other = next(token for token in greedy[2:] if token not in greedy[:2])
     folder = tmp_path / "base"
     make_base(folder)
     file = folder / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [other, 340]}))
-    model = dl.load(folder, dtype=jnp.float32, mesh=one_device())
+    model = load(folder)
     assert ending_ids(model, tokenizer) == {other, 340, tokenizer.eos_token_id}
     (text,) = Generator(model, tokenizer)(PROMPTS[:1], Sampling(NEW))
     assert text == tokenizer.decode(greedy[: greedy.index(other)], skip_special_tokens=True)
@@ -238,14 +229,14 @@ def test_every_eos_of_the_generation_config_ends_a_row(base, tmp_path, tokenizer
     assert ending_ids(model, tokenizer) == {2, tokenizer.eos_token_id}
 
 
-def test_a_finished_row_leaves_the_others_as_they_are(base, tmp_path, tokenizer, generator):
+def test_a_finished_row_leaves_the_others_as_they_are(base_folder, tmp_path, tokenizer, generator):
     greedy = ids_of(generator, PROMPTS[0], 2)
     folder = make_base(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": greedy[:1]}))
     ending = Generator(load(folder), tokenizer, batch_size=4)
     completions = ending(PROMPTS, Sampling(NEW))
     assert completions[0] == ""
-    assert completions == theirs(base.torch, tokenizer, ending.ends)
+    assert completions == theirs(base_folder.torch, tokenizer, ending.ends)
 
 
 def test_stop_strings_are_left_out_wherever_they_begin(generator):
@@ -313,7 +304,7 @@ def test_dynamic_scaling_only_within_the_original_length(tmp_path, tokenizer):
     path = tmp_path / "base"
     given = {**MODELS["dynamic"]["rope_parameters"], "max_position_embeddings": 32}
     make_base(path, rope_parameters=given)
-    generator = Generator(dl.load(path, dtype=jnp.float32, mesh=one_device()), tokenizer)
+    generator = Generator(load(path), tokenizer)
     assert generator.longest == 32
     with pytest.raises(InputError, match="more than 32: beyond, rotary scaling 'dynamic'"):
         generator(["x"], Sampling(31))
@@ -344,10 +335,10 @@ def test_buckets_are_few_and_fit():
     assert len(set(sizes)) == 17
 
 
-def test_layers_by_themselves_lie_in_the_memory_of_the_stack(base):
+def test_layers_by_themselves_lie_in_the_memory_of_the_stack(base_folder):
     from droplora_jax.inference.decode import apart
 
-    model = load(base)
+    model = load(base_folder)
     pointer = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()  # noqa: E731
     whole = model.layers.up_proj.kernel[...]
     for i, layer in enumerate(apart(model).stacks):

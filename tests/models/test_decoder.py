@@ -13,7 +13,6 @@ import torch
 from flax import nnx
 from gradients import loss_and_gradients
 from oracles import (
-    Folder,
     model_folder,
     random_tokens,
     randomized,
@@ -22,6 +21,7 @@ from oracles import (
     torch_logits,
     with_config,
 )
+from small_models import load, one_device
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
@@ -43,15 +43,6 @@ MESHES = {
     "1x4x2": MeshConfig(data=1, fsdp=4, tensor=2),
 }
 LONG = 96  # more than the 64 positions that the fixtures' rotary scaling starts from
-
-
-def one_device() -> jax.sharding.Mesh:
-    return make_mesh(devices=jax.devices()[:1])
-
-
-def load(folder: Folder, mesh: MeshConfig | None = None, **options) -> nnx.Module:
-    options = {"dtype": jnp.float32, **options}
-    return dl.load(folder.path, mesh=make_mesh(mesh) if mesh else one_device(), **options)
 
 
 @nnx.jit

@@ -17,6 +17,7 @@ from flax import nnx
 from gradients import loss_and_gradients as of_logits
 from oracles import random_tokens, randomized, relative, torch_logits
 from safetensors.numpy import load_file, save_file
+from small_models import load
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
@@ -57,10 +58,6 @@ CASES = [
 
 def config_of(base: str, name: str):
     return dataclasses.replace(CONFIGS[name], targets=UNTIED if base == "untied" else TIED)
-
-
-def load(folder, devices: int = 1) -> nnx.Module:
-    return dl.load(folder, mesh=make_mesh(devices=jax.devices()[:devices]), dtype=jnp.float32)
 
 
 @nnx.jit
@@ -319,7 +316,7 @@ def test_gradients_are_pefts(theirs, request):
     """On one device; of two adapters on eight."""
     base, folder, _ = theirs
     name = request.node.callspec.params["theirs"]
-    model = dl.load_adapter(load(base, 8 if name in ("both", "tied") else 1), folder)
+    model = dl.load_adapter(load(base, devices=8 if name in ("both", "tied") else 1), folder)
     _, gradients = of_logits(model, TOKENS)
     graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
     as_values = nnx.map_state(lambda path, p: p.replace(jnp.asarray(gradients[path])), adapters)

@@ -23,11 +23,11 @@ def load(
     folder: Folder | Path,
     mesh: MeshConfig | None = None,
     *,
+    devices: int | None = None,
     dtype: Any = jnp.float32,
     **options: Any,
 ) -> nnx.Module:
-    """The model of a folder, on the mesh of all devices or, without one, on the first device."""
+    """The model of a folder: on a mesh of all devices, on the first `devices`, or on one."""
     path = folder.path if isinstance(folder, Folder) else folder
-    return dl.load(
-        path, mesh=one_device() if mesh is None else make_mesh(mesh), dtype=dtype, **options
-    )
+    count = devices or (1 if mesh is None else len(jax.devices()))
+    return dl.load(path, mesh=make_mesh(mesh, jax.devices()[:count]), dtype=dtype, **options)
