@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -28,8 +29,17 @@ print(counts["hits"], counts["misses"], float(x).hex())
 """
 
 
-def start(home: Path, **variables: str) -> tuple[int, int, str, str]:
-    """Programs found and made by a process, its result, and what it says of trouble."""
+class Start(NamedTuple):
+    """Programs that a process found and made, its result, and what it printed of trouble."""
+
+    hits: int
+    misses: int
+    result: str
+    errors: str
+
+
+def start(home: Path, **variables: str) -> Start:
+    """A process whose cache is in a folder."""
     unset = {name for name in os.environ if name.startswith("JAX_") and "CACHE" in name}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"XDG_CACHE_HOME": str(home), **variables}
@@ -38,18 +48,29 @@ def start(home: Path, **variables: str) -> tuple[int, int, str, str]:
     )
     assert done.returncode == 0, done.stderr
     hits, misses, result = done.stdout.split()
-    return int(hits), int(misses), result, done.stderr
+    return Start(int(hits), int(misses), result, done.stderr)
 
 
 def kept(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-cache"))
 
 
-def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
-    hits, misses, result, said = start(tmp_path)
-    assert (hits, said) == (0, "")
-    assert misses == len(kept(tmp_path / "droplora" / "compiled")) > 0
-    assert start(tmp_path) == (misses, 0, result, "")
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that one process has filled."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def first(home: Path) -> Start:
+    """The process that has filled it."""
+    return start(home)
+
+
+def test_a_second_start_compiles_nothing_and_gives_the_same_bits(home, first):
+    assert (first.hits, first.errors) == (0, "")
+    assert first.misses == len(kept(home / "droplora" / "compiled")) > 0
+    assert start(home) == (first.misses, 0, first.result, "")
 
 
 def test_the_variable_moves_it_and_set_to_nothing_switches_it_off(tmp_path):
@@ -66,26 +87,27 @@ def test_what_is_set_of_jax_s_own_stays(tmp_path):
     assert not kept(tmp_path / "droplora" / "compiled")
 
 
-def test_a_folder_that_can_not_be_made_is_told_of_in_one_line(tmp_path):
-    _, _, result, _ = start(tmp_path)
+def test_a_folder_that_can_not_be_made_is_told_of_in_one_line(tmp_path, first):
     (tmp_path / "file").write_text("x")
-    hits, misses, same, said = start(tmp_path / "file")
-    assert (hits, misses, same) == (0, 0, result)
-    assert said.count("\n") == 1
-    assert f"droplora: the compilation cache in {tmp_path / 'file' / 'droplora'}" in said
-    assert "can't be used (NotADirectoryError" in said
+    second = start(tmp_path / "file")
+    assert second[:3] == (0, 0, first.result)
+    assert second.errors.count("\n") == 1
+    assert f"droplora: the compilation cache in {tmp_path / 'file' / 'droplora'}" in second.errors
+    assert "can't be used (NotADirectoryError" in second.errors
 
 
-def test_broken_entries_are_told_of_in_one_line(tmp_path):
-    _, misses, result, _ = start(tmp_path)
-    files = kept(tmp_path / "droplora" / "compiled")
-    for file in files:
-        file.write_bytes(file.read_bytes()[:50])
-    found, _, same, said = start(tmp_path)
-    assert (found, same) == (0, result)
-    assert misses > 1
-    assert said.count("\n") == 1
-    assert "can't be used" in said
+def test_broken_entries_are_told_of_in_one_line(home, first):
+    # In place, since the folder's path is a part of the programs' keys.
+    entries = {file: file.read_bytes() for file in kept(home / "droplora" / "compiled")}
+    for file, content in entries.items():
+        file.write_bytes(content[:50])
+    second = start(home)
+    for file, content in entries.items():
+        file.write_bytes(content)
+    assert (second.hits, second.result) == (0, first.result)
+    assert first.misses > 1
+    assert second.errors.count("\n") == 1
+    assert "can't be used" in second.errors
 
 
 def test_settings_and_warnings_are_put_back(monkeypatch):
