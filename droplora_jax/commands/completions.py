@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from droplora_jax.commands.options import ModelRef
-from droplora_jax.core.console import say
+from droplora_jax.core.console import Advance, progress, say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
 from droplora_jax.core.resumable import Partial
@@ -63,7 +61,7 @@ def complete_file(
     generator = Generator(opened.model, opened.tokenizer, batch_size=batch_size)
     ids = _encoded(rows, chosen_template(template, opened), opened.tokenizer)
     _check_all(generator, rows, ids, sampling)
-    with _progress(console, done, len(rows)) as advance:
+    with progress(console, "prompt", total=len(rows), done=done) as advance:
         for first in range(done, len(rows), WINDOW * generator.batch_size):
             window = range(first, min(first + WINDOW * generator.batch_size, len(rows)))
             completions = generator.as_done([ids[i] for i in window], sampling, rows=list(window))
@@ -121,7 +119,9 @@ def _settings(
     return {**settings, "files": files.fingerprint(), "prompts": digest}
 
 
-def _in_order(completions: Iterator[tuple[int, str]], advance: Any) -> Iterator[tuple[int, str]]:
+def _in_order(
+    completions: Iterator[tuple[int, str]], advance: Advance
+) -> Iterator[tuple[int, str]]:
     """Each as soon as those before it are there."""
     waiting: dict[int, str] = {}
     following = 0
@@ -131,20 +131,6 @@ def _in_order(completions: Iterator[tuple[int, str]], advance: Any) -> Iterator[
         while following in waiting:
             yield following, waiting.pop(following)
             following += 1
-
-
-@contextmanager
-def _progress(console: Console, done: int, total: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("prompt"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda: bar.advance(task)
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -15,11 +15,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from droplora_jax.commands.options import ModelRef, TaskOptions
-from droplora_jax.core.console import say
+from droplora_jax.core.console import progress, say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
 from droplora_jax.core.resumable import Partial
@@ -175,14 +174,12 @@ def _ask_all(
     complete: Complete,
     console: Console,
 ) -> None:
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        for each in asked:
-            left, total = missing(each, partial.rows), len(each.examples)
-            shown = bar.add_task(each.task.name, total=total, completed=total - len(left))
+    for each in asked:
+        left, total = missing(each, partial.rows), len(each.examples)
+        with progress(console, each.task.name, total=total, done=total - len(left)) as advance:
             for row in _rows(each, left, complete, options):
                 partial.write({"task": each.task.name, **row})
-                bar.advance(shown)
+                advance()
 
 
 def _rows(

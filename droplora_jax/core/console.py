@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 _SHOWN = 500  # characters at either end of a long text
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # characters that control a terminal
 
 
+@runtime_checkable
+class Advance(Protocol):
+    """Moves a bar by `count` items; `note` stands beside it until there is another."""
+
+    def __call__(self, count: int = 1, note: str | None = None) -> None: ...
+
+
 def say(console: Console, text: str) -> None:
     """Print plain text; paths are not broken, and nothing is read as markup."""
     console.print(Text(text), soft_wrap=True)
+
+
+@contextmanager
+def progress(
+    console: Console, name: str, *, total: int, done: int = 0, note: str = ""
+) -> Iterator[Advance]:
+    """A bar in a terminal, nothing elsewhere; yields `advance()`, called after every item."""
+    columns = (
+        TextColumn(name),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=done, note=note)
+
+        def advance(count: int = 1, note: str | None = None) -> None:
+            bar.update(task, advance=count)
+            if note is not None:
+                bar.update(task, note=note)
+
+        yield advance
 
 
 def example(console: Console, spans: list[tuple[str, bool]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from droplora_jax.hf import source
 from droplora_jax.hf.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from numpy.typing import DTypeLike
+from jax.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding

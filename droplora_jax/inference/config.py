@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from droplora_jax.core.errors import InputError
-
-
-class Filters(NamedTuple):
-    """What is left of a distribution to draw from.
-
-    Attributes:
-      temperature: the logits are divided by it; 0 takes the most likely token.
-      top_k: only the k most likely tokens.
-      top_p: of those, the fewest most likely ones that have this probability together
-        (arXiv 1904.09751).
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+from droplora_jax.core.errors import raise_all
 
 
 @dataclass(frozen=True)
@@ -30,7 +15,9 @@ class Sampling:
     Attributes:
       max_new_tokens: at most so many.
       temperature: 0 is greedy: always the most likely token.
-      top_k, top_p: see `Filters`.
+      top_k: only the k most likely tokens are drawn from.
+      top_p: of those, the fewest most likely ones that have this probability together
+        (arXiv 1904.09751).
       stop: texts before which a completion ends.
       seed: with the row's index it determines what is drawn; the batch does not matter.
     """
@@ -43,24 +30,31 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+            yield f"max_new_tokens={self.max_new_tokens}: must be at least 1"
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+            yield f"temperature={self.temperature}: must be 0 (greedy) or more"
         if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k}: must be at least 1")
+            yield f"top_k={self.top_k}: must be at least 1"
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1")
+            yield f"top_p={self.top_p}: must be above 0 and at most 1"
         if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
-            raise InputError(
+            yield (
                 f"top_k={self.top_k}, top_p={self.top_p}: nothing is drawn at temperature 0; "
                 "set a temperature, such as 1"
             )
         if "" in self.stop:
-            raise InputError(f"stop={self.stop!r}: must not hold an empty text")
+            yield f"stop={self.stop!r}: must not hold an empty text"
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")
+            yield f"seed={self.seed}: must be from 0 to {2**32 - 1}"
 
     @property
-    def filters(self) -> Filters:
-        return Filters(self.temperature, self.top_k, self.top_p)
+    def distribution(self) -> Sampling:
+        """The same distribution of the next token, everything else at its default.
+
+        Compiled programs depend on nothing else, so those of other seeds and lengths are shared.
+        """
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from droplora_jax.adapters.surgery import view
 from droplora_jax.core import prng
-from droplora_jax.inference.config import Filters
+from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.sampling import sample
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
@@ -41,7 +41,7 @@ class Decoding:
     keys_B: Any
 
 
-@partial(jax.jit, static_argnames=("graphdef", "new", "filters", "options"))
+@partial(jax.jit, static_argnames=("graphdef", "new", "sampling", "options"))
 def prefill(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -53,7 +53,7 @@ def prefill(
     key: Key[Array, ""],
     *,
     new: int,
-    filters: Filters,
+    sampling: Sampling,
     options: StepOptions,
 ) -> Decoding:
     """The prompts into a cache with room for `new` tokens, and the first of these."""
@@ -66,10 +66,10 @@ def prefill(
         done_B=done_B,
         keys_B=prng.fold_each(key, rows_B),
     )
-    return _advanced(model, decoding, tokens_BP, segment_ids_BP, ends_E, filters, options)
+    return _advanced(model, decoding, tokens_BP, segment_ids_BP, ends_E, sampling, options)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "filters"), donate_argnames="decoding")
+@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="decoding")
 def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -78,7 +78,7 @@ def decode(
     ends_E: Int[Array, "E"],
     limit: Int[Array, ""],
     *,
-    filters: Filters,
+    sampling: Sampling,
 ) -> Decoding:
     """Steps until there are `limit` tokens or all rows are done."""
     model = nnx.merge(graphdef, state)
@@ -86,7 +86,7 @@ def decode(
     def step(decoding: Decoding) -> Decoding:
         last_B1 = jax.lax.dynamic_slice_in_dim(decoding.tokens_BN, decoding.count - 1, 1, axis=1)
         segment_ids_B1 = (~decoding.done_B).astype(jnp.int32)[:, None]
-        return _advanced(model, decoding, last_B1, segment_ids_B1, ends_E, filters)
+        return _advanced(model, decoding, last_B1, segment_ids_B1, ends_E, sampling)
 
     def goes_on(decoding: Decoding) -> Bool[Array, ""]:
         return (decoding.count < limit) & ~jnp.all(decoding.done_B)
@@ -101,14 +101,14 @@ def _advanced(
     tokens_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
     ends_E: Int[Array, "E"],
-    filters: Filters,
+    sampling: Sampling,
     options: StepOptions = StepOptions(),
 ) -> Decoding:
     """With one more token, after `tokens_BT`; a row that is done gets 0."""
     x_BTD, caches = model.extend(decoding.caches, tokens_BT, segment_ids_BT, options)
     logits_BV = model.logits(x_BTD[:, -1:])[:, 0]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(decoding.keys_B, decoding.count)
-    next_B = jnp.where(decoding.done_B, 0, sample(logits_BV, keys_B, filters))
+    next_B = jnp.where(decoding.done_B, 0, sample(logits_BV, keys_B, sampling))
     tokens_BN = jax.lax.dynamic_update_slice_in_dim(
         decoding.tokens_BN, next_B[:, None], decoding.count, axis=1
     )

@@ -176,7 +176,7 @@ class Generator:
                 put(stopped_B, ["batch"], self.mesh),
                 np.asarray(ends, np.int32),
                 np.int32(limit),
-                filters=sampling.filters,
+                sampling=sampling.distribution,
             )
 
     def _prefill(
@@ -202,7 +202,7 @@ class Generator:
             np.asarray(ends, np.int32),
             prng.run_keys(sampling.seed).generate,
             new=bucket(sampling.max_new_tokens),
-            filters=sampling.filters,
+            sampling=sampling.distribution,
             options=self._options,
         )
 

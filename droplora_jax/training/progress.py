@@ -7,14 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
+from droplora_jax.core.console import progress as console_progress
 from droplora_jax.core.console import say
 from droplora_jax.training.metrics_log import ACCURACY
 
@@ -27,21 +21,15 @@ def progress(console: Console, *, start: int, total: int) -> Iterator[Show]:
     if not console.is_terminal:
         yield lambda step, row: say(console, f"step {step}/{total}  {_line(row)}") if row else None
         return
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, completed=start, line="compiling")
+    bar = console_progress(console, "step", total=total, done=start, note="compiling")
+    with bar as advance:
+        shown = start
 
         def show(step: int, row: Mapping[str, Any] | None) -> None:
-            bar.update(task, completed=step)
-            if row:
-                bar.update(task, line=_line({**row, "seconds_left": None}))
+            nonlocal shown
+            note = _line({**row, "seconds_left": None}) if row else None
+            advance(step - shown, note)
+            shown = step
 
         yield show
 
