@@ -1,4 +1,4 @@
-"""Does an exported folder compute what was trained? Asked in float32, one layer in memory."""
+"""Whether an exported folder computes what was trained, in float32, one layer in memory."""
 
 from __future__ import annotations
 
@@ -144,14 +144,17 @@ def _filled(
     path: tuple[Any, ...],
     variable: Any,
 ) -> Any:
-    """Of one layer of a stack, or of a module that is none: what is its own, else from `read`."""
-    own = slice(None) if layer is None else slice(layer, layer + 1)
+    """Fill one variable of a layer, or of a module outside the stack.
+
+    Adapter state is sliced from the model; base weights come from `read`.
+    """
+    of_layer = slice(None) if layer is None else slice(layer, layer + 1)
     if isinstance(variable, PerLayer | Initial | DropShare):
-        return variable.replace(variable.get_value()[own])
+        return variable.replace(variable.get_value()[of_layer])
     if isinstance(variable, MaskKey):
-        return variable.replace(variable.get_value()[own][..., :0])
+        return variable.replace(variable.get_value()[of_layer][..., :0])
     if isinstance(variable, nnx.LoRAParam) and not isinstance(variable, Whole):
-        return variable.replace(jax.device_get(variable.get_value()[own]))
+        return variable.replace(jax.device_get(variable.get_value()[of_layer]))
     name = names[base_path((owner, *path))]
     value = read(name.of_layer(layer or 0), transposed=name.transposed)
     return variable.replace(value if layer is None else value[None])

@@ -59,7 +59,7 @@ def evaluate(
       complete: such as a `Generator`: prompts and how to go on from them, to completions.
       batch_size: how many prompts are given to it at once.
       max_new_tokens: default: the task's.
-      run_code: allows a task to run what the model wrote (see `program.py`).
+      run_code: allows a task to run what the model wrote (see `sandbox/runner.py`).
 
     Raises:
       InputError: the task would run code, and that is not allowed.

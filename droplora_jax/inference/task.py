@@ -33,17 +33,32 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to ask and to score.
+    """One way to ask and to score: three pure functions, and the limits of a completion.
+
+    A file is read row by row, and `convert` turns each into an example: a mapping of whatever
+    `prompt` and `score` need, which goes into the scores as it is. An `id` that it sets has to be
+    unique in the file; without one an example's id is the number of its row. `answer`, if there is
+    one, is repeated in the scores. A row that is broken raises InputError that names the key and
+    the fix, and `read` adds the file and the row; a row that does not belong to the test set (one
+    of MBPP's prompts for few-shot examples, say) gives None and is left out.
+
+    `prompt` and `score` are called with examples only, in any order, and from several threads if
+    `runs_code`. Completions are greedy and come without the stop text. A task with several turns is
+    asked again with the completions so far, in order; `score` sees the last one. A task must give
+    every completion a verdict, so `score` raises nothing: what can't be read off is an `Outcome`
+    whose `extracted` is None and which is not right.
 
     Attributes:
-      convert: a row of a file to an example; raises InputError that says what is wrong with which
-        key; None leaves a row out that does not belong to the test set.
-      prompt: of an example, given what the model said in the turns before.
-      score: the verdict on an example, given what the model said in its last turn.
-      max_new_tokens, stop: where a completion ends at the latest.
+      name: as it is named on the command line and in scores.
+      convert: a row of a file to an example, or None.
+      prompt: an example, and the completions of the turns before, to the text of the next prompt.
+      score: an example and the completion of its last turn to the verdict.
+      max_new_tokens: of a completion, at most.
+      stop: texts before which a completion ends.
       turns: how often the model is asked.
-      runs_code: scoring runs what the model wrote.
-      judged: there are no right answers, and a judge has to score them.
+      runs_code: `score` runs what the model wrote (see `sandbox/runner.py`), which the user has to
+        allow.
+      judged: there are no right answers, and a judge has to score them: `Outcome.right` is None.
     """
 
     name: str

@@ -61,10 +61,21 @@ class Ending:
 
 
 def run_program(source: str, limits: Limits = Limits()) -> Ending:
-    """Run Python source.
+    """Run Python source in a process of its own and wait until it has ended.
+
+    The program passes only if it ran to its end: the child then prints a secret that the program
+    is not told, so that a program can't claim by leaving early that it passed. It starts in an
+    empty folder, the only place where it may write, without arguments, input or this user's
+    environment; the folder, the process and what it started are gone when this returns. A program
+    that exceeds a limit has not passed, and `reason` says which. Several may be run at once, from
+    threads.
+
+    Args:
+      source: of a whole program, in UTF-8.
+      limits: of the program, not of the interpreter's start.
 
     Raises:
-      InputError: no process with these limits can be had here.
+      InputError: no process with these limits can be started here.
     """
     with tempfile.TemporaryDirectory(prefix="droplora-", ignore_cleanup_errors=True) as name:
         outer = Path(name)
