@@ -195,7 +195,7 @@ def test_a_tokenizer_without_an_end(refused, copy, tmp_path):
         ({"optim": {"warmup_steps": 12}}, "optim.warmup_steps=12: must be below the run's 12"),
         ({"mesh": {"data": 3}}, "mesh data=3 x fsdp=-1 does not match the 8 device(s)"),
         ({"mesh": {"fsdp": 4}}, "mesh fsdp=4 does not match the 8 device(s)"),
-        ({"train": {"micro_batch": 5}}, "global_batch=16 is not divisible by train.micro_batch=5"),
+        ({"train": {"micro_batch": 5}}, "train.global_batch=16 is not divisible by micro_batch=5"),
         ({"train": {"micro_batch": 4}}, "train.micro_batch=4 is not divisible by the 8 parts"),
         (
             {"train": {"global_batch": 12, "micro_batch": ...}},
