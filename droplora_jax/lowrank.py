@@ -12,7 +12,6 @@ Letters: `B` batch rows, `T` positions, `R` rank, `I` / `O` a layer's input / ou
 from __future__ import annotations
 
 import itertools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from droplora_jax.core import einsum
-
-Granularity = Literal["token", "sequence", "step"]
-Sampler = Literal["bernoulli", "exact"]
-
-
-def kept_ranks(rank: int, drop_rate: float) -> int:
-    """How many ranks the `exact` sampler keeps: round((1 - p) * R)."""
-    return round((1.0 - drop_rate) * rank)
+from droplora_jax.core.mask_options import Granularity, Sampler, kept_ranks
 
 
 @jax.named_scope("mask")

@@ -12,9 +12,9 @@ import torch
 from oracles import relative, torch_lowrank
 
 from droplora_jax.core import prng
+from droplora_jax.core.mask_options import kept_ranks
 from droplora_jax.lowrank import (
     compress,
-    kept_ranks,
     lowrank_delta,
     merged_kernel,
     rank_mask,

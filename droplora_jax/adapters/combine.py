@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from droplora_jax.adapters.config import Branch
-from droplora_jax.adapters.dora import DoRALinear
+from droplora_jax.adapters.dora_layer import DoRALinear
 from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.adapters.droplora_layer import DropLoRALinear
 from droplora_jax.adapters.fully_trained import wholes_of
 from droplora_jax.adapters.low_rank import LowRankLinear
 from droplora_jax.adapters.surgery import adapters_of, view
@@ -149,7 +150,7 @@ def _summed(
 ) -> LowRankLinear:
     """The layer of one path: every layer of its stack with the ranks of all the others'."""
     branches = tuple(Branch(rank, float(rank), float(rank > 0)) for rank in ranks)
-    layer = config.linear()(base, parts[0][0].spec, config, branches, "later")
+    layer = DropLoRALinear(base, parts[0][0].spec, config, branches, "later")
     filled = {}
     for index, name in enumerate(("lora_a", "lora_b")):
         like = getattr(layer, name).get_value()

@@ -1,26 +1,11 @@
-"""DoRA with dropped ranks: direction and magnitude of the kernel's columns trained apart."""
+"""The options of DoRA with dropped ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array
-
-from droplora_jax.adapters import base, layout
-from droplora_jax.adapters.config import Branch
-from droplora_jax.adapters.droplora import DropLoRA, DropLoRALinear
-from droplora_jax.adapters.low_rank import LowRankLinear
-from droplora_jax.core import einsum
-from droplora_jax.core.errors import InputError
-from droplora_jax.nn import ops
-from droplora_jax.nn.linear_spec import LinearSpec
-from droplora_jax.nn.quantized_kernel import Quantized, dense
+from droplora_jax.adapters.droplora import DropLoRA
 
 
 @dataclass(frozen=True)
@@ -28,133 +13,15 @@ class DoRA(DropLoRA):
     """`DropLoRA` whose kernel is rescaled column by column (arXiv 2402.09353); the same options.
 
     The mask drops ranks of the branch; the columns' norm is that of the kernel without a mask.
+
+    >>> import jax.numpy as jnp, droplora_jax as dl
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+    >>> config = dl.DoRA(rank=2, targets="all-linear")
+    >>> dl.inject(model, config, key=dl.root_key(0)).layers[0].magnitude.shape
+    (5,)
     """
+
+    layer: ClassVar[str] = "droplora_jax.adapters.dora_layer:DoRALinear"
 
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
-
-    def linear(self) -> type[LowRankLinear]:
-        return DoRALinear
-
-
-class DoRALinear(DropLoRALinear):
-    """`y = g * (x @ W + scale * ((x @ A) * m) @ B) + bias`, g = magnitude / ||W + scale * A @ B||.
-
-    The norm, over a column's inputs, is a constant to the gradient (section 4.3 of the paper).
-    `magnitude` [*stack, *out] starts as the norm of W, so the model is unchanged at first.
-    """
-
-    def __init__(
-        self,
-        layer: nnx.Module,
-        spec: LinearSpec,
-        config: DropLoRA,
-        branches: tuple[Branch, ...],
-        key: base.InitKey,
-    ) -> None:
-        if spec.tied:
-            raise InputError(
-                "adapter.kind='dora': this model's head is its embedding (tie_word_embeddings), "
-                "and columns of one are rows of the other, so it has no magnitude for both; leave "
-                "embed out of adapter.targets, or take another kind"
-            )
-        super().__init__(layer, spec, config, branches, key)
-        kernel = self.base_kernel.get_value()
-        letters = _columns(spec)
-        sharding = layout.letters_sharding(kernel, spec, letters)
-        if base.is_abstract(kernel) or not isinstance(key, jax.Array):
-            shape = layout.letters_shape(kernel, spec, letters)
-            self.magnitude = nnx.LoRAParam(
-                layout.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
-            )
-        else:
-            norm = layout.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
-            self.magnitude = nnx.LoRAParam(norm)
-
-    def ending(self) -> Callable[[Array, Array], Array]:
-        delta = self.delta()
-        gain = _beside_outputs(self._gain(self._norm_of_sum()), self.spec)
-        bias = getattr(self.base, "bias", None)
-
-        def end(y: Array, h: Array) -> Array:
-            own = y if bias is None else ops.plus(y, -bias[...])
-            less_one = (gain.astype(y.dtype) - 1).astype(gain.dtype)
-            return y + ops.times(own, less_one) + ops.times(delta(h), gain)
-
-        return end
-
-    def stored(self) -> dict[str, Array]:
-        return {**super().stored(), "magnitude": self.magnitude[...]}
-
-    def fill(self, stored: Mapping[str, Array]) -> None:
-        super().fill(stored)
-        self.magnitude = nnx.LoRAParam(stored["magnitude"])
-
-    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
-        merged = super().merged_kernel(kernel, index)
-        gain = self._gain(_norm(merged, self.spec), index)
-        letters = self.spec.kernel
-        product = f"...{letters},...{_columns(self.spec)}->...{letters}"
-        return jnp.einsum(product, merged, gain)
-
-    def _gain(self, norm: Array, index: tuple[Any, ...] = ()) -> Array:
-        gain = self.magnitude[index or ...] / norm
-        if self.ranks is None:
-            return gain
-        # A layer of the stack without a branch is left as it is.
-        ranks = self.ranks[index or ...]
-        there = ranks.reshape(ranks.shape + (1,) * len(_columns(self.spec))) > 0
-        return jnp.where(there, gain, 1.0)
-
-    def _norm_of_sum(self) -> Array:
-        """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
-        spec = self.spec
-        w, a, b = jax.lax.stop_gradient((self.dense_kernel(), *self.factors()))
-        columns, other = _columns(spec), "z"
-        b = b * self._scale()
-        aw = einsum.einsum_f32(f"{spec.a},{spec.kernel}->{spec.b}", a.astype(w.dtype), w)
-        aa = jnp.einsum(
-            f"{spec.a},{spec.a.replace(spec.rank, other)}->{spec.batched}{spec.rank}{other}", a, a
-        )
-        ab = jnp.einsum(
-            f"{spec.batched}{spec.rank}{other},{spec.b.replace(spec.rank, other)}->{spec.b}", aa, b
-        )
-        cross = jnp.einsum(f"{spec.b},{spec.b}->{columns}", 2 * aw + ab, b)
-        return jnp.sqrt(_squares(w, spec) + cross)
-
-
-def _columns(spec: LinearSpec) -> str:
-    """The letters of a kernel that are not summed over."""
-    return "".join(c for c in spec.kernel if c not in spec.contracted)
-
-
-def _beside_outputs(gain: Array, spec: LinearSpec) -> Array:
-    """A number for every column, to multiply the layer's outputs.
-
-    (A product of arrays, not an einsum: for the gradient of that XLA's partitioner of jax 0.10 adds
-    up wrong parts on a mesh that splits rows in two ways and outputs in a third.)
-    """
-    letters = spec.outputs.rpartition("...")[2]
-    columns = _columns(spec)
-    ordered = jnp.einsum(f"{columns}->{''.join(c for c in letters if c in columns)}", gain)
-    sizes = iter(ordered.shape)
-    return ordered.reshape([next(sizes) if c in columns else 1 for c in letters])
-
-
-def _squares(kernel: Array, spec: LinearSpec) -> Array:
-    axes = tuple(spec.kernel.index(c) - len(spec.kernel) for c in spec.contracted)
-    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
-
-
-def _norms(kernel: Array | Quantized, spec: LinearSpec) -> Array:
-    """Of a stack, layer after layer, so that no more than one is an array if it is quantised."""
-
-    def norm(kernel: Array | Quantized) -> Array:
-        return _norm(dense(kernel), spec)
-
-    for _ in spec.stack(kernel):
-        norm = partial(jax.lax.map, norm)
-    return norm(kernel)
-
-
-def _norm(kernel: Array, spec: LinearSpec) -> Array:
-    return jnp.sqrt(_squares(kernel, spec))

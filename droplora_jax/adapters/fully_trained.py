@@ -43,18 +43,16 @@ def train_whole(
         chosen = [path for path in parameters if matches(pattern, [dotted(path)])]
         if not chosen:
             there = ", ".join(map(dotted, parameters))
-            raise InputError(
-                f"adapter.train_whole={pattern!r} matches no parameter; there are {there}"
-            )
+            raise InputError(f"train_whole={pattern!r} matches no parameter; there are {there}")
         for path in chosen:
             if path in kernels:
                 raise InputError(
-                    f"adapter.train_whole={pattern!r} matches {dotted(path)}, which has an "
+                    f"train_whole={pattern!r} matches {dotted(path)}, which has an "
                     "adapter: exclude it there, or train it whole no more"
                 )
             if isinstance(parameters[path].get_value(), Quantized):
                 raise InputError(
-                    f"adapter.train_whole={pattern!r} matches {dotted(path)}, which is quantised: "
+                    f"train_whole={pattern!r} matches {dotted(path)}, which is quantised: "
                     f"give {dotted(path[:-1])} the kind none in model.quantize_pattern"
                 )
             set_at(model, path, _whole(parameters[path], abstract))

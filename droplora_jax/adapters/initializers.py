@@ -9,18 +9,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from droplora_jax.adapters.config import FROM_KERNEL, Init
 from droplora_jax.adapters.layout import factor_shapes
 from droplora_jax.core import prng
 from droplora_jax.nn.linear_spec import LinearSpec
 from droplora_jax.nn.quantized_kernel import Quantized, dense
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "milora", "olora"]
 Factors = tuple[Float[Array, "G I R"], Float[Array, "G R O"]]
 
 _exact = jax.lax.Precision.HIGHEST  # on a TPU a float32 product would run in bfloat16 passes
@@ -47,7 +47,7 @@ def first_factors(
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     rank = max(branch.rank for branch in branches)
     a_shape, b_shape = factor_shapes(like, spec, rank)
-    if key is None or (init in OF_KERNEL and kernel is None):
+    if key is None or (init in FROM_KERNEL and kernel is None):
         return jnp.zeros(a_shape), jnp.zeros(b_shape)
     stack = spec.stack(like)
     sizes = dict(zip(spec.kernel, shape[len(stack) :], strict=True))
@@ -66,7 +66,7 @@ def first_factors(
     keys = prng.fold_stack(key, stack).reshape(-1)
     ranks = jnp.asarray([branch.rank for branch in branches], jnp.int32)
     scales = jnp.asarray([branch.scale for branch in branches], jnp.float32)
-    if init in OF_KERNEL:
+    if init in FROM_KERNEL:
         order = spec.batched + spec.contracted + spec.produced
         kernels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), kernel)
 
@@ -153,4 +153,3 @@ INITS: Mapping[Init, Callable[..., Factors]] = MappingProxyType(
         "olora": _olora,
     }
 )
-OF_KERNEL = frozenset({"pissa", "milora", "olora"})  # whose branch is measured from its start

@@ -1,20 +1,11 @@
-"""Learned masks: which ranks a branch keeps is trained with it."""
+"""The options of learned masks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float
-
-from droplora_jax import lowrank
-from droplora_jax.adapters import base, layout
-from droplora_jax.adapters.config import Branch, LowRank
-from droplora_jax.adapters.low_rank import LowRankLinear
-from droplora_jax.nn.linear_spec import LinearSpec
+from droplora_jax.adapters.config import LowRank
 
 
 @dataclass(frozen=True)
@@ -23,49 +14,12 @@ class Learned(LowRank):
 
     The dynamic pruning of the authors of arXiv 2508.17337, but training, evaluation, merge and
     export are one function. Nothing is random, so it has no `drop_rate`.
+
+    >>> import droplora_jax as dl
+    >>> dl.Learned(rank=16).kind
+    'learned'
     """
+
+    layer: ClassVar[str] = "droplora_jax.adapters.learned_layer:LearnedLinear"
 
     kind: Literal["learned"] = "learned"  # type: ignore[assignment]
-
-    def linear(self) -> type[LowRankLinear]:
-        return LearnedLinear
-
-
-class LearnedLinear(LowRankLinear):
-    """`y = base(x) + scale * ((x @ A) * m) @ B`, m from `mask_logits` [*stack, R].
-
-    Their gradient passes the threshold as if it were not there, but for the sigmoid.
-    """
-
-    def __init__(
-        self,
-        layer: nnx.Module,
-        spec: LinearSpec,
-        config: Learned,
-        branches: tuple[Branch, ...],
-        key: base.InitKey,
-    ) -> None:
-        super().__init__(layer, spec, config, branches, key)
-        kernel = self.base_kernel.get_value()
-        shape = (*spec.stack(kernel), self.rank)
-        sharding = layout.letters_sharding(kernel, spec, spec.rank)
-        self.mask_logits = nnx.LoRAParam(
-            layout.place(lambda: jnp.zeros(shape), sharding, abstract=self.abstract)
-        )
-
-    def mask(self, h: Array) -> Array:
-        ranks = None if self.ranks is None else self.ranks[...]
-        return lowrank.learned_mask(self.mask_logits[...], ranks)
-
-    def fill(self, stored: Mapping[str, Array]) -> None:
-        """As `LowRankLinear.fill`, with every rank kept: what was not kept is zero in B."""
-        super().fill(stored)
-        self.mask_logits = nnx.LoRAParam(jnp.zeros_like(self.mask_logits[...]))
-
-    def evaluated_b(self, index: tuple[Any, ...] = ()) -> Float[Array, "..."]:
-        """B with the mask in it, so that any tool for LoRA computes the same."""
-        b = super().evaluated_b(index)
-        ranks = None if self.ranks is None else self.ranks[index or ...]
-        mask = lowrank.learned_mask(self.mask_logits[index or ...], ranks)
-        letters = self.spec.b
-        return jnp.einsum(f"...{letters},...{self.spec.rank}->...{letters}", b, mask)

@@ -14,10 +14,11 @@ from jaxtyping import Array
 
 from droplora_jax import lowrank
 from droplora_jax.adapters import base, initializers, layout
-from droplora_jax.adapters.config import Branch
+from droplora_jax.adapters.config import FROM_KERNEL, Branch, LowRank
 from droplora_jax.core import prng
 from droplora_jax.nn import ops
-from droplora_jax.nn.linear_spec import LinearSpec, linear_spec
+from droplora_jax.nn.layer_paths import Path, layer_names
+from droplora_jax.nn.linear_spec import LinearSpec, linear_spec, stack_of
 from droplora_jax.nn.mask_keys import MaskKey, checked_rows
 
 
@@ -55,10 +56,25 @@ class LowRankLinear(base.Adapter):
         self.ranks = self.per_layer([b.rank for b in branches], "int32")
         a, b = self._first_factors(key)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
-        measured = config.init in initializers.OF_KERNEL
+        measured = config.init in FROM_KERNEL
         self.first_a = self._initial(a) if measured else None
         self.first_b = self._initial(b) if measured else None
         self.input_key = self.mask_key_of("token") if config.input_dropout else None
+
+    @classmethod
+    def beside(
+        cls,
+        layer: nnx.Module,
+        spec: LinearSpec,
+        config: LowRank,
+        path: Path,
+        key: base.InitKey,
+        chosen: Sequence[bool] | None = None,
+    ) -> LowRankLinear:
+        """The layer of a configuration beside the linear layer at a path of a model."""
+        branches = config.branches(layer_names(path, stack_of(layer)), chosen)
+        layer_key = prng.fold_path(key, path) if isinstance(key, jax.Array) else key
+        return cls(layer, spec, config, branches, layer_key)
 
     def _initial(self, factor: Any) -> Initial:
         """A factor as the branch starts, in memory that no step writes over; or its shape."""

@@ -138,8 +138,8 @@ def draw(
 def _everywhere(share: Any, variable: DropShare) -> Array:
     if share is None:
         raise InputError(
-            "the drop rates change over the run (adapter.drop_schedule): pass share=, what of them "
-            "this step has, which is config.share(steps)(step) of the adapters' config"
+            "the drop rates change over the run (drop_schedule, drop_warmup_steps): pass share=, "
+            "the share of them at this step, config.share(steps)(step) of the adapters' config"
         )
     return jnp.broadcast_to(jnp.asarray(share, jnp.float32), variable.get_value().shape)
 

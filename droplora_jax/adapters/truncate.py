@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from droplora_jax import lowrank
 from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.low_rank import LowRankLinear
 from droplora_jax.adapters.spectrum import singular_values, truncate
 from droplora_jax.adapters.surgery import adapters_of, view
 from droplora_jax.core.errors import InputError
+from droplora_jax.core.mask_options import kept_ranks
 from droplora_jax.nn.layer_paths import Path, layer_names
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -73,7 +73,7 @@ def truncated(model: Model, rank: int) -> tuple[Model, Truncation]:
         if not isinstance(node, LowRankLinear):
             return node
         branches = tuple(Branch(rank * there, float(rank), 1.0 * there) for there in node.adapted)
-        layer = smaller.linear()(node.base, node.spec, smaller, branches, "later")
+        layer = type(node)(node.base, node.spec, smaller, branches, "later")
         factors = [np.zeros(p.shape, np.float32) for p in (layer.lora_a, layer.lora_b)]
         of_layers = [_by_layer(factor) for factor in factors]
         for i, (a_IR, b_RO) in branches_of(node).items():
@@ -117,6 +117,6 @@ def _without_exact(config: Any, rank: int) -> Any:
     """A configuration that may have this rank: `exact` where it still keeps some of it."""
     if isinstance(config, DropLoRA) and config.sampler == "exact":
         rates = [config.drop_rate, *config.drop_rate_pattern.values()]
-        if lowrank.kept_ranks(rank, max(rates)) < 1:
+        if kept_ranks(rank, max(rates)) < 1:
             return replace(config, sampler="bernoulli")
     return config

@@ -25,7 +25,7 @@ def quantized_shapes(model: Model, quantization: Quantization) -> Model:
         dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Linear)
     }
     names = {(path,): [(path,)] for path in layers}
-    check_patterns({"quantize_pattern": tuple(quantization.pattern)}, names, section="model")
+    check_patterns({"model.quantize_pattern": tuple(quantization.pattern)}, names)
     for path, layer in layers.items():
         kind = quantization.of(path)
         if kind != "none":

@@ -80,12 +80,11 @@ def select(
 def check_patterns(
     patterns: Mapping[str, Sequence[str]],
     names: Mapping[Path, Sequence[tuple[str, ...]]],
-    section: str = "adapter",
 ) -> None:
-    """Raise InputError unless each pattern of a section's options is one, and matches something."""
+    """Raise InputError unless each pattern of the options is one, and matches something."""
     for option, given in patterns.items():
         for pattern in given:
-            where = f"{section}.{option}={pattern!r}"
+            where = f"{option}={pattern!r}"
             try:
                 re.compile(pattern)
             except re.error as error:

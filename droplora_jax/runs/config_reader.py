@@ -124,7 +124,6 @@ def _messages(
         key = ".".join(path)
         if mistake["type"] == "value_error":  # a dataclass has checked its fields
             for problem in mistake["ctx"]["error"].within(key).problems:
-                problem = problem.replace(f"{key}.{key}.", f"{key}.", 1)  # TEMP
                 rules[f"{where(problem.partition('=')[0])}: {problem}"] = []
         elif not any(path == other[: len(path)] and len(path) < len(other) for other in paths):
             start = f"{where(key)}: {key}{_shown(mistake)}"

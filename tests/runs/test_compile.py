@@ -17,7 +17,8 @@ from rich.console import Console
 from run_fixtures import factors, metrics, process, write_run
 
 from droplora_jax import cli
-from droplora_jax.adapters.initializers import INITS, OF_KERNEL
+from droplora_jax.adapters.config import FROM_KERNEL
+from droplora_jax.adapters.initializers import INITS
 from droplora_jax.adapters.surgery import split
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
@@ -70,7 +71,7 @@ def test_a_start_from_the_kernel_is_trained_resumed_and_planned(
     base, tmp_path, droplora, init, quantize
 ):
     """And the initial branch is still subtracted after resuming, in the same bits."""
-    assert {"pissa", "milora", "olora"} == OF_KERNEL
+    assert {"pissa", "milora", "olora"} == FROM_KERNEL
     sections = {
         "adapter": {"init": init},
         "model": {"quantize": quantize, "quantize_tile": 16},

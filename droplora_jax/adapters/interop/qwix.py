@@ -23,6 +23,7 @@ from droplora_jax import lowrank
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.core import prng
 from droplora_jax.core.errors import InputError
+from droplora_jax.core.mask_options import Granularity, Sampler
 from droplora_jax.nn.linear_spec import LinearSpec
 from droplora_jax.nn.mask_keys import MaskKey, checked_rows
 
@@ -43,8 +44,8 @@ class DropLoraRule(lora.LoraRule):
     """
 
     drop_rate: float = 0.5
-    granularity: lowrank.Granularity = "token"
-    sampler: lowrank.Sampler = "bernoulli"
+    granularity: Granularity = "token"
+    sampler: Sampler = "bernoulli"
     rescale: bool = True
 
     def __post_init__(self) -> None:

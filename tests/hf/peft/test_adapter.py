@@ -253,14 +253,14 @@ def test_the_initial_a_depends_on_seed_and_path_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, r"adapter\.rank=0"),
-        ({"alpha": 0.0}, r"adapter\.alpha=0\.0"),
-        ({"alpha": -1.0}, r"adapter\.alpha=-1\.0"),
-        ({"alpha": float("inf")}, r"adapter\.alpha=inf"),
-        ({"alpha": float("nan")}, r"adapter\.alpha=nan"),
-        ({"drop_rate": 1.0}, r"adapter\.drop_rate=1\.0"),
-        ({"drop_rate": -0.1}, r"adapter\.drop_rate=-0\.1"),
-        ({"drop_rate": float("nan")}, r"adapter\.drop_rate=nan"),
+        ({"rank": 0}, r"rank=0"),
+        ({"alpha": 0.0}, r"alpha=0\.0"),
+        ({"alpha": -1.0}, r"alpha=-1\.0"),
+        ({"alpha": float("inf")}, r"alpha=inf"),
+        ({"alpha": float("nan")}, r"alpha=nan"),
+        ({"drop_rate": 1.0}, r"drop_rate=1\.0"),
+        ({"drop_rate": -0.1}, r"drop_rate=-0\.1"),
+        ({"drop_rate": float("nan")}, r"drop_rate=nan"),
         ({"rank": 2, "drop_rate": 0.9, "sampler": "exact"}, r"drop_rate=0\.9.*no rank of 2"),
     ],
 )
@@ -337,8 +337,8 @@ def test_ranks_and_scales_by_pattern():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_pattern": {"q": 0}}, r"adapter\.rank_pattern\.q=0: must be at least 1"),
-        ({"alpha_pattern": {"q": -1.0}}, r"adapter\.alpha_pattern\.q=-1\.0: must be a positive"),
+        ({"rank_pattern": {"q": 0}}, r"rank_pattern\.q=0: must be at least 1"),
+        ({"alpha_pattern": {"q": -1.0}}, r"alpha_pattern\.q=-1\.0: must be a positive"),
         ({"rank_pattern": {"q": 1}, "sampler": "exact"}, "keeps no rank of 1"),
     ],
 )
