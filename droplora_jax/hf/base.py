@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from droplora_jax.data.templates.base import Tokenizer
 from droplora_jax.hf import source
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.weights import abstract_model, read_weights
@@ -60,7 +60,7 @@ class Base:
         return cls(folder, family, shape, source.source_of(path, folder))
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The Hugging Face tokenizer, loaded when it is first asked for."""
         return load_tokenizer(self.folder)
 

@@ -38,6 +38,12 @@ def load(
 
     Raises:
       InputError: a folder, key or tensor that is missing, broken or not supported.
+
+    >>> import droplora_jax as dl
+    >>> from droplora_jax.commands.quickstart import BASE  # a small model in the package
+    >>> model = dl.load(BASE, dtype=jnp.float32)
+    >>> model(jnp.ones((1, 4), jnp.int32)).shape  # tokens [B, T] to logits [B, T, V]
+    (1, 4, 259)
     """
     quantization = quantize if isinstance(quantize, Quantization) else Quantization(quantize)
     base = Base.open(path, revision, ignore_config_keys)

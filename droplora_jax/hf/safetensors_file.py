@@ -51,7 +51,7 @@ class ByteRanges(Protocol):
     @property
     def size(self) -> int: ...
 
-    def range(self, start: int, stop: int) -> Any:
+    def range(self, start: int, stop: int) -> bytes | memoryview:
         """The bytes from `start` to `stop`, as a buffer."""
         ...
 
@@ -159,7 +159,7 @@ def _read_header(content: ByteRanges, name: str) -> dict[str, Entry]:
     return ordered
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]

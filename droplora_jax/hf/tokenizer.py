@@ -6,16 +6,16 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import read_json
+from droplora_jax.data.templates.base import Tokenizer
 
 # Classes that add nothing to what `tokenizer.json` says.
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The Hugging Face tokenizer in a folder.
 
     Raises:

@@ -26,6 +26,7 @@ from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import Layer, run_layers
 from droplora_jax.models.parameters import TensorName
 from droplora_jax.nn import ops, rope
+from droplora_jax.nn.layer_paths import Path as ModulePath
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
@@ -141,9 +142,9 @@ def _filled(
     layer: int | None,
     names: Mapping[str, TensorName],
     read: Read,
-    path: tuple[Any, ...],
-    variable: Any,
-) -> Any:
+    path: ModulePath,
+    variable: nnx.Variable,
+) -> nnx.Variable:
     """Fill one variable of a layer, or of a module outside the stack.
 
     Adapter state is sliced from the model; base weights come from `read`.

@@ -7,7 +7,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.parameters import LOGICAL_AXES, TensorName
 from droplora_jax.models.quantization import quantized_shapes
+from droplora_jax.nn.layer_paths import Path as ModulePath
 from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.options import Quantization
 from droplora_jax.nn.quantized_kernel import Quantized, with_layer
@@ -44,8 +44,8 @@ def abstract_model(
     if quantization is not None:
         model = quantized_shapes(model, quantization)
 
-    def place(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
-        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(path: ModulePath, parameter: nnx.Variable) -> nnx.Variable:
+        def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             sharding = named_sharding(mesh, LOGICAL_AXES[dotted(path)], leaf.shape)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -58,7 +58,7 @@ def abstract_model(
     return nnx.merge(graphdef, nnx.map_state(place, state))
 
 
-def _without_width(path: tuple[Any, ...], stack: Quantized) -> NamedSharding:
+def _without_width(path: ModulePath, stack: Quantized) -> NamedSharding:
     """Where a layer of a stack lies when what is split over `width` is gathered."""
     _, *spec = stack.sharding.spec
     _, *axes = LOGICAL_AXES[dotted(path)]
@@ -78,7 +78,7 @@ def read_weights(folder: Path, model: Decoder) -> Decoder:
     graphdef, state = nnx.split(model)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def read(path: tuple[Any, ...], parameter: nnx.Variable) -> nnx.Variable:
+        def read(path: ModulePath, parameter: nnx.Variable) -> nnx.Variable:
             leaf = parameter.get_value()
             of_kind = _read_quantized if isinstance(leaf, Quantized) else _read_sharded
             return parameter.replace(of_kind(weights, names[dotted(path)], leaf, pool.map))
@@ -119,7 +119,9 @@ def check_tensors(weights: TensorFiles, folder: Path, model: Decoder) -> None:
             )
 
 
-def _read_sharded(weights: TensorFiles, name: TensorName, leaf: Any, each: Each) -> jax.Array:
+def _read_sharded(
+    weights: TensorFiles, name: TensorName, leaf: jax.ShapeDtypeStruct, each: Each
+) -> jax.Array:
     """A parameter on its devices, one device's part in host memory at a time."""
     parts = []
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():

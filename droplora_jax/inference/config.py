@@ -20,6 +20,13 @@ class Sampling:
         (arXiv 1904.09751).
       stop: texts before which a completion ends.
       seed: with the row's index it determines what is drawn; the batch does not matter.
+
+    >>> Sampling(max_new_tokens=32, stop=("###",)).temperature  # greedy
+    0.0
+    >>> Sampling(top_p=0.9)
+    Traceback (most recent call last):
+    droplora_jax.core.errors.InputError: top_k=None, top_p=0.9: nothing is drawn at temperature 0; \
+    set a temperature, such as 1
     """
 
     max_new_tokens: int = 256

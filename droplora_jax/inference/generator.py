@@ -9,8 +9,6 @@ Letters: `B` batch, `P` position of a prompt, `N` new token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -19,7 +17,7 @@ from droplora_jax.core import distributed, prng
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
 from droplora_jax.core.sharding import RULES, axis_size, put
-from droplora_jax.data.templates.base import Document, Piece, shared_prefix
+from droplora_jax.data.templates.base import Document, Piece, Tokenizer, shared_prefix
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.hf import source
 from droplora_jax.inference.config import Sampling
@@ -40,7 +38,7 @@ class Generator:
     def __init__(
         self,
         model: Decoder,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         batch_size: int = 8,
         options: StepOptions = StepOptions(),
@@ -209,14 +207,16 @@ class Generator:
     def _text(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """What the new tokens add to the prompt's text; how it begins depends on what is there."""
         tail = list(prompt[-TAIL:])
-        to_text = partial(
-            self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        before, after = self._decoded(tail), self._decoded([*tail, *new])
+        return after[shared_prefix(before, after) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-        before, whole = to_text(tail), to_text([*tail, *new])
-        return whole[shared_prefix(before, whole) :]
 
 
-def ending_ids(model: Decoder, tokenizer: Any) -> frozenset[int]:
+def ending_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that end a completion.
 
     The tokenizer's EOS, and those that the folder of the weights names (`generation_config.json`,
@@ -233,7 +233,7 @@ def ending_ids(model: Decoder, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _eos_of(config: Mapping[str, Any]) -> set[int]:
+def _eos_of(config: Mapping[str, int | list[int] | None]) -> set[int]:
     given = config.get("eos_token_id")
     return set() if given is None else set(given) if isinstance(given, list) else {given}
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from droplora_jax.core.distributed import to_host
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import put
-from droplora_jax.data.templates.base import Document, Piece
+from droplora_jax.data.templates.base import Document, Piece, Tokenizer
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.generator import Generator, bucket
@@ -51,7 +51,7 @@ T = TypeVar("T")
 class HarnessModel(TemplateLM):
     """A model as lm-evaluation-harness asks it: log-likelihoods, and completions."""
 
-    def __init__(self, model: Decoder, tokenizer: Any, *, batch_size: int = 8) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 8) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = model.config.max_positions
@@ -79,15 +79,16 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return str(text)  # as `tokenize=False` gives it
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
         """Token ids; by default with what the tokenizer puts before a text, and nothing behind."""
         if add_special_tokens is False:
@@ -95,7 +96,7 @@ class HarnessModel(TemplateLM):
         return encode_prompts([Document((Piece(string, False),))], self.tokenizer)[0]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
     ) -> list[Scored]:
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
@@ -108,7 +109,7 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, result)
         return scored
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], **kwargs: Any) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], **kwargs: object) -> list[float]:
         """Of whole texts; what is too long for the model at once, in windows."""
         totals = []
         for request in requests:
@@ -122,7 +123,7 @@ class HarnessModel(TemplateLM):
             totals.append(total)
         return totals
 
-    def generate_until(self, requests: Sequence[Any], **kwargs: Any) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], **kwargs: object) -> list[str]:
         groups: defaultdict[Sampling, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[_sampling(request.args[1])].append(i)
@@ -154,7 +155,7 @@ class HarnessModel(TemplateLM):
             done.update(zip(places, work([items[i] for i in places]), strict=True))
         return [done[i] for i in range(len(items))]
 
-    def _score(self, batch: Sequence[tuple[Any, list[int], list[int]]]) -> list[Scored]:
+    def _score(self, batch: Sequence[tuple[object, list[int], list[int]]]) -> list[Scored]:
         """The continuations' log-likelihoods, and whether greedy decoding would give them."""
         rows = [
             (context + continuation)[-self.max_length - 1 :] for _, context, continuation in batch
@@ -175,8 +176,8 @@ class HarnessModel(TemplateLM):
 
 @partial(jax.jit, static_argnames="graphdef")
 def continuation_scores(
-    graphdef: Any,
-    state: Any,
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
     tokens_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
     targets_BT: Int[Array, "B T"],

@@ -13,6 +13,7 @@ from droplora_jax.data.data_file import local
 NEXT_INSTRUCTION = "### Instruction:"
 ANSWER = "The answer is:"
 
+Record = Mapping[str, Any]  # a row of a task's file
 Example = Mapping[str, Any]  # what a task made of a row; its `id` says which it is
 
 
@@ -62,7 +63,7 @@ class Task:
     """
 
     name: str
-    convert: Callable[[Mapping[str, Any]], Example | None]
+    convert: Callable[[Record], Example | None]
     prompt: Callable[[Example, Sequence[str]], str]
     score: Callable[[Example, str], Outcome]
     max_new_tokens: int

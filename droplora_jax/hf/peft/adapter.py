@@ -23,7 +23,14 @@ from droplora_jax.adapters.surgery import adapters_of, inject, view
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, read_json, write_json
-from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, check_fields, peft_config, vllm_limits
+from droplora_jax.hf.peft.config import (
+    PEFT_FILE,
+    PeftFields,
+    branch_of,
+    check_fields,
+    peft_config,
+    vllm_limits,
+)
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
 from droplora_jax.hf.peft.names import BaseNames
@@ -40,7 +47,7 @@ def save_adapter(
     model: Decoder,
     folder: str | Path,
     *,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     replace: bool = False,
 ) -> list[str]:
     """Write the adapters as a PEFT folder, in float32.
@@ -130,7 +137,9 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
     _check_scales(model, peft, folder)
     used: set[str] = set()
 
-    def filled(slot: Slot, like: Any, sharding: Any) -> jax.Array:
+    def filled(
+        slot: Slot, like: jax.Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.Array:
         used.update(slot.places)
         out = slot.filled(like.shape, tensors, folder / WEIGHTS_FILE)
         return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])
@@ -171,7 +180,7 @@ def adapter_config(shape: ModelConfig, folder: str | Path) -> LowRank:
     return _own_config(folder) or config_of_peft(shape, peft, tensors, folder / WEIGHTS_FILE)
 
 
-def _check_scales(model: Decoder, peft: Mapping[str, Any], folder: Path) -> None:
+def _check_scales(model: Decoder, peft: PeftFields, folder: Path) -> None:
     """Raise InputError where the factors would mean another function."""
     names = BaseNames(model.config)
     for path, adapter in _adapters(model).items():
@@ -195,7 +204,7 @@ def _adapters(model: Decoder) -> dict[str, LowRankLinear]:
     return adapters  # type: ignore[return-value]
 
 
-def _peft_config(model: Decoder, config: LowRank) -> dict[str, Any]:
+def _peft_config(model: Decoder, config: LowRank) -> PeftFields:
     adapters, names = _adapters(model), BaseNames(model.config)
     none = Branch(0, config.alpha, 0.0)
     branches = {
@@ -237,7 +246,7 @@ def _whole_fields(model: Decoder) -> dict[str, Any]:
     return {"bias": bias, "modules_to_save": ends or None}
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
+def _read(folder: Path) -> tuple[PeftFields, TensorFiles]:
     peft = read_json(folder / PEFT_FILE)
     check_fields(peft, folder / PEFT_FILE)
     return peft, open_file(folder / WEIGHTS_FILE)

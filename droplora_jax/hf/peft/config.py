@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from droplora_jax.adapters.config import Branch, LowRank, scale_of
 from droplora_jax.core.errors import InputError
+
+PeftFields = Mapping[str, Any]  # of an `adapter_config.json`
+Number = TypeVar("Number", int, float)
 
 PEFT_FILE = "adapter_config.json"
 
@@ -49,18 +52,18 @@ HARMLESS = frozenset(
         "task_type",
     }
 )
-# Any other field must say that its option is off, or have one of these values.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
+# A field that is not listed must say that its option is off, or have one of these values.
+ACCEPTED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", "all", "lora_only"),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-OFF: tuple[Any, ...] = (None, False, [], {})
+OFF: tuple[object, ...] = (None, False, [], {})
 ENDS = frozenset({"embed_tokens", "lm_head"})  # of a model, which may be tied
 REQUIRED = ("lora_alpha", "peft_type", "r")
 
 
-def check_fields(peft: Mapping[str, Any], file: Path) -> None:
+def check_fields(peft: PeftFields, file: Path) -> None:
     """Raise InputError for a field that is missing, of a wrong kind, or can't be represented."""
     for field in REQUIRED:
         if field not in peft:
@@ -72,35 +75,35 @@ def check_fields(peft: Mapping[str, Any], file: Path) -> None:
                 f"{file}: {field}={value!r} can't be represented; understood: "
                 f"{', '.join(map(repr, accepted))}"
             )
-    positive: dict[str, tuple[Any, Any]] = {
-        "r": (peft["r"], int),
+    positive: dict[str, tuple[Any, tuple[type, ...]]] = {
+        "r": (peft["r"], (int,)),
         "lora_alpha": (peft["lora_alpha"], (int, float)),
-        **{f"rank_pattern.{k}": (v, int) for k, v in (peft.get("rank_pattern") or {}).items()},
+        **{f"rank_pattern.{k}": (v, (int,)) for k, v in (peft.get("rank_pattern") or {}).items()},
         **{
             f"alpha_pattern.{k}": (v, (int, float))
             for k, v in (peft.get("alpha_pattern") or {}).items()
         },
     }
     for field, (value, kinds) in positive.items():
-        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+        if type(value) not in kinds or not value > 0:
             raise InputError(f"{file}: {field}={value!r}: must be a positive number")
 
 
-def branch_of(peft: Mapping[str, Any], module: str) -> Branch:
+def branch_of(peft: PeftFields, module: str) -> Branch:
     """Rank, alpha and scale of one module, by its full name."""
     rank = _by_pattern(peft.get("rank_pattern"), module, peft["r"])
     alpha = float(_by_pattern(peft.get("alpha_pattern"), module, peft["lora_alpha"]))
     return Branch(rank, alpha, scale_of(rank, alpha, bool(peft.get("use_rslora"))))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Number] | None, module: str, default: Number) -> Number:
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
-def is_target(peft: Mapping[str, Any], module: str) -> bool:
+def is_target(peft: PeftFields, module: str) -> bool:
     """Whether PEFT would adapt a module of this full name."""
     if _named(peft.get("exclude_modules"), module):
         return False
@@ -180,7 +183,7 @@ def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def vllm_limits(peft: Mapping[str, Any]) -> list[str]:
+def vllm_limits(peft: PeftFields) -> list[str]:
     """Why vLLM would not serve the adapter as it is: it knows one rank and alpha, A and B only."""
     targets = peft.get("target_modules") or ()
     names = (targets,) if isinstance(targets, str) else tuple(targets)

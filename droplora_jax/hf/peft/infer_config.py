@@ -10,14 +10,14 @@ from typing import Any
 from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.core.errors import InputError
-from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, is_target
+from droplora_jax.hf.peft.config import PEFT_FILE, PeftFields, branch_of, is_target
 from droplora_jax.hf.peft.names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key
 from droplora_jax.hf.shards import TensorFiles
 from droplora_jax.models.config import ModelConfig
 
 
 def config_of_peft(
-    shape: ModelConfig, peft: Mapping[str, Any], tensors: TensorFiles, file: Path
+    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path
 ) -> LowRank:
     """The LoRA or DoRA (`drop_rate=0`) that the tensors of `file` are, on a base of this shape.
 
@@ -43,7 +43,7 @@ def config_of_peft(
 
 
 def _branches(
-    shape: ModelConfig, peft: Mapping[str, Any], tensors: TensorFiles, file: Path
+    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path
 ) -> dict[str, dict[int, Branch]]:
     """The branches that the file holds, by path and layer."""
     names = BaseNames(shape)
@@ -79,7 +79,7 @@ def _branches(
 
 
 def _whole(
-    shape: ModelConfig, peft: Mapping[str, Any], tensors: TensorFiles, file: Path
+    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path
 ) -> tuple[str, ...]:
     """Patterns of the parameters that are trained whole."""
     names = BaseNames(shape)

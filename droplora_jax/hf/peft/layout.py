@@ -29,8 +29,9 @@ from droplora_jax.hf.peft.names import (
 )
 from droplora_jax.hf.shards import TensorFiles, open_folder
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.nn.layer_paths import Path as ModulePath
 
-Places = dict[str, tuple[int | None, tuple[Any, ...]]]
+Places = dict[str, tuple[int | None, tuple[slice | np.ndarray, ...]]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def slots_of(path: str, adapter: LowRankLinear, names: BaseNames) -> dict[str, S
     return slots
 
 
-def slot_of_whole(where: tuple[Any, ...], model: Decoder) -> Slot:
+def slot_of_whole(where: ModulePath, model: Decoder) -> Slot:
     """Where a parameter that is trained whole is."""
     path = base_path(where)
     name = BaseNames(model.config).table[path]

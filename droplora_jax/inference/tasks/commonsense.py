@@ -7,14 +7,13 @@ authors of DropLoRA feed them, the wrapped `instruction` and the answer as `outp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.data.formats.wrapped import is_wrapped
 from droplora_jax.data.templates import alpaca
-from droplora_jax.inference.task import Example, Outcome, Task
+from droplora_jax.inference.task import Example, Outcome, Record, Task
 
 
 def task(name: str, *answers: str) -> Task:
@@ -25,7 +24,7 @@ def task(name: str, *answers: str) -> Task:
         found = pattern.search(text)
         return found.group() if found else None
 
-    def convert(record: Mapping[str, Any]) -> Example:
+    def convert(record: Record) -> Example:
         key = "answer" if "answer" in record or "output" not in record else "output"
         answer = first(text_of(record, key))
         if answer is None:

@@ -6,20 +6,19 @@ A row has a `question` and an `answer` that ends with `#### 18`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.data.templates import alpaca
-from droplora_jax.inference.task import ANSWER, Example, Outcome, Task, after_last
+from droplora_jax.inference.task import ANSWER, Example, Outcome, Record, Task, after_last
 
 END = "####"
 NUMBER = re.compile(r"[-+]?(?:\d+(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?")
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Record) -> Example:
     answer = text_of(record, "answer")
     number = first_number(after_last(END, answer) or "")
     if number is None:

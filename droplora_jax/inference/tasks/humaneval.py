@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.inference.sandbox.runner import run_program
-from droplora_jax.inference.task import Example, Outcome, Task
+from droplora_jax.inference.task import Example, Outcome, Record, Task
 from droplora_jax.inference.tasks import code
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Record) -> Example:
     problem, name = text_of(record, "prompt"), text_of(record, "entry_point")
     if f"def {name}(" not in problem:
         raise InputError(f"prompt does not define the entry_point {name!r}")

@@ -7,17 +7,16 @@ as the authors of DropLoRA feed them, the wrapped `instruction` and the answer a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.data.formats.wrapped import is_wrapped
 from droplora_jax.data.templates import alpaca
-from droplora_jax.inference.task import ANSWER, Example, Outcome, Task, after_last
+from droplora_jax.inference.task import ANSWER, Example, Outcome, Record, Task, after_last
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Record) -> Example:
     if "problem" in record:
         instruction = text_of(record, "problem")
         key = "answer" if "answer" in record else "solution"

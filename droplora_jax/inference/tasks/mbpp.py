@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.inference.sandbox.runner import run_program
-from droplora_jax.inference.task import Example, Outcome, Task
+from droplora_jax.inference.task import Example, Outcome, Record, Task
 from droplora_jax.inference.tasks import code
 
 TEST_SET = range(11, 511)
 
 
-def convert(record: Mapping[str, Any]) -> Example | None:
+def convert(record: Record) -> Example | None:
     number = record.get("task_id")
     if not isinstance(number, int):
         raise InputError(f"task_id must be a number, is {number!r:.60}")
@@ -68,7 +67,7 @@ def called(tests: Sequence[str]) -> set[str]:
     return names
 
 
-def _lines(record: Mapping[str, Any], key: str) -> list[str]:
+def _lines(record: Record, key: str) -> list[str]:
     if key == "test_list" and key not in record:
         raise InputError(f"{key} is missing")
     value = record.get(key) or []

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.wrapped import TASK
-from droplora_jax.inference.task import Example, Outcome, Task
+from droplora_jax.inference.task import Example, Outcome, Record, Task
 
 TURNS = 2
 TURN = "### Instruction:\n{question}\n\n### Response:"
 
 
-def convert(record: Mapping[str, Any]) -> Example:
+def convert(record: Record) -> Example:
     for key in ("question_id", "turns"):
         if key not in record:
             raise InputError(f"{key} is missing")
@@ -41,8 +40,8 @@ def score(example: Example, completion: str) -> Outcome:
 
 
 def answers(
-    examples: Iterable[Example], rows: Iterable[Mapping[str, Any]], model_id: str
-) -> list[dict[str, Any]]:
+    examples: Iterable[Example], rows: Iterable[Record], model_id: str
+) -> list[dict[str, object]]:
     """The rows of a result as FastChat's judge reads them, one JSON object a question."""
     return [
         {
