@@ -44,6 +44,15 @@ def combine(models: Mapping[str, Model], weights: Mapping[str, float] | None = N
     Raises:
       InputError: a name or a weight that is none, models that do not share a base, or an adapter
         whose effect is no sum: DoRA, or parameters that are trained whole.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> both = dl.combine({"one": adapted, "other": adapted}, {"one": 1.0, "other": 0.5})
+    >>> both.layers[0].rank  # side by side
+    4
     """
     weights = dict.fromkeys(models, 1.0) if weights is None else weights
     _check(models, weights)

@@ -48,6 +48,17 @@ def inject(model: Model, config: AdapterConfig, *, key: InitKey) -> Model:
     Raises:
       InputError: a pattern that matches nothing (lists what there is), or a model that has
         adapters already.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> adapted.layers[0].rank, type(model.layers[0]).__name__  # the model itself is as it was
+    (2, 'Linear')
+    >>> x = jnp.ones((3, 4))
+    >>> bool(jnp.array_equal(adapted(x), model(x)))  # B is zero at first
+    True
     """
     if present := adapters_of(model):
         raise InputError(
@@ -73,7 +84,19 @@ def inject(model: Model, config: AdapterConfig, *, key: InitKey) -> Model:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
-    """`graphdef, adapters, mask_keys, frozen`: differentiate with respect to `adapters` only."""
+    """`graphdef, adapters, mask_keys, frozen`: differentiate with respect to `adapters` only.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> graphdef, adapters, mask_keys, frozen = dl.split(adapted)
+    >>> sorted(adapters["layers"][0])
+    ['lora_a', 'lora_b']
+    >>> nnx.merge(graphdef, adapters, mask_keys, frozen)(jnp.ones((3, 4))).shape
+    (3, 4)
+    """
     # LoRAParam is a subclass of Param: it has to come first.
     return cast(Any, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
 
@@ -106,6 +129,16 @@ def draw(
 
     Raises:
       InputError: `rows` or `share` is missing.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> graphdef, adapters, mask_keys, frozen = dl.split(adapted)
+    >>> keys = dl.draw(mask_keys, dl.root_key(1), rows=jnp.arange(3))
+    >>> nnx.merge(graphdef, adapters, keys, frozen)(jnp.ones((3, 4))).shape
+    (3, 4)
     """
 
     def fill(path: Path, variable: Any) -> Any:
@@ -155,6 +188,14 @@ def masked(
     """A view of the model with its masks on for one step, for loops that hold a whole model.
 
     The view shares its parameters with `model`: differentiate the view, update `model`.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> dl.masked(adapted, dl.root_key(1), rows=jnp.arange(3))(jnp.ones((3, 4))).shape
+    (3, 4)
     """
     graphdef, adapters, mask_keys, frozen = split(model)
     keys = draw(mask_keys, step_key, rows=rows, documents=documents, share=share)
@@ -165,6 +206,15 @@ def merge(model: Model) -> Model:
     """The plain model, adapters folded into the kernels: same classes and paths as before `inject`.
 
     The sum is made in float32 and cast once, to the kernel's dtype.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> plain = dl.merge(adapted)
+    >>> type(plain.layers[0]).__name__
+    'Linear'
     """
 
     def unwrap(path: Path, node: Any) -> Any:
@@ -180,6 +230,14 @@ def without_adapters(model: Model) -> Model:
 
     Raises:
       InputError: parameters that are trained whole, which are no longer what they were.
+
+    >>> import droplora_jax as dl
+    >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+    >>> model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    >>> config = dl.DropLoRA(rank=2, targets="all-linear")
+    >>> adapted = dl.inject(model, config, key=dl.root_key(0))
+    >>> dl.without_adapters(adapted).layers[0].kernel[...] is model.layers[0].kernel[...]
+    True
     """
     if wholes := wholes_of(model):
         raise InputError(f"{dotted(next(iter(wholes)))} is trained whole: load the base again")

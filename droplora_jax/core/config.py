@@ -22,6 +22,9 @@ class MeshConfig:
       fsdp: examples, and weights that are gathered layer by layer.
       tensor: heads, feed-forward width, vocabulary.
       context: positions of a sequence; weights too, as over `fsdp`.
+
+    >>> MeshConfig(replica=2, tensor=4).fsdp  # what is left
+    -1
     """
 
     replica: int = 1

@@ -31,6 +31,11 @@ class InputError(ValueError):
 
     Attributes:
       problems: the mistakes; the message has a line for each.
+
+    >>> import droplora_jax as dl
+    >>> dl.DropLoRA(rank=0)
+    Traceback (most recent call last):
+    droplora_jax.core.errors.InputError: rank=0: must be at least 1
     """
 
     def __init__(self, *problems: str) -> None:

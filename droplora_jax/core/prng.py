@@ -14,7 +14,12 @@ from jaxtyping import Array, Int, Key
 
 
 def root_key(seed: int) -> Key[Array, ""]:
-    """The key from which all others of a run are derived."""
+    """The key from which all others of a run are derived.
+
+    >>> key = root_key(0)
+    >>> key.shape, bool((jax.random.key_data(key) == jax.random.key_data(root_key(0))).all())
+    ((), True)
+    """
     return jax.random.key(seed, impl="threefry2x32")
 
 

@@ -50,6 +50,10 @@ def make_mesh(
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or do not fit the slices.
+
+    >>> mesh = make_mesh(devices=jax.devices()[:1])
+    >>> dict(mesh.shape)
+    {'replica': 1, 'data': 1, 'fsdp': 1, 'tensor': 1, 'context': 1}
     """
     config = config or MeshConfig()
     devices = list(jax.devices() if devices is None else devices)

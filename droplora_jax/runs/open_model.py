@@ -147,6 +147,13 @@ def open_model(
 
     Raises:
       InputError: a folder that is none of these, or a part of it that is missing or broken.
+
+    >>> import droplora_jax as dl
+    >>> from droplora_jax.commands.quickstart import BASE  # a small model in the package
+    >>> opened = dl.open_model(str(BASE))
+    >>> generator = dl.Generator(opened.model, opened.tokenizer)
+    >>> len(generator(["Is 7 odd"], dl.Sampling(max_new_tokens=2)))
+    1
     """
     files = find_model(
         path, adapter, revision=revision, step=step, ignore_config_keys=ignore_config_keys
