@@ -136,7 +136,7 @@ def test_bits_are_what_the_compiler_holds(kind, bits):
 
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    zip(("int4", "int8", "nf4", "int8"), MESHES.values(), strict=True),
+    list(zip(("int4", "int8", "nf4", "int8"), MESHES.values(), strict=True)),
     ids=MESHES.keys(),
 )
 def test_what_is_loaded_is_the_folder_quantised(kind, mesh, untied):
