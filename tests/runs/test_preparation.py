@@ -47,7 +47,7 @@ def test_positions_that_the_mesh_can_not_split():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"optim": {"name": "adamv"}}, r"optim\.name='adamv': .*; did you mean adamw\?"),
+        ({"optim": {"name": "adamv"}}, r"optim\.name='adamv': .*; did you mean adam\?"),
         ({"optim": {"warmup_steps": 13}}, r"optim\.warmup_steps=13: must be below .* 12 steps"),
         ({"optim": {"no_decay": ["magnitud$"]}}, r"optim\.no_decay='magnitud\$' matches nothing"),
         ({"adapter": {"targets": ["q_prj$"]}}, r"q_prj"),
