@@ -33,7 +33,15 @@ Prompt = str | Sequence[int]
 
 
 class Generator:
-    """Completes prompts with a model, with or without adapters."""
+    """Completes prompts with a model, with or without adapters.
+
+    >>> import droplora_jax as dl
+    >>> from droplora_jax.commands.quickstart import BASE  # a small model in the package
+    >>> opened = dl.open_model(str(BASE))
+    >>> generator = dl.Generator(opened.model, opened.tokenizer)
+    >>> len(generator(["Is 7 odd", "Spell cat"], dl.Sampling(max_new_tokens=2)))
+    2
+    """
 
     def __init__(
         self,
@@ -233,7 +241,7 @@ def ending_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _eos_of(config: Mapping[str, int | list[int] | None]) -> set[int]:
+def _eos_of(config: Mapping[str, Any]) -> set[int]:
     given = config.get("eos_token_id")
     return set() if given is None else set(given) if isinstance(given, list) else {given}
 

@@ -61,6 +61,12 @@ def save_adapter(
 
     Raises:
       InputError: no adapters, an output folder that holds something, no space.
+
+    >>> import droplora_jax as dl
+    >>> from droplora_jax.commands.quickstart import BASE  # a small model in the package
+    >>> model = dl.inject(dl.load(BASE), dl.DropLoRA(rank=2), key=dl.root_key(0))
+    >>> dl.save_adapter(model, "adapter")  # nothing in it that vLLM does not serve
+    []
     """
     config = next(iter(_adapters(model).values())).config
     tensors = adapter_tensors(model)
@@ -127,6 +133,14 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
     Raises:
       InputError: a field that can't be represented, a tensor that is missing, of another shape
         (an adapter for another base) or not finite.
+
+    >>> import droplora_jax as dl
+    >>> from droplora_jax.commands.quickstart import BASE  # a small model in the package
+    >>> base = dl.load(BASE)
+    >>> model = dl.inject(base, dl.DropLoRA(rank=2), key=dl.root_key(0))
+    >>> _ = dl.save_adapter(model, "adapter")
+    >>> dl.load_adapter(base, "adapter").layers.q_proj.rank
+    2
     """
     folder = Path(folder)
     peft, tensors = _read(folder)
