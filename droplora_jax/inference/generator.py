@@ -9,6 +9,7 @@ Letters: `B` batch, `P` position of a prompt, `N` new token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flax import nnx
