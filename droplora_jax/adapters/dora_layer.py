@@ -18,6 +18,7 @@ from droplora_jax.adapters.droplora_layer import DropLoRALinear
 from droplora_jax.core import einsum
 from droplora_jax.core.errors import InputError
 from droplora_jax.nn import ops
+from droplora_jax.nn.branches import ActiveFactors
 from droplora_jax.nn.linear_spec import LinearSpec
 from droplora_jax.nn.quantized_kernel import Quantized, dense
 
@@ -50,21 +51,20 @@ class DoRALinear(DropLoRALinear):
         if base.is_abstract(kernel) or not isinstance(key, jax.Array):
             shape = layout.letters_shape(kernel, spec, letters)
             self.magnitude = nnx.LoRAParam(
-                layout.place(lambda: jnp.ones(shape), sharding, abstract=self.abstract)
+                layout.place(layout.full, (shape, 1.0), sharding, abstract=self.abstract)
             )
         else:
-            norm = layout.place(lambda kernel: _norms(kernel, spec), sharding, kernel)
+            norm = layout.place(_norms, (spec,), sharding, kernel)
             self.magnitude = nnx.LoRAParam(norm)
 
-    def ending(self) -> Callable[[Array, Array], Array]:
-        delta = self.delta()
+    def ending(self, active: ActiveFactors) -> Callable[[Array, Array], Array]:
+        delta = self.delta(active)
         gain = _beside_outputs(self._gain(self._norm_of_sum()), self.spec)
         bias = getattr(self.base, "bias", None)
 
         def end(y: Array, h: Array) -> Array:
-            own = y if bias is None else ops.plus(y, -bias[...])
-            less_one = (gain.astype(y.dtype) - 1).astype(gain.dtype)
-            return y + ops.times(own, less_one) + ops.times(delta(h), gain)
+            product = y if bias is None else ops.plus(y, -bias[...])
+            return _sum(y, ops.times(product, gain - 1), ops.times(delta(h), gain))
 
         return end
 
@@ -108,6 +108,12 @@ class DoRALinear(DropLoRALinear):
         return jnp.sqrt(_squares(w, spec) + cross)
 
 
+def _sum(y: Array, *terms: Array) -> Array:
+    """The sum in the dtype of y, rounded once: each term may be small beside y."""
+    wide = jnp.float32 if y.dtype.itemsize < 4 else y.dtype
+    return sum((term.astype(wide) for term in terms), y.astype(wide)).astype(y.dtype)
+
+
 def _columns(spec: LinearSpec) -> str:
     """The letters of a kernel that are not summed over."""
     return "".join(c for c in spec.kernel if c not in spec.contracted)
@@ -131,7 +137,7 @@ def _squares(kernel: Array, spec: LinearSpec) -> Array:
     return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
 
 
-def _norms(kernel: Array | Quantized, spec: LinearSpec) -> Array:
+def _norms(spec: LinearSpec, kernel: Array | Quantized) -> Array:
     """Of a stack, layer after layer, so that no more than one is an array if it is quantised."""
 
     def norm(kernel: Array | Quantized) -> Array:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from droplora_jax import lowrank
@@ -14,6 +13,7 @@ from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.low_rank import LowRankLinear
 from droplora_jax.core.mask_options import kept_ranks
+from droplora_jax.nn.branches import ActiveFactors
 from droplora_jax.nn.linear_spec import LinearSpec
 from droplora_jax.nn.mask_keys import DropShare, checked_rows
 
@@ -51,12 +51,12 @@ class DropLoRALinear(LowRankLinear):
             return jnp.round((1.0 - self._drop_rate()) * rank).astype(jnp.int32)
         return self.most_kept if self.counts is None else self.counts[...]
 
-    def subspace(self, dtype: Any) -> tuple[Array, Array, Array | None]:
+    def subspace(self, dtype: DTypeLike) -> ActiveFactors:
         config, keys = self.config, self.mask_key[...]
         a, b = self.lora_a[...], self.lora_b[...]
         of_step = (config.granularity, config.sampler) == ("step", "exact")
         if keys.size == 0 or not of_step or self.share is not None:
-            return a, b, None
+            return ActiveFactors(a, b, None)
         index, mask = lowrank.subspace(
             keys,
             self.rank,
@@ -68,7 +68,8 @@ class DropLoRALinear(LowRankLinear):
             rank=self.own_rank(),
         )
         a = lowrank.take_ranks(a, index, axis=-1)
-        return a, lowrank.take_ranks(b, index, axis=len(self.spec.batched)), mask
+        b = lowrank.take_ranks(b, index, axis=len(self.spec.batched))
+        return ActiveFactors(a, b, mask)
 
     def mask(self, h: Array) -> Array | None:
         config, keys = self.config, self.mask_key[...]

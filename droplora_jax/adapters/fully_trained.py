@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from droplora_jax.adapters.layout import place
+from droplora_jax.adapters.layout import full, place
 from droplora_jax.core.errors import InputError
 from droplora_jax.nn.layer_paths import Path, dotted, matches
 from droplora_jax.nn.quantized_kernel import Quantized
@@ -75,7 +75,7 @@ def _whole(parameter: nnx.Variable, abstract: bool) -> Whole:
     dtype = jnp.dtype(value.dtype).name
     if isinstance(value, jax.ShapeDtypeStruct):
         shape = value.shape  # to be filled by what is restored or loaded
-        value = place(lambda: jnp.zeros(shape, jnp.float32), value.sharding, abstract=abstract)
+        value = place(full, (shape, 0.0), value.sharding, abstract=abstract)
     else:
         value = jnp.array(value, jnp.float32)  # a copy: the base is left as it is
     return Whole(value, base_dtype=dtype)

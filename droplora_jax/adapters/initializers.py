@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from droplora_jax.adapters.config import FROM_KERNEL, Init
+from droplora_jax.adapters.config import FROM_KERNEL, Branch, Init
 from droplora_jax.adapters.layout import factor_shapes
 from droplora_jax.core import prng
 from droplora_jax.nn.linear_spec import LinearSpec
@@ -28,21 +28,21 @@ _exact = jax.lax.Precision.HIGHEST  # on a TPU a float32 product would run in bf
 
 def first_factors(
     init: Init,
-    key: Key[Array, ""] | None,
     spec: LinearSpec,
-    branches: Sequence[Any],
+    branches: Sequence[Branch],
     shape: tuple[int, ...],
+    key: Key[Array, ""] | None,
     kernel: Float[Array, "..."] | Quantized | None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The first A and B of a layer or a stack of them, in float32.
 
     Args:
-      key: of the layer's path; the index in the stack is folded into it here. None: zeros, for
-        factors that come from elsewhere.
       branches: rank and scale of every layer of the stack. The factors are zero beyond a layer's
         own rank.
       shape: of the kernel, stacked axes in front.
-      kernel: where it is there; without it, factors that would be made from it are zeros too.
+      key: of the layer's path; the index in the stack is folded into it here. None: zeros, for
+        factors that come from elsewhere.
+      kernel: if `init` needs it; None: zeros, as its values are not known yet.
     """
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     rank = max(branch.rank for branch in branches)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from droplora_jax.core.sharding import RULES, axis_size
 from droplora_jax.nn.linear_spec import LinearSpec
@@ -78,17 +82,40 @@ def factor_shapes(
     return of_a, of_b
 
 
-def place(make: Any, sharding: Any, *arguments: Any, abstract: bool = False) -> Any:
-    """`make(*arguments)`, born with `sharding`, or several with several of them.
+def place(
+    make: Callable[..., Any],
+    static: tuple[Hashable, ...],
+    sharding: Any,
+    *arguments: Any,
+    abstract: bool = False,
+) -> Any:
+    """`make(*static, *arguments)`, created with `sharding`; a tuple, with a tuple of shardings.
 
-    `abstract`: only its shape.
+    Layers whose `static` and `arguments` have equal values and shapes share one compiled program,
+    so `make` is a function of a module.
+
+    Args:
+      make: returns an array, or a tuple of arrays.
+      static: its first arguments, which are no arrays.
+      arguments: its further ones, which are: keys, kernels.
+      abstract: return shapes with shardings only.
     """
     if abstract:
-        shapes = jax.eval_shape(make, *arguments)
+        shapes = jax.eval_shape(partial(make, *static), *arguments)
         if isinstance(shapes, tuple):
             return tuple(map(_shape_at, shapes, sharding))
         return _shape_at(shapes, sharding)
-    return jax.jit(make, out_shardings=sharding)(*arguments)
+    return _program(make, static, sharding)(*arguments)
+
+
+@lru_cache(maxsize=256)
+def _program(make: Callable[..., Any], static: tuple[Hashable, ...], sharding: Any) -> Any:
+    return jax.jit(partial(make, *static), out_shardings=sharding)
+
+
+def full(shape: tuple[int, ...], value: float) -> Array:
+    """A float32 array of one value, to be given to `place`."""
+    return jnp.full(shape, value, jnp.float32)
 
 
 def _shape_at(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -36,7 +36,7 @@ class LearnedLinear(LowRankLinear):
         shape = (*spec.stack(kernel), self.rank)
         sharding = layout.letters_sharding(kernel, spec, spec.rank)
         self.mask_logits = nnx.LoRAParam(
-            layout.place(lambda: jnp.zeros(shape), sharding, abstract=self.abstract)
+            layout.place(layout.full, (shape, 0.0), sharding, abstract=self.abstract)
         )
 
     def mask(self, h: Array) -> Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from droplora_jax import lowrank
@@ -17,6 +18,7 @@ from droplora_jax.adapters import base, initializers, layout
 from droplora_jax.adapters.config import FROM_KERNEL, Branch, LowRank
 from droplora_jax.core import prng
 from droplora_jax.nn import ops
+from droplora_jax.nn.branches import ActiveFactors
 from droplora_jax.nn.layer_paths import Path, layer_names
 from droplora_jax.nn.linear_spec import LinearSpec, linear_spec, stack_of
 from droplora_jax.nn.mask_keys import MaskKey, checked_rows
@@ -82,17 +84,15 @@ class LowRankLinear(base.Adapter):
 
     def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
         kernel = self.base_kernel.get_value()  # an array, or only its shape and sharding
-        make = partial(
-            initializers.first_factors,
-            self.config.init,
-            key if isinstance(key, jax.Array) else None,
-            self.spec,
-            self.branches,
-            kernel.shape,
-        )
         known = not base.is_abstract(kernel)
-        shardings = layout.factor_shardings(kernel, self.spec)
-        return layout.place(make, shardings, kernel if known else None, abstract=self.abstract)
+        return layout.place(
+            initializers.first_factors,
+            (self.config.init, self.spec, self.branches, kernel.shape),
+            layout.factor_shardings(kernel, self.spec),
+            key if isinstance(key, jax.Array) else None,
+            kernel if known and self.config.init in FROM_KERNEL else None,
+            abstract=self.abstract,
+        )
 
     def per_layer(self, values: Sequence[Any], dtype: str) -> PerLayer | None:
         """Numbers of the layers of a stack; None where they are one: a number costs nothing."""
@@ -101,10 +101,8 @@ class LowRankLinear(base.Adapter):
         kernel = self.base_kernel.get_value()
         shape, sharding = self.spec.stack(kernel), layout.letters_sharding(kernel, self.spec, "")
 
-        def make() -> Array:
-            return jnp.asarray(values, dtype=dtype).reshape(shape)
-
-        return PerLayer(layout.place(make, sharding, abstract=self.abstract))
+        static = (tuple(values), dtype, shape)
+        return PerLayer(layout.place(_numbers, static, sharding, abstract=self.abstract))
 
     def mask_key_of(self, granularity: str | None) -> MaskKey:
         """Keys that `draw` fills, none at first."""
@@ -132,44 +130,69 @@ class LowRankLinear(base.Adapter):
         """The rank of this layer of a stack."""
         return self.rank if self.ranks is None else self.ranks[...]
 
-    def __call__(self, x: Array, *args: Any, h: Array | None = None, **kwargs: Any) -> Array:
-        """Apply the layer; `h` is `x @ A` where the caller has it (`shared.apply_all`)."""
-        y = self.base(x, *args, **kwargs)
-        return self.ending()(y, self.hidden(x, y.dtype, h))
+    def __call__(
+        self,
+        x: Array,
+        *args: object,
+        active: ActiveFactors | None = None,
+        h: Array | None = None,
+        **kwargs: object,
+    ) -> Array:
+        """Apply the layer.
 
-    def hidden(self, x: Array, dtype: Any, h: Array | None = None) -> Array:
+        Args:
+          active: `active_factors`, where the caller has them, and `h = x @ active.a` with them
+            (`nn.branches.apply_all`).
+          args, kwargs: whatever else the base is called with.
+        """
+        y = self.base(x, *args, **kwargs)
+        active = self.active_factors(y.dtype) if active is None else active
+        return self.ending(active)(y, self.hidden(x, y.dtype, active, h))
+
+    def halves(
+        self, dtype: DTypeLike
+    ) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
+        """`hidden` and `end`: the layer is `end(base(x), hidden(x))`; see `nn.branches.Halves`."""
+        active = self.active_factors(dtype)
+        return partial(self.hidden, dtype=dtype, active=active), self.ending(active)
+
+    def active_factors(self, dtype: DTypeLike) -> ActiveFactors:
+        """What this call computes with; the mask in `dtype`."""
+        kept = self.subspace(dtype)
+        return kept._replace(**dict(zip("ab", self._with_first(kept.a, kept.b), strict=True)))
+
+    def hidden(
+        self, x: Array, dtype: DTypeLike, active: ActiveFactors, h: Array | None = None
+    ) -> Array:
         """The first half of the branch: `(x @ A) * m`, and `x @ A0` after it, in `dtype`.
 
-        All that depends on a position's place is in it, so what comes after may be done for some
-        positions only.
+        All that depends on a position's place is in it, so the second half may be computed for
+        some positions only.
         """
-        down, _, mask = self._products(dtype)
         if h is None and self.spec.lookup is not None:
-            h = self.spec.lookup(down, x).astype(dtype)
+            h = self.spec.lookup(active.a, x).astype(dtype)
         elif h is None:
             x = self._input(self.spec.arrange(x).astype(dtype))
-            (h,) = lowrank.compress(x, down, down=self.spec.down)
+            (h,) = lowrank.compress(x, active.a, down=self.spec.down)
         if self.first_a is not None:
             first = self.first_a.shape[-1]
             h, h0 = h[..., :-first], h[..., -first:]
-        if mask is None:
-            mask = self.mask(h)
+        mask = self.mask(h) if active.mask is None else active.mask
         if mask is not None:
             h = ops.times(h, mask)
         return h if self.first_a is None else jnp.concatenate([h, h0], axis=-1)
 
-    def ending(self) -> Callable[[Array, Array], Array]:
+    def ending(self, active: ActiveFactors) -> Callable[[Array, Array], Array]:
         """The layer's output as a function of `base(x)` and `hidden(x)`.
 
-        What does not depend on them is made here, once for however many calls.
+        What does not depend on these two is computed here, once for however many calls.
         """
-        delta = self.delta()
+        delta = self.delta(active)
         return lambda y, h: y + delta(h)
 
-    def delta(self) -> Callable[[Array], Array]:
+    def delta(self, active: ActiveFactors) -> Callable[[Array], Array]:
         """The second half of the branch, as a function of `hidden(x)`."""
-        _, up, _ = self._products(None)
-        return partial(lowrank.lowrank_delta, b=up, scale=self._scale(), up=self.spec.up)
+        return partial(lowrank.lowrank_delta, b=active.b, scale=self._scale(), up=self.spec.up)
 
     def transposed(self) -> LowRankLinear:
         """The layer of the transposed kernel with the same branch and masks.
@@ -188,21 +211,14 @@ class LowRankLinear(base.Adapter):
         return layer
 
     @property
-    def shared_factor(self) -> Array | None:
-        """A [I, R] of a plain layer, whose product with the input can be made with others'.
+    def shares_input(self) -> bool:
+        """Whether `x @ A` can be made together with other layers'.
 
-        Or only the ranks that this step keeps, where they are the same for all positions. None
-        while a part of the input is dropped: it is another part for every layer.
+        That is: A is a matrix, and no part of the input is dropped, which is another part for
+        every layer.
         """
-        dropping = self.input_key is not None and self.input_key[...].size
-        if dropping or self.spec.down != "...i,ir->...r":
-            return None
-        return self._products(None)[0]
-
-    def _products(self, dtype: Any) -> tuple[Array, Array, Array | None]:
-        """The factors that the input goes through, and the mask of their ranks if it is known."""
-        a, b, mask = self.subspace(dtype)
-        return (*self._with_first(a, b), mask)
+        dropping = self.input_key is not None and self.input_key[...].size > 0
+        return not dropping and self.spec.down == "...i,ir->...r"
 
     def _with_first(self, a: Array, b: Array, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
         """[A, A0] and [B; -B0]: the branch less what it was at first."""
@@ -230,9 +246,9 @@ class LowRankLinear(base.Adapter):
             dtype=x.dtype,
         )
 
-    def subspace(self, dtype: Any) -> tuple[Array, Array, Array | None]:
-        """A and B, or what of them is kept for all positions, with the mask that is left then."""
-        return self.lora_a[...], self.lora_b[...], None
+    def subspace(self, dtype: DTypeLike) -> ActiveFactors:
+        """A and B; or, where a step's ranks are the same for all positions, only these ranks."""
+        return ActiveFactors(self.lora_a[...], self.lora_b[...], None)
 
     def mask(self, h: Array) -> Array | None:
         """What multiplies `h = x @ A`, of any dtype; None for nothing."""
@@ -273,3 +289,7 @@ class LowRankLinear(base.Adapter):
         a, b = self.factors(index)
         scale = self._scale(index, self.spec.kernel)
         return lowrank.merged_kernel(kernel, a, b, scale=scale, product=self.spec.product)
+
+
+def _numbers(values: tuple[float, ...], dtype: str, shape: tuple[int, ...]) -> Array:
+    return jnp.asarray(values, dtype=dtype).reshape(shape)

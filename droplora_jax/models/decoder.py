@@ -196,8 +196,9 @@ class Decoder(nnx.Module):
         head = self.head
         if not isinstance(head, Halves):
             return x_BTD, self._by_base(head, *x_BTD.shape[:2])
-        project, end = self._by_base(head.base, *x_BTD.shape[:2]), head.ending()
-        x_BTE = jnp.concatenate([x_BTD, head.hidden(x_BTD, x_BTD.dtype)], axis=-1)
+        project = self._by_base(head.base, *x_BTD.shape[:2])
+        hidden, end = head.halves(x_BTD.dtype)
+        x_BTE = jnp.concatenate([x_BTD, hidden(x_BTD)], axis=-1)
 
         def project_both(x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
             x_BTD, h_BTR = jnp.split(x_BTE, [self.config.width], axis=-1)

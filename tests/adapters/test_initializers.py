@@ -22,7 +22,7 @@ def test_a_layer_of_a_stack_without_a_branch_starts_at_zero():
     @jax.jit
     def starts(key, kernel):
         start = partial(first_factors, spec=spec, branches=branches, shape=kernel.shape)
-        return {init: start(init, key, kernel=kernel) for init in sorted(FROM_KERNEL)}
+        return {init: start(init, key=key, kernel=kernel) for init in sorted(FROM_KERNEL)}
 
     for init, factors in jax.device_get(starts(jax.random.key(0), kernel)).items():
         a, b = factors
