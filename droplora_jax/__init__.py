@@ -18,8 +18,8 @@ from etils import epy
 __version__ = "0.1.0"
 
 with epy.lazy_api_imports(globals()):
-    import droplora_jax.interop as interop
-    import droplora_jax.tasks as tasks
+    from droplora_jax import inference as tasks
+    from droplora_jax.adapters import interop
     from droplora_jax.adapters.combine import combine
     from droplora_jax.adapters.dora import DoRA
     from droplora_jax.adapters.droplora import DropLoRA

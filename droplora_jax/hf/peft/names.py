@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from droplora_jax.adapters.interop.stored_factors import LINEAR, MAGNITUDE, A, B
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.parameters import TensorName
 
 PREFIX = "base_model.model."
-A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 EMBED = "embed"  # the path of the embedding
 HEAD = "lm_head.weight"
-# The adapter's attributes, of a linear layer and of an embedding.
-LINEAR = {A: "lora_a", B: "lora_b", MAGNITUDE: "magnitude"}
+# What an adapter of the embedding stores, and its attributes; `LINEAR` is that of a linear layer.
 EMBEDDING = {EMBEDDING_A: "lora_a", EMBEDDING_B: "lora_b", MAGNITUDE: "magnitude"}
 PARTS = LINEAR | EMBEDDING
 

@@ -8,9 +8,12 @@ from flax import nnx
 from droplora_jax.adapters.low_rank import LowRankLinear
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
-from droplora_jax.hf.peft.names import LINEAR, A, B
 from droplora_jax.nn.layer_paths import dotted, layer_names
 from droplora_jax.nn.linear_spec import stack_of
+
+# The names of what an adapter of a linear layer stores, as PEFT's files have them; its attributes.
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+LINEAR = {A: "lora_a", B: "lora_b", MAGNITUDE: "magnitude"}
 
 
 def factors(model: nnx.Module) -> dict[str, np.ndarray]:
