@@ -148,7 +148,8 @@ def test_the_loss_of_some_positions_has_the_masks_of_all(ends):
     assert float(ours[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     theirs = dict(nnx.to_flat_state(expected[1]))
     for path, gradient in nnx.to_flat_state(ours[1]):
-        assert relative(gradient[...], theirs[path][...]) < 1e-5, path
+        other = np.asarray(theirs[path][...])  # zero if a learned mask keeps no rank of a layer
+        assert relative(gradient[...], other) < 1e-5 if other.any() else not gradient[...].any()
 
 
 def test_embeddings_and_heads_are_masked_in_training(trained):
