@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +19,18 @@ from run_fixtures import VOCAB, make_base
 from small_models import load
 
 import droplora_jax as dl
+from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import RULES
 from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.decode import apart
 from droplora_jax.inference.generator import Generator, bucket, ending_ids
 
 PROMPTS = ["Is 7 odd? ", "the answer", "Write a response that appropriately completes", "x", "1 2"]
 NEW = 20
 
 # What could differ between training and decoding, by family.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 MODELS = {
     "llama": {
         "rope_parameters": {
@@ -37,25 +42,24 @@ MODELS = {
             "original_max_position_embeddings": 64,
         }
     },
-    "mistral": {"sliding_window": 6, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 6, "tie_word_embeddings": True, "rope_parameters": DYNAMIC},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "qwen3": {"head_dim": 16, "attention_bias": True},
-    "yarn": {
+    "qwen3": {
+        "head_dim": 16,
+        "attention_bias": True,
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 1e4,
             "factor": 4.0,
             "original_max_position_embeddings": 32,
-        }
+        },
     },
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
 }
 
 
 def make_model(path, name: str) -> Folder:
-    kind = "llama" if name in ("yarn", "dynamic") else name
     shape = {"vocab_size": VOCAB, "max_position_embeddings": 128}
-    folder = model_folder(path, kind, **{**shape, **MODELS[name]})
+    folder = model_folder(path, name, **{**shape, **MODELS[name]})
     make_tokenizer().save_pretrained(path)
     return folder
 
@@ -66,11 +70,17 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def generator(base_folder, tokenizer) -> Generator:
-    return Generator(load(base_folder), tokenizer, batch_size=4)
+def model(base_folder) -> nnx.Module:
+    """No test changes it."""
+    return load(base_folder)
 
 
-def theirs(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[str]:
+@pytest.fixture(scope="module")
+def generator(model, tokenizer) -> Generator:
+    return Generator(model, tokenizer, batch_size=4)
+
+
+def their_ids(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[list[int]]:
     """transformers' greedy completions of one batch, padded on the left."""
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     longest = max(map(len, ids))
@@ -84,11 +94,13 @@ def theirs(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[str]
         eos_token_id=sorted(ends),
         pad_token_id=sorted(ends)[0],
     )[:, longest:].tolist()
-    texts = []
-    for row in out:
-        end = next((n for n, token in enumerate(row) if token in ends), len(row))
-        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
-    return texts
+    ended = [next((n for n, token in enumerate(row) if token in ends), len(row)) for row in out]
+    return [row[:end] for row, end in zip(out, ended, strict=True)]
+
+
+def theirs(model, tokenizer, ends, prompts=PROMPTS, new: int = NEW) -> list[str]:
+    ids = their_ids(model, tokenizer, ends, prompts, new)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,20 +119,21 @@ def test_a_long_row_is_in_many_steps_of_the_loop(base_folder, tokenizer, generat
     assert generator(PROMPTS[:2], sampling) == expected
 
 
+DRAWN = Sampling(NEW, temperature=1.0, top_k=50, top_p=0.9, seed=3)
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "sampling"),
     [
-        {"fsdp": 8},
-        {"tensor": 2, "data": 2, "fsdp": 2},
-        {"tensor": 4, "fsdp": 2},  # more than there are key heads
-        {"context": 2, "fsdp": 2, "replica": 2},
+        ({"tensor": 2, "data": 2, "context": 2}, Sampling(NEW)),
+        ({"tensor": 4, "fsdp": 2}, DRAWN),  # more than there are key heads
+        ({"fsdp": 4, "replica": 2}, DRAWN),
     ],
     ids=str,
 )
-def test_eight_devices_as_one(base_folder, tokenizer, generator, mesh):
+def test_eight_devices_as_one(base_folder, tokenizer, generator, mesh, sampling):
     sharded = Generator(load(base_folder, dl.MeshConfig(**mesh)), tokenizer, batch_size=4)
-    for sampling in (Sampling(NEW), Sampling(NEW, temperature=1.0, top_p=0.9)):
-        assert sharded(PROMPTS, sampling) == generator(PROMPTS, sampling)
+    assert sharded(PROMPTS, sampling) == generator(PROMPTS, sampling)
 
 
 def test_the_cache_is_split_over_the_mesh(base_folder):
@@ -132,11 +145,9 @@ def test_the_cache_is_split_over_the_mesh(base_folder):
     assert RULES["heads"] == ("tensor",)
 
 
-def test_a_stack_and_layers_by_themselves_decode_the_same(
-    base_folder, tokenizer, generator, monkeypatch
-):
+def test_a_stack_and_layers_by_themselves_decode_the_same(model, tokenizer, generator, monkeypatch):
     monkeypatch.setattr("droplora_jax.inference.generator.better_apart", lambda model: False)
-    stacked = Generator(load(base_folder), tokenizer, batch_size=4)
+    stacked = Generator(model, tokenizer, batch_size=4)
     assert len(nnx.merge(stacked._graphdef, stacked._state).stacks) == 1
     assert len(nnx.merge(generator._graphdef, generator._state).stacks) == 2
     sampling = Sampling(NEW)
@@ -150,27 +161,24 @@ def test_a_stack_and_layers_by_themselves_decode_the_same(
     "options", [{}, {"alpha_pattern": {r"\.1\.": 2.0}}], ids=["one", "by layer"]
 )
 def test_an_adapter_and_its_merge_give_the_same(
-    base_folder, tokenizer, tmp_path, options, generator
+    base_folder, model, tokenizer, tmp_path, options, generator
 ):
     peft = pytest.importorskip("peft")
     config = dl.DropLoRA(rank=4, alpha=8, drop_rate=0.5, targets="all-linear", **options)
-    plain = load(base_folder)
-    tuned = randomized(dl.inject(plain, config, key=dl.root_key(0)))
+    tuned = randomized(dl.inject(model, config, key=dl.root_key(0)))
     dl.save_adapter(tuned, tmp_path / "adapter")
-    dl.save_merged(tuned, tmp_path / "merged")
     sampling = Sampling(NEW)
     given = [
-        Generator(model, tokenizer, batch_size=4)(PROMPTS, sampling)
-        for model in (
+        Generator(adapted, tokenizer, batch_size=4)(PROMPTS, sampling)
+        for adapted in (
             tuned,
-            dl.load_adapter(plain, tmp_path / "adapter"),
+            dl.load_adapter(model, tmp_path / "adapter"),
             dl.merge(tuned),
-            load(tmp_path / "merged"),
         )
     ]
-    model = peft.PeftModel.from_pretrained(make_copy(base_folder), tmp_path / "adapter").eval()
-    expected = theirs(model, tokenizer, generator.ends)
-    assert given == [expected] * 4
+    in_peft = peft.PeftModel.from_pretrained(make_copy(base_folder), tmp_path / "adapter").eval()
+    expected = theirs(in_peft, tokenizer, generator.ends)
+    assert given == [expected] * 3
     assert expected != generator(PROMPTS, sampling)
 
 
@@ -182,13 +190,10 @@ def make_copy(folder: Folder):
 
 # --- sampling -------------------------------------------------------------------------------------
 
-DRAWN = Sampling(NEW, temperature=1.0, top_k=50, seed=3)
 
-
-def test_what_is_drawn_depends_on_the_row_alone(base_folder, tokenizer, generator):
+def test_what_is_drawn_depends_on_the_row_alone(model, tokenizer, generator):
     whole = generator(PROMPTS, DRAWN)
-    for size in (1, 3):
-        assert Generator(load(base_folder), tokenizer, batch_size=size)(PROMPTS, DRAWN) == whole
+    assert Generator(model, tokenizer, batch_size=1)(PROMPTS, DRAWN) == whole
     assert generator(PROMPTS[2:], DRAWN, rows=[2, 3, 4]) == whole[2:]
 
 
@@ -202,38 +207,28 @@ def test_rows_and_seeds_differ(generator):
 # --- ends -----------------------------------------------------------------------------------------
 
 
-def ids_of(generator: Generator, prompt: str, new: int) -> list[int]:
-    """Greedy tokens, each from the whole text."""
-    model = nnx.merge(generator._graphdef, generator._state)
-    row = generator.tokenizer(prompt).input_ids
-    start = len(row)
-    for _ in range(new):
-        padded = np.zeros((1, 64), np.int32)
-        padded[0, : len(row)] = row
-        row.append(int(jnp.argmax(model(jnp.asarray(padded))[0, len(row) - 1])))
-    return row[start:]
+def with_ends(base_folder: Folder, path: Path, *ends: int) -> Path:
+    """A copy of the folder whose generation_config.json names these tokens."""
+    folder = Path(shutil.copytree(base_folder.path, path / "copy"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return folder
 
 
-def test_every_eos_of_the_generation_config_ends_a_row(base_folder, tmp_path, tokenizer, generator):
-    greedy = ids_of(generator, PROMPTS[0], 8)
+def test_every_eos_of_the_generation_config_ends_a_row(base_folder, tmp_path, tokenizer):
+    (greedy,) = their_ids(base_folder.torch, tokenizer, {0}, PROMPTS[:1], 8)
     other = next(token for token in greedy[2:] if token not in greedy[:2])
-    folder = tmp_path / "base"
-    make_base(folder)
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [other, 340]}))
+    folder = with_ends(base_folder, tmp_path, other, 340)
     model = load(folder)
     assert ending_ids(model, tokenizer) == {other, 340, tokenizer.eos_token_id}
-    (text,) = Generator(model, tokenizer)(PROMPTS[:1], Sampling(NEW))
+    (text,) = Generator(model, tokenizer, batch_size=4)(PROMPTS[:1], Sampling(NEW))
     assert text == tokenizer.decode(greedy[: greedy.index(other)], skip_special_tokens=True)
-    file.write_text("{}")  # config.json counts then
+    (folder / "generation_config.json").write_text("{}")  # config.json counts then
     assert ending_ids(model, tokenizer) == {2, tokenizer.eos_token_id}
 
 
-def test_a_finished_row_leaves_the_others_as_they_are(base_folder, tmp_path, tokenizer, generator):
-    greedy = ids_of(generator, PROMPTS[0], 2)
-    folder = make_base(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": greedy[:1]}))
-    ending = Generator(load(folder), tokenizer, batch_size=4)
+def test_a_finished_row_leaves_the_others_as_they_are(base_folder, tmp_path, tokenizer):
+    ((first,),) = their_ids(base_folder.torch, tokenizer, {0}, PROMPTS[:1], 1)
+    ending = Generator(load(with_ends(base_folder, tmp_path, first)), tokenizer, batch_size=4)
     completions = ending(PROMPTS, Sampling(NEW))
     assert completions[0] == ""
     assert completions == theirs(base_folder.torch, tokenizer, ending.ends)
@@ -248,15 +243,14 @@ def test_stop_strings_are_left_out_wherever_they_begin(generator):
     assert stopped == [text.split(stop)[0] for text in whole]
 
 
-def test_a_special_token_can_stop(tokenizer, generator, monkeypatch):
+def test_a_special_token_can_stop(base_folder, model, tokenizer):
     end = tokenizer.convert_tokens_to_ids(END)
-    logits = dl.models.decoder.Decoder.logits
-    monkeypatch.setattr(
-        dl.models.decoder.Decoder, "logits", lambda self, x: logits(self, x).at[..., end].set(1e9)
-    )
-    jax.clear_caches()
-    assert generator(["x"], Sampling(4, stop=(END,))) == [""]
-    jax.clear_caches()
+    ((first,),) = their_ids(base_folder.torch, tokenizer, {0}, ["x"], 1)
+    model = view(model)
+    head = np.array(model.lm_head.kernel[...])
+    head[:, end] = 2 * head[:, first]  # the greatest logit is positive, and END's is twice it
+    model.lm_head.kernel = nnx.Param(jnp.asarray(head))
+    assert Generator(model, tokenizer, batch_size=4)(["x"], Sampling(NEW, stop=(END,))) == [""]
 
 
 def test_a_stream_adds_up_to_the_completion(generator):
@@ -280,13 +274,13 @@ def test_the_text_of_the_prompt_does_not_come_back(generator, tokenizer):
 
 def test_token_ids_are_taken_as_they_are(generator, tokenizer):
     ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    sampling = Sampling(8)
+    sampling = Sampling(NEW)
     assert generator(ids, sampling) == generator(PROMPTS, sampling)
     assert generator([ids[0][1:]], sampling) != generator(PROMPTS[:1], sampling)
 
 
 def test_special_tokens_that_are_there_are_not_doubled(generator):
-    assert generator(["<s>x"], Sampling(8)) == generator(["x"], Sampling(8))
+    assert generator(["<s>x"], Sampling(NEW)) == generator(["x"], Sampling(NEW))
 
 
 def test_no_prompts(generator):
@@ -302,8 +296,7 @@ def test_more_than_the_model_has_positions(generator, tokenizer):
 
 def test_dynamic_scaling_only_within_the_original_length(tmp_path, tokenizer):
     path = tmp_path / "base"
-    given = {**MODELS["dynamic"]["rope_parameters"], "max_position_embeddings": 32}
-    make_base(path, rope_parameters=given)
+    make_base(path, rope_parameters=DYNAMIC | {"max_position_embeddings": 32})
     generator = Generator(load(path), tokenizer)
     assert generator.longest == 32
     with pytest.raises(InputError, match="more than 32: beyond, rotary scaling 'dynamic'"):
@@ -335,10 +328,7 @@ def test_buckets_are_few_and_fit():
     assert len(set(sizes)) == 17
 
 
-def test_layers_by_themselves_lie_in_the_memory_of_the_stack(base_folder):
-    from droplora_jax.inference.decode import apart
-
-    model = load(base_folder)
+def test_layers_by_themselves_lie_in_the_memory_of_the_stack(model):
     pointer = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()  # noqa: E731
     whole = model.layers.up_proj.kernel[...]
     for i, layer in enumerate(apart(model).stacks):

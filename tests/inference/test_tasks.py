@@ -12,8 +12,9 @@ from data_fixtures import write_json, write_jsonl
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.inference.config import Sampling
+from droplora_jax.inference.sandbox.runner import Ending
 from droplora_jax.inference.scoring import Result, ask, evaluate, wilson
-from droplora_jax.inference.tasks import TASKS
+from droplora_jax.inference.tasks import TASKS, humaneval, mbpp
 from droplora_jax.inference.tasks.math import boxed, normalised
 from droplora_jax.inference.tasks.mt_bench import answers
 
@@ -287,26 +288,51 @@ FAILS = {
     "a wrong answer": "def add(a, b):\n    return a - b\n",
     "nothing": "",
     "prose": "I can't do that.",
-    "an early exit": "def add(a, b):\n    raise SystemExit(0)\n",
     "an exit on the way": "import sys\nsys.exit(0)\n\ndef add(a, b):\n    return 0\n",
-    "the hard exit": "import os\n\ndef add(a, b):\n    os._exit(0)\n",
     "no function": "add = 3\n",
     "half of it": "def add(a, b):\n    return (a +",
 }
+CHEATS = {
+    "an early exit": "def add(a, b):\n    raise SystemExit(0)\n",
+    "the hard exit": "import os\n\ndef add(a, b):\n    os._exit(0)\n",
+}
+
+
+def run_here(source: str) -> Ending:
+    """As `run_program`, in this process: for code that neither leaves it nor does harm."""
+    try:
+        exec(compile(source, "program.py", "exec"), {"__name__": "program"})
+    except (Exception, SystemExit) as error:
+        return Ending(False, repr(error), "")
+    return Ending(True, "", "")
 
 
 @pytest.mark.parametrize("completion", ADDS.values(), ids=ADDS)
-def test_code_that_is_right_however_it_is_presented(completion):
+def test_code_that_is_right_however_it_is_presented(completion, monkeypatch):
+    monkeypatch.setattr(humaneval, "run_program", run_here)
     outcome = TASKS["humaneval"].score(example("humaneval", SUM), completion)
     assert outcome.right, outcome
 
 
 @pytest.mark.parametrize("completion", FAILS.values(), ids=FAILS)
-def test_code_that_is_wrong_or_cheats(completion):
+def test_code_that_is_wrong(completion, monkeypatch):
+    monkeypatch.setattr(humaneval, "run_program", run_here)
     assert right("humaneval", SUM, completion) is False
 
 
-def test_mbpp_runs_its_assertions():
+@pytest.mark.parametrize("completion", CHEATS.values(), ids=CHEATS)
+def test_code_that_cheats(completion):
+    assert right("humaneval", SUM, completion) is False
+
+
+def test_code_runs_in_a_process_of_its_own():
+    pid = f"def add(a, b):\n    import os\n    return a + b + (os.getpid() == {os.getpid()})\n"
+    assert right("humaneval", SUM, pid)
+    assert right("mbpp", SQUARE, pid.replace("add(a, b)", "square(x)").replace("a + b", "x * x"))
+
+
+def test_mbpp_runs_its_assertions(monkeypatch):
+    monkeypatch.setattr(mbpp, "run_program", run_here)
     assert right("mbpp", SQUARE, "```python\ndef square(x):\n    return x * x\n```")
     assert right("mbpp", SQUARE, "def square(x):\n  return x ** 2\nprint(square('a'))")
     assert right("mbpp", SQUARE, "def square(x): return abs(x) * 3") is False
