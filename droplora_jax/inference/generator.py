@@ -23,6 +23,7 @@ from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.hf import source
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.decode import Decoding, apart, better_apart, decode, prefill
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.rope import longest_static
@@ -125,30 +126,11 @@ class Generator:
     @property
     def longest(self) -> int:
         """How many tokens a row may have, prompt and completion together."""
-        # Keys stay rotated for the length that their row had when they were made.
-        return longest_static(self.config.rope, self.config.max_positions)
+        return longest(self.config)
 
     def check(self, where: str, ids: Sequence[int], sampling: Sampling) -> None:
         """Raise InputError for a prompt that can't be completed."""
-        config = self.config
-        if not ids:
-            raise InputError(f"{where}: is empty, and the tokenizer puts nothing before it")
-        if max(ids) >= config.vocab_size:
-            raise InputError(
-                f"{where}: token id {max(ids)} is outside the model's vocabulary of "
-                f"{config.vocab_size}: the tokenizer is another model's"
-            )
-        total = len(ids) + sampling.max_new_tokens
-        if total > self.longest:
-            why = (
-                "the model is made for that many (max_position_embeddings)"
-                if self.longest == config.max_positions
-                else f"beyond, rotary scaling {config.rope.kind!r} needs the row's whole length"
-            )
-            raise InputError(
-                f"{where}: its {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are "
-                f"{total}, more than {self.longest}: {why}; shorten it, or ask for fewer new tokens"
-            )
+        check_prompt(where, ids, sampling, self.config)
 
     def _complete(
         self,
@@ -222,6 +204,38 @@ class Generator:
     def _decoded(self, ids: list[int]) -> str:
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+
+def longest(config: ModelConfig) -> int:
+    """How many tokens a prompt and its completion may have together."""
+    # Keys stay rotated for the length that their row had when they were made.
+    return longest_static(config.rope, config.max_positions)
+
+
+def check_prompt(where: str, ids: Sequence[int], sampling: Sampling, config: ModelConfig) -> None:
+    """Raise InputError for a prompt that a model of this shape can't complete.
+
+    Args:
+      where: what names the prompt in the error.
+    """
+    if not ids:
+        raise InputError(f"{where}: is empty, and the tokenizer puts nothing before it")
+    if max(ids) >= config.vocab_size:
+        raise InputError(
+            f"{where}: token id {max(ids)} is outside the model's vocabulary of "
+            f"{config.vocab_size}: the tokenizer is another model's"
+        )
+    total = len(ids) + sampling.max_new_tokens
+    if total > longest(config):
+        why = (
+            "the model is made for that many (max_position_embeddings)"
+            if longest(config) == config.max_positions
+            else f"beyond, rotary scaling {config.rope.kind!r} needs the row's whole length"
+        )
+        raise InputError(
+            f"{where}: its {len(ids)} tokens and max_new_tokens={sampling.max_new_tokens} are "
+            f"{total}, more than {longest(config)}: {why}; shorten it, or ask for fewer new tokens"
         )
 
 

@@ -26,7 +26,7 @@ from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.training.checkpoint import Record
 from droplora_jax.training.config import TrainConfig
-from droplora_jax.training.evaluation import Evaluation, best_key, tasks_of
+from droplora_jax.training.evaluation import Evaluation, best_key, check_prompts, tasks_of
 
 
 class RunData(NamedTuple):
@@ -59,7 +59,7 @@ def read(config: RunConfig, base: Base, console: Console) -> RunData:
         rows, held_out = holdout.held_out(rows, config.data.valid_fraction, config.seed)
         say(console, f"{len(held_out):,} rows are held out for validation")
     train = _batches(config, rows, True)
-    evaluation = _evaluation(config, held_out, base.tokenizer)
+    evaluation = _evaluation(config, held_out, base)
     say(console, _outlook(config, train, int(rows.lengths.sum())))
     example(console, preview(rows[0], base.tokenizer))
     record = {
@@ -86,12 +86,14 @@ def _rows(
     return rows, report
 
 
-def _evaluation(config: RunConfig, held_out: Rows | None, tokenizer: Any) -> Evaluation:
+def _evaluation(config: RunConfig, held_out: Rows | None, base: Base) -> Evaluation:
     train = config.train
+    tasks = tasks_of(train.eval_tasks, train.eval_examples, train.eval_run_code)
+    check_prompts(tasks, base.tokenizer, base.shape)
     return Evaluation(
         valid=None if held_out is None else _batches(config, held_out, False),
-        tasks=tasks_of(train.eval_tasks, train.eval_examples, train.eval_run_code),
-        tokenizer=tokenizer,
+        tasks=tasks,
+        tokenizer=base.tokenizer,
         batch_size=train.rows_per_pass,
         run_code=train.eval_run_code,
         best=best_key(train.best, held_out is not None, tuple(train.eval_tasks)),

@@ -18,10 +18,13 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.device_feed import feed, once
-from droplora_jax.inference.generator import Generator
-from droplora_jax.inference.scoring import evaluate
+from droplora_jax.data.templates.base import Document, Piece, Tokenizer
+from droplora_jax.data.tokenization import encode_prompts
+from droplora_jax.inference.generator import Generator, check_prompt
+from droplora_jax.inference.scoring import evaluate, sampling_of
 from droplora_jax.inference.task import Example, Task
 from droplora_jax.inference.tasks import TASKS
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.metrics_log import ACCURACY
@@ -129,6 +132,17 @@ def tasks_of(
     return tuple((TASKS[name], TASKS[name].read(file)[:examples]) for name, file in files.items())
 
 
+def check_prompts(
+    tasks: Sequence[tuple[Task, Sequence[Example]]], tokenizer: Tokenizer, shape: ModelConfig
+) -> None:
+    """Raise InputError for an example of a task that the model has too few positions to answer."""
+    for task, examples in tasks:
+        prompts = [Document((Piece(task.prompt(example, ()), False),)) for example in examples]
+        for example, ids in zip(examples, encode_prompts(prompts, tokenizer), strict=True):
+            where = f"train.eval_tasks.{task.name}: example {example['id']}"
+            check_prompt(where, ids, sampling_of(task), shape)
+
+
 def best_key(best: str | None, valid: bool, tasks: Sequence[str]) -> str | None:
     """The key of the number by which a run's best checkpoint is chosen; see `train.best`.
 
@@ -147,7 +161,12 @@ def best_key(best: str | None, valid: bool, tasks: Sequence[str]) -> str | None:
 
 def _mean_loss(step: LossSum, valid: Batches, mesh: Mesh) -> float:
     """Mean loss of all trained tokens of the validation examples."""
+    sums: list[tuple[jax.Array, jax.Array]] = []
     with closing(feed(valid, once(valid), mesh)) as batches:
-        sums = [step(batch) for batch in batches]
+        for batch in batches:
+            sums.append(step(batch))
+            # Two at a time: more would hold their batches in memory, and devices of one host that
+            # wait for each other's messages may take all of its threads.
+            jax.block_until_ready(sums[-2:][0])
     losses, counts = zip(*jax.device_get(sums), strict=True)
     return float(np.sum(losses, dtype=np.float64) / np.sum(counts))

@@ -109,6 +109,15 @@ def test_tasks_that_cannot_be_scored(tasks, words):
         tasks_of(tasks, 5, False)
 
 
+def test_a_question_that_is_too_long_is_told_before_the_run(base, droplora, tmp_path):
+    asked = write_jsonl(tmp_path / "boolq.jsonl", [{"instruction": "odd? " * 99, "answer": "true"}])
+    file = write_run(base, tmp_path, train={**TRAIN, "eval_tasks": {"boolq": asked}})
+    result = droplora("train", file, "--dry-run")
+    assert result.code == 2
+    assert "train.eval_tasks.boolq: example 1: its " in result.err
+    assert "more than 128: the model is made for that many" in result.err
+
+
 def test_what_the_best_is_best_in():
     assert best_key(None, True, ("gsm8k",)) == "eval_loss"
     assert best_key(None, False, ("gsm8k", "boolq")) == "accuracy/gsm8k"
