@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
-from droplora_jax.adapters import truncate
+from droplora_jax.adapters.truncate import truncated
 from droplora_jax.core.sharding import make_mesh
 
 TOKENS = random_tokens(2, 24)
@@ -144,7 +144,7 @@ def test_dora_keeps_its_magnitudes(untied):
     mesh = make_mesh(devices=jax.devices()[:1])
     base = dl.load(untied.path, mesh=mesh, dtype=jnp.float32)
     model = randomized(dl.inject(base, dl.DoRA(rank=4), key=dl.root_key(0)), size=0.1)
-    small, report = truncate(model, 2)
+    small, report = truncated(model, 2)
     assert 0.3 < report.worst[1] <= report.kept < 1
     np.testing.assert_array_equal(small.layers.q_proj.magnitude, model.layers.q_proj.magnitude)
     assert small.layers.q_proj.lora_a.shape[-1] == 2
