@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from fake_step import FakeStep
 from oracles import relative
 from rich.console import Console
 from run_fixtures import factors, metrics, process, write_run
@@ -182,7 +183,7 @@ def test_when_nothing_fits(planned, monkeypatch):
         "droplora_jax.runs.compile.compiled", lambda *_: Compiled(object(), 3 * GIB)
     )
     with pytest.raises(InputError) as error:
-        compile_step(mock.Mock(), changed(config, "auto"), "cpu", 2 * GIB)
+        compile_step(mock.Mock(spec=AbstractStep), changed(config, "auto"), "cpu", 2 * GIB)
     assert "train.remat='auto': a step takes more memory than a device has" in str(error.value)
     for name in AUTO:
         assert f"{name} 3.00 GiB" in str(error.value)
@@ -192,10 +193,12 @@ def test_when_nothing_fits(planned, monkeypatch):
 def test_a_program_to_be_traced_is_compiled_for_that(planned, monkeypatch, profiled):
     """On a GPU, whose compiler's options every platform's knows."""
     config, _ = planned
-    given = mock.Mock(return_value=Compiled(object(), GIB))
+    given = mock.Mock(return_value=Compiled(FakeStep(), GIB))
     monkeypatch.setattr("droplora_jax.runs.compile.compiled", given)
     train = dataclasses.replace(config.train, profile_steps=(2, 3) if profiled else None)
-    compile_step(mock.Mock(), dataclasses.replace(config, train=train), "gpu", None)
+    compile_step(
+        mock.Mock(spec=AbstractStep), dataclasses.replace(config, train=train), "gpu", None
+    )
     _, platform, options = given.call_args.args
     assert platform == "gpu"
     assert (options != {}) is profiled
@@ -226,7 +229,7 @@ def test_there_is_nowhere_to_offload_to_on_a_cpu(base, tmp_path, droplora):
 
 def test_moments_in_bfloat16_are_half_the_size_and_carry_on(base, tmp_path, droplora):
     """As optax has them: the first moment of Adam."""
-    options = {"options": {"mu_dtype": "bfloat16"}, "schedule": "constant"}
+    options = {"options": {"mu_dtype": "bfloat16"}, "schedule": "constant", "warmup_steps": 1}
     yaml = write_run(base, tmp_path, optim=options, train={"steps": 2, "eval_every": 9})
     sizes = [
         plan(c, open_base(c.model), topology("cpu:8"))

@@ -311,8 +311,7 @@ def test_options_that_contradict_the_adapter(folder, base, droplora, tmp_path):
     assert "/nowhere/adapter_config.json: missing" in result.err
 
 
-def test_dora_from_the_command_line(base, droplora, tmp_path, monkeypatch):
-    use(monkeypatch)
+def test_dora_from_the_command_line(base, droplora, tmp_path):
     adapter = {
         "kind": "dora",
         "rank": 4,
