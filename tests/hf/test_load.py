@@ -42,6 +42,11 @@ def edit_config(folder: Path, *without: str, **changes) -> None:
     file.write_text(json.dumps({k: v for k, v in config.items() if k not in without}))
 
 
+def adapted(model: nnx.Module) -> nnx.Module:
+    """With an adapter of one kind of layer, for which little is compiled."""
+    return dl.inject(model, dl.DropLoRA(rank=2, targets="up_proj"), key=dl.root_key(0))
+
+
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
@@ -115,8 +120,7 @@ def test_dtypes_that_are_mixed_come_in_and_go_out_as_they_are(copy, tmp_path):
         ours = np.asarray(model.layers.up_proj.kernel[...][layer]).T
         theirs = stored[f"model.layers.{layer}.mlp.up_proj.weight"].astype(np.float32)
         np.testing.assert_array_equal(ours, theirs)
-    adapted = dl.inject(model, dl.DropLoRA(rank=2, targets="up_proj"), key=dl.root_key(0))
-    dl.save_merged(adapted, tmp_path / "out")  # B is zero: nothing changes
+    dl.save_merged(adapted(model), tmp_path / "out")  # B is zero: nothing changes
     for file in shards(tmp_path / "out"):
         for name, value in load_file(file).items():
             assert value.dtype == stored[name].dtype
@@ -389,7 +393,7 @@ def test_a_hub_id_offline_and_pinned(cached, revision, commit, scale):
 def test_an_adapter_names_the_commit_of_its_base(cached, tmp_path):
     """So that it is merged into the base that it was trained on, wherever the branch is by then."""
     model = dl.load("owner/name", dtype=jnp.float32, revision="old")
-    dl.save_adapter(dl.inject(model, dl.DropLoRA(rank=2), key=dl.root_key(0)), tmp_path / "adapter")
+    dl.save_adapter(adapted(model), tmp_path / "adapter")
     named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (named["base_model_name_or_path"], named["revision"]) == ("owner/name", "a" * 40)
     arguments = ["export", str(tmp_path / "adapter"), "--to", str(tmp_path / "out")]
@@ -433,8 +437,7 @@ def test_a_bucket_is_read_by_ranges(untied, bucket, tmp_path, monkeypatch):
     fetched = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
     assert not any(name.endswith(".safetensors") for name in fetched)
 
-    adapted = randomized(dl.inject(ours, dl.DropLoRA(rank=2), key=dl.root_key(0)), size=0.1)
-    dl.save_merged(adapted, tmp_path / "out")
+    dl.save_merged(randomized(adapted(ours), size=0.1), tmp_path / "out")
     assert {file.name for file in shards(tmp_path / "out")} == sizes.keys()
 
 
