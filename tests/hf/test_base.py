@@ -33,7 +33,8 @@ def opened(monkeypatch):
 
 def test_a_command_opens_its_base_once(base, tmp_path, droplora, opened):
     run, merged = tmp_path / "run", tmp_path / "merged"
-    config = write_run(base, tmp_path, train={"steps": 4})
+    small = {"adapter": {"targets": "q_proj"}, "data": {"valid": ...}}  # little to compile
+    config = write_run(base, tmp_path, train={"steps": 4, "eval_every": ...}, **small)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "odd? 7"}])
     question = {"question": "1+1?", "answer": "#### 2"}
     task = write_jsonl(tmp_path / "task.jsonl", [question])
