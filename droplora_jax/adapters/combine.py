@@ -182,5 +182,4 @@ def _summed(
 
 def _layers(factor: np.ndarray, layer: LowRankLinear) -> np.ndarray:
     """A factor [*stack, ...] as [layers, ...]."""
-    stack = layer.spec.stack(layer.base_kernel.get_value())
-    return factor.reshape(-1, *factor.shape[len(stack) :])
+    return factor.reshape(-1, *factor.shape[len(layer.stack) :])

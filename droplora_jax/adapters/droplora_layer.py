@@ -36,8 +36,7 @@ class DropLoRALinear(LowRankLinear):
         counts = [kept_ranks(branch.rank, branch.drop_rate) for branch in branches]
         self.most_kept = max(counts)
         self.counts = self.per_layer(counts, "int32") if config.sampler == "exact" else None
-        stack = spec.stack(self.base_kernel.get_value())
-        self.share = DropShare(jnp.ones(stack)) if drops and config.scheduled else None
+        self.share = DropShare(jnp.ones(self.stack)) if drops and config.scheduled else None
 
     def _drop_rate(self) -> float | Array:
         """The rate of this layer in this step."""

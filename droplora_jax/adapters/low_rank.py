@@ -105,10 +105,15 @@ class LowRankLinear(base.Adapter):
         return PerLayer(layout.place(_numbers, static, sharding, abstract=self.abstract))
 
     def mask_key_of(self, granularity: str | None) -> MaskKey:
-        """Keys that `draw` fills, none at first."""
-        stack = self.spec.stack(self.base_kernel.get_value())
-        keys = jnp.broadcast_to(prng.root_key(0), (*stack, 0))
-        return MaskKey(keys, stack=stack, granularity=granularity)
+        """A variable for the keys of a mask, which `draw` fills; it is empty at first."""
+        keys = jnp.broadcast_to(prng.root_key(0), (*self.stack, 0))
+        return MaskKey(keys, stack=self.stack, granularity=granularity)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes of stacked layers; empty for a single layer."""
+        shape = self.lora_a.get_value().shape
+        return shape[: len(shape) - len(self.spec.a)]
 
     @property
     def rank(self) -> int:

@@ -78,7 +78,7 @@ def truncated(model: Model, rank: int) -> tuple[Model, Truncation]:
         of_layers = [_by_layer(factor) for factor in factors]
         for i, (a_IR, b_RO) in branches_of(node).items():
             values = singular_values(a_IR, b_RO)
-            name = layer_names(path, node.spec.stack(node.base_kernel.get_value()))[i][-1]
+            name = layer_names(path, node.stack)[i][-1]
             energies[name] = (float(sum(values[:rank] ** 2)), float(sum(values**2)))
             of_layers[0][i], of_layers[1][i] = truncate(a_IR, b_RO, rank)
         placed = map(_placed, factors, (layer.lora_a, layer.lora_b))

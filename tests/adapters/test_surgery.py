@@ -480,9 +480,7 @@ def test_targets(targets, expected):
 
 @pytest.mark.parametrize("targets", ["q_porj", ("q_proj", "q_porj")])
 def test_a_pattern_that_matches_nothing_lists_the_linear_modules(targets):
-    with pytest.raises(
-        dl.InputError, match=r"targets='q_porj'.*down_proj, gate_proj.*7 in all"
-    ):
+    with pytest.raises(dl.InputError, match=r"targets='q_porj'.*down_proj, gate_proj.*7 in all"):
         dl.inject(Attention(nnx.Rngs(0)), lora(targets=targets), key=KEY)
 
 

@@ -202,22 +202,6 @@ def test_a_run_that_tunix_resumes_is_one_that_was_not_interrupted(tmp_path):
         assert relative(ours, theirs) < 1e-5
 
 
-def test_qwix_adapters_in_tunix_trainer():
-    qwix = pytest.importorskip("qwix")
-    pytest.importorskip("tunix")
-    from droplora_jax.adapters.interop.qwix import DropLoraProvider
-
-    provider = DropLoraProvider(module_path=f".*{TARGETS}", rank=4, alpha=8.0)
-    given = {**inputs(TOKENS), "cache": None}
-    model = qwix.apply_lora_to_model(tunix_model("llama3"), provider, rngs=nnx.Rngs(0), **given)
-    model = randomized(model, size=0.1)
-    expected = [by_hand(model, step) for step in range(3)]
-    losses = train(model, optax.sgd(0.0))
-    assert losses.train == pytest.approx(expected, rel=1e-5)
-    assert len({round(loss, 4) for loss in losses.train}) == 3
-    assert len(set(losses.evaluation)) == 1
-
-
 # The examples.
 
 
