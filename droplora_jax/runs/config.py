@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Tag
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import PydanticCustomError
 
-from droplora_jax.adapters.dora import DoRA
+from droplora_jax.adapters import ADAPTERS
+from droplora_jax.adapters.config import LowRank
 from droplora_jax.adapters.droplora import DropLoRA
-from droplora_jax.adapters.learned import Learned
 from droplora_jax.core.config import DistributedConfig, MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
@@ -69,11 +71,10 @@ class BaseConfig:
         return "float32" if platform == "cpu" else "bfloat16"
 
 
-AdapterOptions = (
-    Annotated[DropLoRA, Tag("droplora")]
-    | Annotated[DoRA, Tag("dora")]
-    | Annotated[Learned, Tag("learned")]
-)
+if TYPE_CHECKING:
+    AdapterOptions = LowRank
+else:
+    AdapterOptions = reduce(or_, (Annotated[cls, Tag(kind)] for kind, cls in ADAPTERS.items()))
 
 
 def _kind(adapter: Any) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import cast
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -20,7 +19,7 @@ from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import adapter_config
 from droplora_jax.runs import run_data
 from droplora_jax.runs.compile import AbstractStep, abstract_step, attention_kernel
-from droplora_jax.runs.config import AdapterOptions, RunConfig
+from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.folder import check_settings, previous_config, progress
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.run_data import RunData
@@ -133,7 +132,7 @@ def _resolved(config: RunConfig, previous: RunConfig | None) -> tuple[RunConfig,
     return replace(config, adapter=_continued(config.adapter, saved, model.adapter)), base
 
 
-def _continued(given: LowRank, saved: LowRank, path: str) -> AdapterOptions:
+def _continued(given: LowRank, saved: LowRank, path: str) -> LowRank:
     """The saved adapter's configuration, with the run's options of training.
 
     Raises:
@@ -149,7 +148,7 @@ def _continued(given: LowRank, saved: LowRank, path: str) -> AdapterOptions:
                 f"{saved_value!r}; leave the key out"
             )
     training = {name: getattr(given, name) for name in saved.of_training if hasattr(given, name)}
-    return cast(AdapterOptions, replace(saved, **training))
+    return replace(saved, **training)
 
 
 @contextmanager
