@@ -1,30 +1,41 @@
-"""What every adapter kind has in common: a frozen linear layer, its keys, and how it is merged.
+"""The contract of a kind of adapter: `AdapterConfig` says what to adapt, `Adapter` is the layer.
 
-A new kind is one file beside this one (a frozen configuration with `adapt`, and the `Adapter`
-that it makes) and one line in `ADAPTERS`.
+A new kind is a file of options (a frozen dataclass, which imports no JAX), a file with its layer,
+and a line in `ADAPTERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from jax.sharding import Sharding
 from jaxtyping import Array, Key
 
 from droplora_jax.nn.layer_paths import Path, dotted
 from droplora_jax.nn.linear_spec import LinearSpec
-from droplora_jax.nn.quantized_kernel import dense
+from droplora_jax.nn.quantized_kernel import Quantized, dense
 
-# The root of initial values; or none: `later` for zeros, and None for shapes only.
+# Where initial values come from. A key: drawn from it. "later": zeros, to be overwritten by a
+# checkpoint or a file. None: shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
 
 
 class Adapter(nnx.Module):
-    """A frozen linear layer and what is trained beside it.
+    """A frozen linear layer `base`, and what is trained beside it.
 
-    Subclasses define `__call__`, `merged_kernel` and `adapted`.
+    An adapter stands in a model where its base stood, and the model calls it as it called the base.
+    What is trained are its variables of the type `nnx.LoRAParam`; what a step's randomness depends
+    on are its variables of the type `MaskKey`, which are empty in evaluation. All else is frozen.
+    `split` sorts them so.
+
+    At evaluation an adapter is the linear layer with another kernel: `merged_kernel` says which.
+    So a kind has to be linear in its input once its masks are off. A subclass defines `__call__`,
+    `merged_kernel` and `adapted`; it must be unchanged by jit, by a scan over stacked layers and by
+    rematerialisation, so it holds no state of Python's that a call changes.
     """
 
     base: nnx.Module
@@ -36,31 +47,31 @@ class Adapter(nnx.Module):
     def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
         """The float32 kernel that replaces `kernel` at evaluation.
 
-        `index` picks one layer of a stacked adapter, and `kernel` is that layer's.
+        Args:
+          kernel: the base's, as a plain array; of one layer, or of a whole stack.
+          index: the place of `kernel` in the stack; empty for all layers of the stack at once.
         """
         raise NotImplementedError
 
     @property
     def adapted(self) -> Sequence[bool]:
-        """Of a stack, which of its layers have an adapter."""
+        """Which layers of the stack have an adapter; one value for a single layer."""
         raise NotImplementedError
 
-    def merger(self, sharding: Any = None) -> Callable[..., Array]:
-        """`merged_kernel(kernel, index)` compiled, as a function of `kernel, *index`."""
-        parts: Any = nnx.split(self, nnx.LoRAParam, ...)
-        graphdef, factors, rest = parts
+    def merger(self, sharding: Sharding | None = None) -> Callable[..., Array]:
+        """`merged_kernel` compiled, as a function of `kernel, *index`; the kernel may be quantised.
 
-        # The factors are arguments: as constants their product would be made by the compiler.
-        def merge(kernel, factors, index):
-            return nnx.merge(graphdef, factors, rest).merged_kernel(dense(kernel), index)
-
-        compiled = jax.jit(merge, out_shardings=sharding)
-        return lambda kernel, *index: compiled(kernel, factors, index)
+        Adapters of equal options and shapes share one program.
+        """
+        graphdef, state = nnx.split(self)
+        program = _merge_program(sharding)
+        return lambda kernel, *index: program(graphdef, state, kernel, index)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks a layer beside calling it, such as its shape, is the base's.
+        """Attributes that a model reads from a layer, such as its shape, are the base's.
 
-        But not the kernel: a model that multiplies by it itself would pass the branch by.
+        The kernel is not: a model that multiplies by it, rather than call the layer, would skip
+        the branch.
         """
         if name in ("base", "spec") or name.startswith("_"):
             raise AttributeError(name)
@@ -77,7 +88,7 @@ class Adapter(nnx.Module):
         return getattr(self.base, self.spec.attribute)
 
     def dense_kernel(self) -> Array:
-        """The frozen kernel as an array: of one layer, if it may be large."""
+        """The frozen kernel as an array, dequantised; a stack may be large."""
         return dense(self.base_kernel.get_value())
 
     def merged(self) -> nnx.Module:
@@ -92,7 +103,19 @@ class Adapter(nnx.Module):
 
 @runtime_checkable
 class AdapterConfig(Protocol):
-    """What `inject` needs of an adapter's configuration."""
+    """What `inject` needs to know of an adapter, and the maker of its layers.
+
+    `inject` finds the linear layers of a model, keeps those that a pattern of `targets` matches and
+    no pattern of `exclude` does, and calls `adapt` for each: once for a layer, and once for a whole
+    stack of layers with leading axes. A pattern is a regular expression, or a name of
+    `NAMED_TARGETS`, searched in the dotted path of the layer. Parameters that `train_whole` matches
+    are trained too, in float32.
+
+    A configuration is frozen and hashable, since it is a part of the model's static structure: two
+    models of equal configurations share their compiled programs. It checks its options when it is
+    made, and says all that is wrong with them in one InputError, each problem beginning with the
+    name of the option.
+    """
 
     @property
     def targets(self) -> str | tuple[str, ...]: ...
@@ -105,7 +128,7 @@ class AdapterConfig(Protocol):
 
     @property
     def patterns(self) -> Mapping[str, tuple[str, ...]]:
-        """The patterns of each further option, which have to match something."""
+        """The patterns of each further option; `inject` checks that each matches a layer."""
         ...
 
     def adapt(
@@ -116,13 +139,30 @@ class AdapterConfig(Protocol):
         key: InitKey,
         chosen: Sequence[bool] | None = None,
     ) -> Adapter:
-        """Wrap one layer.
+        """The adapter beside one layer, or beside one stack of layers.
+
+        The initial values must be a function of `key`, `path` and the index in the stack alone, so
+        that they are the same on every mesh, and whatever else is adapted. They must leave the
+        model's outputs unchanged.
 
         Args:
-          key: the run's `init_key`; fold the path into it.
-          chosen: of a stack, which of its layers have an adapter; all of them by default.
+          layer: the base; it is not changed.
+          spec: how the layer multiplies by its kernel.
+          path: the layer's path in the model.
+          key: the root of initial values; fold the path into it (`prng.fold_path`).
+          chosen: which layers of a stack have an adapter; all of them by default.
         """
         ...
+
+
+@lru_cache(maxsize=64)
+def _merge_program(sharding: Sharding | None) -> Callable[..., Array]:
+    def merge(
+        graphdef: nnx.GraphDef, state: nnx.State, kernel: Array | Quantized, index: tuple[int, ...]
+    ) -> Array:
+        return nnx.merge(graphdef, state).merged_kernel(dense(kernel), index)
+
+    return jax.jit(merge, out_shardings=sharding)
 
 
 def is_abstract(kernel: Any) -> bool:

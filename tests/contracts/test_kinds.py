@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +14,32 @@ import optax
 import peft
 import pytest
 import torch
-from contract import ROOT, STEPS, TOKENS, Training, assert_merge_is_evaluation, logits, pairs
+from contract import (
+    ROOT,
+    STEPS,
+    TOKENS,
+    Stack,
+    Training,
+    assert_merge_is_evaluation,
+    both_outputs,
+    logits,
+    output,
+    pairs,
+    small_step,
+)
 from flax import nnx
-from oracles import relative, snapshot, torch_logits
+from oracles import assert_unchanged, relative, snapshot, torch_logits
+from small_models import load
 from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax import lowrank
 from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.low_rank import Initial
-from droplora_jax.adapters.surgery import initial_of
+from droplora_jax.adapters.surgery import adapters_of, initial_of
 from droplora_jax.core.config import MeshConfig
-from droplora_jax.hf.peft.adapter import load_adapter
+from droplora_jax.hf.peft.adapter import OWN_FILE, adapter_config, load_adapter
+from droplora_jax.nn.layer_paths import layer_names
 from droplora_jax.nn.mask_keys import MaskKey
 from droplora_jax.training.checkpoint import Checkpoints
 
@@ -57,60 +73,105 @@ CONFIGS = {
         **SMALL, drop_schedule="linear", sampler="exact", granularity="step"
     ),
 }
-each = pytest.mark.parametrize("name", CONFIGS)
-seen_on_meshes = pytest.mark.parametrize(
-    "name", [name for name in CONFIGS if name not in ("gaussian", "dora, olora", "milora")]
+# Those whose state differs are trained in a decoder, the rest in a small stack of layers.
+WHOLE = (
+    "droplora",
+    "dora",
+    "pissa, rank_stabilized, ranks",
+    "learned, pissa, ranks",
+    "input dropout",
+    "schedule, step",
 )
+whole = pytest.mark.parametrize("name", WHOLE)
 
 
 @pytest.fixture(scope="module")
 def trained(untied):
     """After three steps of each, made once."""
-    made: dict[str, tuple] = {}
 
+    @cache
     def of(name: str):
-        if name not in made:
-            training = Training(untied, CONFIGS[name])
-            made[name] = (training, *training.steps(3))
-        return made[name]
+        training = Training(untied, CONFIGS[name])
+        return training, *training.steps(3)
 
     return of
 
 
 def test_every_kind_is_held_to_the_contract():
     assert {config.kind for config in CONFIGS.values()} == set(ADAPTERS)
+    assert {CONFIGS[name].kind for name in WHOLE} == set(ADAPTERS)
 
 
-@each
-def test_the_model_is_unchanged_at_first_and_the_merge_is_evaluation(name, trained):
-    training, state, _ = trained(name)
-    assert_merge_is_evaluation(training, state)
+# Three steps on a stack of layers.
 
 
-@each
-def test_only_the_adapters_are_trained(name, trained):
-    training, state, _ = trained(name)
-    assert not any(
-        isinstance(v, Initial | MaskKey)
-        for v in jax.tree.leaves(training.adapters, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    )
-    for path, (old, new) in pairs(training.adapters, state.adapters).items():
+@pytest.fixture(scope="module", params=CONFIGS)
+def stack(request):
+    """The configuration, the plain model, with adapters, after training, and a share of rates."""
+    config = CONFIGS[request.param]
+    share = None if config.share(STEPS) is None else 0.9
+    base = Stack()
+    model = dl.inject(base, config, key=ROOT)
+    graphdef, adapters, mask_keys, frozen = dl.split(model)
+    for n in range(3):
+        key = jax.random.fold_in(ROOT, n)
+        adapters = small_step(graphdef, adapters, mask_keys, frozen, key, share)
+    return config, base, model, nnx.merge(graphdef, adapters, mask_keys, frozen), share
+
+
+def test_a_stack_is_unchanged_at_first_and_its_merge_is_evaluation(stack):
+    _, base, model, after, share = stack
+    before = output(base)
+    assert relative(both_outputs(model, ROOT, share)[0], before) < 2e-6
+    evaluated = both_outputs(after, ROOT, share)[0]
+    assert relative(evaluated, before) > 1e-3
+    merged = dl.merge(after)
+    assert nnx.graphdef(merged) == nnx.graphdef(base)
+    assert relative(output(merged), evaluated) < 1e-5
+
+
+def test_only_adapters_are_trained_and_ranks_that_a_layer_has_not_stay_zero(stack):
+    config, base, model, after, _ = stack
+    assert_unchanged(dl.without_adapters(after), snapshot(base))
+    starts, ends = dl.split(model)[1], dl.split(after)[1]
+    variables = jax.tree.leaves(ends, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert not any(isinstance(variable, Initial | MaskKey) for variable in variables)
+    for path, (old, new) in pairs(starts, ends).items():
         assert not np.array_equal(old, new), path
-    before = snapshot(training.base)[1]
-    after = snapshot(dl.load(training.base.source.path, mesh=training.mesh, dtype=jnp.float32))[1]
-    assert all(np.array_equal(before[path], after[path]) for path in before)
-
-
-@each
-def test_ranks_that_a_layer_has_not_stay_zero(name, trained):
-    training, state, _ = trained(name)
-    for adapter in dl.surgery.adapters_of(training.with_state(state)).values():
+    for path, adapter in adapters_of(after).items():
+        names = layer_names(tuple(path.split(".")), (3,))
+        assert [b.rank for b in adapter.branches] == [b.rank for b in config.branches(names)]
         for layer, branch in enumerate(adapter.branches):
             assert not np.asarray(adapter.lora_a[layer, ..., branch.rank :]).any()
             assert not np.asarray(adapter.lora_b[layer, branch.rank :]).any()
 
 
-@seen_on_meshes
+def test_masks_change_from_step_to_step_and_are_off_in_evaluation(stack):
+    """A kind that draws nothing prunes by what it learnt, and is the same in both."""
+    config, *_, after, share = stack
+    keys = [jax.random.fold_in(ROOT, n) for n in (1, 2, 1)]
+    evaluated, masked = zip(*(both_outputs(after, key, share) for key in keys), strict=True)
+    np.testing.assert_array_equal(masked[0], masked[2])
+    assert np.array_equal(masked[0], masked[1]) == (config.kind == "learned")
+    np.testing.assert_array_equal(evaluated[0], evaluated[1])
+    assert np.array_equal(masked[0], evaluated[0]) == (config.kind == "learned")
+
+
+# Three steps of a decoder.
+
+
+@whole
+def test_the_model_is_unchanged_at_first_and_the_merge_is_evaluation(name, trained, untied):
+    training, state, _ = trained(name)
+    before = snapshot(load(untied))[1]
+    assert_merge_is_evaluation(training, state)
+    for path, (old, new) in pairs(training.adapters, state.adapters).items():
+        assert not np.array_equal(old, new), path
+    after = snapshot(training.base)[1]
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "droplora"])
 def test_masks_and_gradients_are_the_same_on_any_mesh_and_in_any_split(name, untied, trained):
     """Also under rematerialisation: of a step with its masks on the losses and what it moved."""
     _, state, losses = trained(name)
@@ -142,7 +203,7 @@ def _as_started(adapters, initial):
     return nnx.from_flat_state(flat)
 
 
-@each
+@whole
 def test_a_run_that_is_resumed_is_exact(name, trained, tmp_path):
     training, state, _ = trained(name)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -161,7 +222,7 @@ def test_a_run_that_is_resumed_is_exact(name, trained, tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-@each
+@whole
 def test_what_is_exported_is_evaluation_here_and_in_peft(name, trained, tmp_path):
     training, state, _ = trained(name)
     model = training.with_state(state)
@@ -169,29 +230,19 @@ def test_what_is_exported_is_evaluation_here_and_in_peft(name, trained, tmp_path
     dl.save_adapter(model, tmp_path / "adapter")
     again = load_adapter(training.base, tmp_path / "adapter")
     assert relative(logits(again), expected) < 1e-5
-    assert next(iter(dl.surgery.adapters_of(again).values())).config == CONFIGS[name]
+    assert next(iter(adapters_of(again).values())).config == CONFIGS[name]
     theirs = AutoModelForCausalLM.from_pretrained(training.base.source.path, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     assert relative(torch_logits(theirs.eval(), TOKENS), expected) < 2e-5
 
 
-@each
-def test_masks_change_from_step_to_step_and_are_off_in_evaluation(name, trained):
-    """A kind that draws nothing prunes by what it learnt, and is the same in both."""
-    training, state, _ = trained(name)
-    model = training.with_state(state)
-    config = CONFIGS[name]
-    share = None if config.share(STEPS) is None else 0.9
-
-    def drawn(n: int) -> np.ndarray:
-        key = jax.random.fold_in(ROOT, n)
-        return logits(dl.masked(model, key, rows=jnp.arange(8), share=share))
-
-    first, second, again = drawn(1), drawn(2), drawn(1)
-    np.testing.assert_array_equal(first, again)
-    assert np.array_equal(first, second) == (config.kind == "learned")
-    np.testing.assert_array_equal(logits(model), logits(model))
-    assert np.array_equal(first, logits(model)) == (config.kind == "learned")
+def test_options_are_read_as_they_were_written(trained, tmp_path):
+    training, _, _ = trained("droplora")
+    dl.save_adapter(training.model, tmp_path / "adapter")
+    for config in CONFIGS.values():
+        own = {"format_version": 1, **dataclasses.asdict(config)}
+        (tmp_path / "adapter" / OWN_FILE).write_text(json.dumps(own))
+        assert adapter_config(training.base.config, tmp_path / "adapter") == config
 
 
 # What the ways to start are, against PEFT's.
@@ -240,7 +291,7 @@ def test_a_branch_that_starts_from_the_kernel_trains_as_in_peft(init, theirs, st
 @pytest.mark.parametrize("init", ["pissa", "milora"])
 def test_what_a_branch_starts_from_is_a_part_of_the_kernel(init, untied):
     training = Training(untied, dl.DropLoRA(**SMALL, init=init))
-    for adapter in dl.surgery.adapters_of(training.model).values():
+    for adapter in adapters_of(training.model).values():
         for layer, w_IO in enumerate(np.asarray(adapter.base_kernel[...], np.float64)):
             a, b = (np.asarray(f[layer], np.float64) for f in (adapter.lora_a, adapter.lora_b))
             u, s, v = np.linalg.svd(w_IO)
@@ -321,7 +372,7 @@ def test_a_learned_mask_that_keeps_nothing_is_no_branch():
 
 def test_rates_by_layer_are_those_of_the_layers():
     config = dl.DropLoRA(**SMALL, drop_rate_pattern={r"\.0\.": 0.0, "q_proj": 0.25})
-    names = dl.adapters.targets.layer_names(("layers", "q_proj"), (3,))
+    names = layer_names(("layers", "q_proj"), (3,))
     assert [branch.drop_rate for branch in config.branches(names)] == [0.0, 0.25, 0.25]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,19 @@ STEPS, ROOT = 8, dl.root_key(5)
 TOKENS = random_tokens(8, 17)
 
 
+@lru_cache(maxsize=4)
+def base_on(path, mesh: MeshConfig):
+    """The model of a folder, loaded once for a mesh: no adapter writes on its arrays."""
+    devices = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
+    return dl.load(path, mesh=devices, dtype=jnp.float32), devices
+
+
 class Training:
     """A model with adapters, a few steps of which move all that is trained."""
 
     def __init__(self, folder, config, mesh: MeshConfig | None = None, remat="everything") -> None:
         mesh = mesh or MeshConfig(fsdp=1)
-        self.mesh = make_mesh(mesh, jax.devices()[: int(np.prod(mesh.sizes))])
-        self.base = dl.load(folder.path, mesh=self.mesh, dtype=jnp.float32)
+        self.base, self.mesh = base_on(folder.path, mesh)
         self.model = dl.inject(self.base, config, key=dl.root_key(1))
         self.graphdef, self.adapters, self.mask_keys, self.frozen = dl.split(self.model)
         # What is small beside `eps` is not blown up to a whole step, with the rounding that is in it.
@@ -68,8 +75,14 @@ class Training:
         return nnx.merge(self.graphdef, state.adapters, self.mask_keys, frozen)
 
 
+@jax.jit
+def _logits(model):
+    return model(jnp.asarray(TOKENS))
+
+
 def logits(model) -> np.ndarray:
-    return np.asarray(jax.jit(lambda model: model(jnp.asarray(TOKENS)))(model))
+    """One program for all models of the same structure."""
+    return np.asarray(_logits(model))
 
 
 def pairs(old, new):
@@ -87,3 +100,55 @@ def assert_merge_is_evaluation(training: Training, state) -> None:
     merged = dl.merge(model)
     assert nnx.graphdef(merged) == nnx.graphdef(training.base)
     assert relative(logits(merged), after) < 1e-5
+
+
+# The same properties on three stacked layers: the least that shows all that a kind may depend on.
+
+
+class Layer(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        for name in ("q_proj", "up_proj", "down_proj"):
+            setattr(self, name, nnx.Linear(12, 12, rngs=rngs))
+
+    def __call__(self, x):
+        return x + self.down_proj(jnp.tanh(self.up_proj(self.q_proj(x))))
+
+
+class Stack(nnx.Module):
+    def __init__(self) -> None:
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs: nnx.Rngs) -> Layer:
+            return Layer(rngs=rngs)
+
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        graphdef, state = nnx.split(self.layers)
+        return jax.lax.scan(lambda x, of: (nnx.merge(graphdef, of)(x), None), x, state)[0]
+
+
+INPUT = jax.random.normal(dl.root_key(3), (8, 5, 12))
+
+
+@jax.jit
+def output(model):
+    return model(INPUT)
+
+
+@jax.jit
+def both_outputs(model, key, share):
+    """In evaluation, and with the masks of a step."""
+    return model(INPUT), dl.masked(model, key, rows=jnp.arange(8), share=share)(INPUT)
+
+
+@jax.jit
+def small_step(graphdef, adapters, mask_keys, frozen, key, share):
+    """One that moves every number that has a gradient."""
+
+    def loss(adapters):
+        keys = dl.draw(mask_keys, key, rows=jnp.arange(8), share=share)
+        return jnp.mean((nnx.merge(graphdef, adapters, keys, frozen)(INPUT) - 1) ** 2)
+
+    gradients = jax.grad(loss)(adapters)
+    return jax.tree.map(lambda value, g: value - 0.03 * jnp.sign(g), adapters, gradients)
