@@ -3,7 +3,7 @@
 tests/budget.json has a line for each file: the programs that it may compile, the Python processes
 that it may start, and the CPU seconds that it took when the line was written, by which long files
 are run first, so that two workers end together. A session in which a file exceeds its budget fails.
-`pytest --write-budget` writes the lines of the files that it runs.
+`pytest --write-budget` writes the lines of the files that it runs and whose tests pass.
 
 Two programs are the same if they have the same key in JAX's compilation cache, whether they are
 found there or compiled. Tests that are marked as slow are not counted, nor are the programs of
@@ -72,6 +72,7 @@ class Programs:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.counts: dict[str, Line] = {}
         self.problems: list[str] = []
+        self.failed: set[str] = set()  # files
         self.current = ""  # the file of the test that runs, or nothing if the test is slow
         self.patch = pytest.MonkeyPatch()
 
@@ -106,6 +107,10 @@ class Programs:
         self.seconds[self.current] += sum(os.times()[:4]) - before
         return result
 
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid.split("::")[0])
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         self.counts |= getattr(node, "workeroutput", {}).get("counts", {})
@@ -122,9 +127,10 @@ class Programs:
                 self.problems += exceeded(name, count, budget.get(name, DEFAULT))
             if self.problems and session.exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        elif session.testsfailed:
-            self.problems.append("no budget is written, because tests failed")
         else:
+            for name in sorted(self.failed & self.counts.keys()):
+                self.problems.append(f"{name}: no line is written, because tests of it failed")
+                del self.counts[name]
             write_budget(self.file, self.counts)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

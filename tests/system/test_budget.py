@@ -85,5 +85,5 @@ def test_the_budget_is_written_for_whole_files_that_pass(run):
     assert (code, "leave out -k" in out) == (pytest.ExitCode.USAGE_ERROR, True)
     assert budget == {"tests/test_one.py": line(30)}
     code, out, budget = run("--write-budget", sizes="'no size'", **before)
-    assert (code, "no budget is written, because tests failed" in out) == (1, True)
+    assert (code, "no line is written, because tests of it failed" in out) == (1, True)
     assert budget == {"tests/test_one.py": line(30)}
