@@ -10,8 +10,8 @@ from oracles import randomized, relative
 
 import droplora_jax as dl
 from droplora_jax.adapters.interop import linen
-from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.adapters.interop.stored_factors import factors
+from droplora_jax.adapters.surgery import adapters_of
 
 KEY = dl.root_key(0)
 X = np.ones((2, 3, 4), np.float32)
