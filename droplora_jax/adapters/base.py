@@ -158,7 +158,10 @@ class AdapterConfig(Protocol):
 @lru_cache(maxsize=64)
 def _merge_program(sharding: Sharding | None) -> Callable[..., Array]:
     def merge(
-        graphdef: nnx.GraphDef, state: nnx.State, kernel: Array | Quantized, index: tuple[int, ...]
+        graphdef: nnx.GraphDef,
+        state: nnx.State,
+        kernel: Array | Quantized,
+        index: tuple[Array | int, ...],
     ) -> Array:
         return nnx.merge(graphdef, state).merged_kernel(dense(kernel), index)
 
