@@ -173,7 +173,8 @@ class Checkpoints:
         """The state saved at `step`, laid out as `like` is.
 
         Args:
-          like: of read-only checkpoints it may leave out parts of the state, such as `opt_state`.
+          like: of read-only checkpoints a part of the state that is None, such as `opt_state`, is
+            not read.
 
         Raises:
           Corrupt: it can't be read, is not what was saved, or holds a value that is not finite.
@@ -187,8 +188,13 @@ class Checkpoints:
         where = self._path(step)
         with _read_errors(where):
             metadata = self._manager.item_metadata(step)["state"].tree
-            names = metadata.keys() & flat.keys() if self._read_only else metadata
-            shapes = {name: tuple(metadata[name].shape) for name in names}
+            absent = {part for part, value in vars(like).items() if value is None}
+            left_out = absent if self._read_only else set()
+            shapes = {
+                name: tuple(leaf.shape)
+                for name, leaf in metadata.items()
+                if name.partition(".")[0] not in left_out
+            }
         if shapes != (needed := {name: leaf.shape for name, leaf in flat.items()}):
             name = min(name for name, _ in shapes.items() ^ needed.items())
             raise InputError(
