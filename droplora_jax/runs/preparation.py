@@ -65,6 +65,8 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         mesh = make_mesh(config.mesh)
     check_mesh(config, mesh)
     attention_kernel(config, base, mesh)
+    with _in_section("optim", config):
+        optimizer.check(config.optim)  # before data is tokenised, which may take long
     data = run_data.read(config, base, console)
     run_data.check_same(saved.record, data.record["data"], folder)
     steps = run_data.total_steps(config.train, data.train)

@@ -49,8 +49,7 @@ def optimizer(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransf
     Raises:
       InputError: see `build`.
     """
-    arguments = _arguments(config)
-    _try_out(config.name, arguments)
+    arguments = check(config)
     if config.no_decay:
         arguments["mask"] = partial(_decayed, config.no_decay)
     parts = [getattr(optax, config.name)(rate, **arguments)]
@@ -59,6 +58,17 @@ def optimizer(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransf
     if config.b_ratio != 1:
         parts.append(optax.masked(optax.scale(config.b_ratio), partial(_matching, r"lora_b$")))
     return optax.chain(*parts) if len(parts) > 1 else parts[0]
+
+
+def check(config: OptimConfig) -> dict[str, Any]:
+    """The arguments of the named optimizer, but for the learning rate and what it decays.
+
+    Raises:
+      InputError: see `build`.
+    """
+    arguments = _arguments(config)
+    _try_out(config.name, arguments)
+    return arguments
 
 
 def _decayed(no_decay: Sequence[str], trained: optax.Params) -> optax.Params:
