@@ -91,13 +91,10 @@ class DistributedConfig:
             )
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             yield f"coordinator={self.coordinator!r}: must be host:port of process 0"
-        count = self.num_processes
+        count, number = self.num_processes, self.process_id
         if count is not None and count < 1:
             yield f"num_processes={count}: must be at least 1"
-        elif self.process_id is not None and not 0 <= self.process_id < (count or 1):
-            yield (
-                f"process_id={self.process_id}: must be from 0 to {(count or 1) - 1}, below "
-                f"num_processes={count or 1}"
-            )
+        elif count is not None and number is not None and not 0 <= number < count:
+            yield f"process_id={number}: must be from 0 to {count - 1}, below num_processes={count}"
         if self.timeout < 10:
             yield f"timeout={self.timeout}: must be at least 10 seconds"

@@ -129,7 +129,7 @@ def _messages(
             start = f"{where(key)}: {key}{_shown(mistake)}"
             rules.setdefault(start, []).append(_rule(mistake, path))
         # Else an alternative that was not meant: the mistake is further below.
-    return [start + " or ".join(alternatives) for start, alternatives in rules.items()]
+    return [start + " or ".join(dict.fromkeys(rule)) for start, rule in rules.items()]
 
 
 def _in_kind(mistake: Mistake) -> Mistake:
