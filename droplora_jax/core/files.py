@@ -103,7 +103,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 def temporary_files(path: Path) -> set[Path]:
     """What processes that were killed while they wrote `path` have left beside it."""
-    return set(path.parent.glob(f".{path.name}.*.tmp"))
+    return set(path.parent.glob(f".{path.name}*.tmp"))
 
 
 @contextmanager
