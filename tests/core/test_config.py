@@ -33,3 +33,5 @@ def test_all_problems_of_a_configuration_are_named_at_once():
         "num_processes",
         "timeout",
     ]
+    with pytest.raises(InputError, match=r"^num_processes is missing: [^\n]*$"):
+        DistributedConfig("host:1", process_id=1)

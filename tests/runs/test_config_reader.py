@@ -97,6 +97,12 @@ def test_a_mistake_in_a_source_is_named_once(read, text, message):
     assert str(error.value).count("\n") == 0
 
 
+def test_a_missing_key_beside_an_unknown_one_is_named_once(read):
+    with pytest.raises(InputError) as error:
+        read(least=SOURCES + "    - {pth: a}")
+    assert [line.count("is missing") for line in error.value.problems] in ([0, 1], [1, 0])
+
+
 def test_what_is_dumped_is_complete_and_reads_the_same(read, tmp_path):
     config = read(
         "adapter: {targets: [a, b], drop_rate: 0.25}\noptim: {options: {b2: 0.95}, clip_norm: null}"

@@ -396,6 +396,8 @@ def test_what_is_only_read_needs_no_optimizer(checkpoints, state):
     like = TrainState(jnp.int32(0), adapters, opt_state=None)
     with Checkpoints(checkpoints.folder, read_only=True) as opened:
         restored = opened.restore(1, like)
+        with pytest.raises(InputError, match=r"step_1: adapters\..* no such array"):
+            opened.restore(1, replace(like, adapters={}))
     assert_same(restored, TrainState(jnp.int32(1), state.adapters, opt_state=None))
     with pytest.raises(InputError, match="opt_state"):
         checkpoints.restore(1, like)
