@@ -17,8 +17,8 @@ from droplora_jax.core.errors import InputError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0 done, 2 bad input, 3 non-finite loss, 130 interrupted and 143 preempted (both saved). One of
-    several processes that has lost another one is aborted by JAX: 134.
+    0 done, 2 bad input, 3 non-finite loss, 130 interrupted, 143 terminated (`train` saves before
+    both). JAX aborts a process that has lost another one of its run: 134.
     """
     parser = command_line(COMMANDS)
     options, rest = parser.parse_known_args(arguments)

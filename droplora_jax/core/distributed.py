@@ -123,9 +123,10 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 class Agreement:
-    """The highest number that any process passes at a step, returned by all at the same step.
+    """The maximum of a number over the processes, the same in all of them.
 
-    With several processes it is returned one step later, so that no device waits for it.
+    With several processes it is the previous step's maximum (0 at first), so that no device waits
+    for it.
     """
 
     def __init__(self, mesh: Mesh) -> None:

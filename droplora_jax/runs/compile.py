@@ -51,7 +51,7 @@ class AbstractStep:
 
     Attributes:
       optim: the optimizer and its learning rates.
-      share: the share of its drop rates that each step of the run has; None if that is constant.
+      share: a schedule: the factor on all drop rates at each step; None if it is constant.
     """
 
     graphdef: nnx.GraphDef[Decoder]

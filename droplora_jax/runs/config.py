@@ -78,7 +78,11 @@ else:
 
 
 def _kind(adapter: Any) -> str:
-    """The kind that a section names; what is no section is told so as the default's."""
+    """The adapter kind that a section names.
+
+    A value that is not a section counts as `droplora`, so that the error says that a
+    section is expected.
+    """
     if isinstance(adapter, Mapping):
         return adapter.get("kind", "droplora")
     return getattr(adapter, "kind", "droplora")

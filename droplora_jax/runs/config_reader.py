@@ -133,7 +133,7 @@ def _messages(
 
 
 def _in_kind(mistake: Mistake) -> Mistake:
-    """The mistake in a section of a kind that is not known is in its `kind`."""
+    """For an unknown adapter kind, the mistake placed at `adapter.kind`; any other unchanged."""
     if mistake["type"] != "union_tag_invalid":
         return mistake
     rule = f"Input should be {' or '.join(map(repr, ADAPTERS))}"

@@ -1,4 +1,4 @@
-"""The memory of a device that a program takes, by the compiler's word, and that there is."""
+"""How much device memory a program needs (the compiler's figure), and how much the device has."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from droplora_jax.data.batches import IGNORE
 BLOCKS = 8  # blocks of positions; the logits of one block exist at a time
 
 Result = TypeVar("Result")
-# Hidden states [B, T, D], and the arrays that a closure was freed of, to logits [B, T, V].
+# From hidden states [B, T, D] and the arrays that `jax.closure_convert` took out of the closure, to
+# logits [B, T, V].
 Project = Callable[..., Array]
 Loss = tuple[Float[Array, ""], Int[Array, ""]]
 

@@ -142,7 +142,7 @@ def train_step(
 
     Args:
       mask_root: the run's mask key; the step is folded into it here.
-      share: by which share of itself a drop rate counts in each step, where rates change.
+      share: a schedule: the factor on all drop rates at each step; None if it is constant.
       options: how the layers are computed.
     """
     step_key = jax.random.fold_in(mask_root, state.step)

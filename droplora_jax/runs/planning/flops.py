@@ -10,8 +10,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from droplora_jax.nn.attention import cudnn, splash, tokamax
 
-# Kernels whose jaxpr does not show their products: the number of products of queries and keys, each
-# over the causal half.
+# Kernels that are opaque in the jaxpr: how many [T, T, H] products each performs, counted causally.
 _PRODUCTS = {
     cudnn.FORWARD: 2,
     cudnn.BACKWARD: 5,
@@ -25,8 +24,8 @@ def matrix_flops(
 ) -> int:
     """Operations of all products (2 for a multiplication and an addition) in one run.
 
-    The products that the program has are counted: no gradient that is not computed, and
-    recomputation for the backward pass again. Elementwise work is left out.
+    Gradients that are never computed are not counted; products recomputed for the backward pass are
+    counted again. Elementwise work is left out.
 
     Args:
       of_branches: the operations of a conditional, from those of its branches. The mean suits key

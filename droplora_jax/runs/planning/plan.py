@@ -38,8 +38,8 @@ class Plan:
       fits: the program is compiled and its memory is within the device's; None without a limit.
       hbm_bytes_per_chip: the most that one device holds at a time, and the program itself.
       weights, adapters, optimizer: bytes of the arguments; `temporaries`: of the rest.
-      flops_per_step: of the products, on all devices, nothing counted for frozen weights'
-        gradients, and what is computed again counted again.
+      flops_per_step: of the matrix products on all devices; excludes gradients of frozen weights,
+        includes recomputation.
       useful_flops: what is left without recomputation: MFU's numerator, 4 a parameter and token,
         and the attention.
       seconds: the least time of a step by matrix units, memory, links, and the network between
