@@ -293,10 +293,9 @@ def _carry_over(source: Path, target: Path, dtype: DTypeLike | None) -> None:
     check_links(source, CARRIED)
     for pattern in CARRIED:
         for file in source.glob(pattern):
-            # An index names files; the merged folder has its own, or none.
-            # (And a merge report is of the folder that it stands in.)
-            own = file.name.endswith(".index.json") or file.name == REPORT_FILE
-            if file.is_file() and not own:
+            # Neither an index nor an old merge report is copied: both describe the source folder.
+            of_source = file.name.endswith(".index.json") or file.name == REPORT_FILE
+            if file.is_file() and not of_source:
                 shutil.copyfile(file, target / file.name)
     if dtype is not None:
         config = read_json(target / "config.json")

@@ -27,7 +27,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Of the dtypes that models are stored in beside those above: bytes a value.
+# Bytes a value of the other dtypes that models are stored in.
 OTHER_SIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -61,7 +61,7 @@ class ByteRanges(Protocol):
 
 
 class MappedFile:
-    """A local file, mapped: what is looked at is read, what is released is not resident."""
+    """A local file, mapped: pages load on access; `release` drops them from memory."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as opened:

@@ -35,9 +35,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _is_generic(folder: Path) -> bool:
-    """Whether a folder says of its tokenizer all that there is to know, as LLaMA 3's do.
+    """Whether `tokenizer.json` alone is enough, as for LLaMA 3.
 
-    For other families transformers has corrections, by the model's type, of what folders say.
+    For other models transformers applies corrections that depend on the class or the model's type.
     """
     config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
     if not (config.exists() and tokenizer.exists() and (folder / "tokenizer.json").exists()):

@@ -54,7 +54,7 @@ def save_adapter(
 
     `droplora_config.json` keeps the adapter's own options, and `extra` (such as the template that
     the data was written with). The folder appears under its name only when complete, in place of
-    an old one with `replace`. Of several processes all have to call it, and the first one writes.
+    an old one with `replace`. All processes have to call it; the first one writes.
 
     Returns:
       What vLLM does not serve of it; empty if it does.

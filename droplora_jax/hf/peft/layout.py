@@ -39,9 +39,9 @@ class Slot:
     """The tensors that an array of the model is stored in.
 
     Attributes:
-      places: each tensor's name, with the layer of the stack (None without a stack), and what of
-        that layer it is.
-      transposed: a tensor is the transpose of its place.
+      places: tensor name -> (index of the layer in the stack, or None without a stack; slice of
+        that layer).
+      transposed: the stored tensor is the slice transposed.
     """
 
     places: Places
@@ -114,13 +114,13 @@ def tied_factors(names: BaseNames, tensors: Mapping[str, np.ndarray]) -> dict[st
 def checked_copies(
     model: Decoder, adapters: Mapping[str, Adapter], tensors: TensorFiles, file: Path
 ) -> set[str]:
-    """The tensors that say again what the adapter or the base says.
+    """The names of the redundant tensors, checked to equal their originals.
 
-    Where the head is the embedding, the factors of the head; and of an embedding or a head with an
-    adapter, the weight beside it.
+    They are the head's factors where the head is tied to the embedding, and the base weight of an
+    embedding or a head with an adapter.
 
     Raises:
-      InputError: they say something else.
+      InputError: a tensor differs from its original.
     """
     names = BaseNames(model.config)
     copies = set()

@@ -82,5 +82,5 @@ def split_key(key: str) -> tuple[str, str | None]:
 
 
 def is_copy(key: str) -> bool:
-    """Whether it is of the base: the weight beside an adapter, which PEFT writes of both ends."""
+    """Whether a key is a copy of a base weight: PEFT saves one for adapted embeddings and heads."""
     return key.endswith(".base_layer.weight")
