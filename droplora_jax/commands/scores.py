@@ -51,7 +51,7 @@ class Asked:
     examples: list[Example]
 
     def own(self, rows: Iterable[Row]) -> list[Row]:
-        """Of the rows of several tasks, those of this one."""
+        """The rows that belong to this task."""
         own = (row for row in rows if row["task"] == self.task.name)
         return [{key: value for key, value in row.items() if key != "task"} for row in own]
 

@@ -124,7 +124,8 @@ def _advanced(
 def better_apart(model: Decoder) -> bool:
     """Whether a model decodes faster with its layers `apart`: on a CPU.
 
-    Not if they are quantised: apart, their arrays would all be made before the loop, and kept.
+    Not if it is quantised: XLA would hoist every layer's dequantised kernel out of the loop
+    and keep them all.
     """
     state = nnx.state(model)
     on_cpu = next(iter(jax.tree.leaves(state)[0].devices())).platform == "cpu"
@@ -144,7 +145,7 @@ def apart(model: Decoder) -> Decoder:
 
 
 def _layer(i: int, x: jax.Array) -> jax.Array:
-    """`x[i : i + 1]`, of memory that is shared if its alignment allows (see `hub`)."""
+    """`x[i : i + 1]`, sharing memory with `x` where alignment allows."""
     if x.size == 0 or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x[i : i + 1]
     parts = [

@@ -29,7 +29,7 @@ from droplora_jax.nn.options import StepOptions
 from droplora_jax.nn.rope import longest_static
 
 CHUNK = 32  # steps between two looks at what was written
-TAIL = 8  # tokens of a prompt with which those after them are turned into text
+TAIL = 8  # last prompt tokens decoded with a completion, for its first characters to be right
 
 Prompt = str | Sequence[int]
 
@@ -209,7 +209,8 @@ class Generator:
 
 def longest(config: ModelConfig) -> int:
     """How many tokens a prompt and its completion may have together."""
-    # Keys stay rotated for the length that their row had when they were made.
+    # Cached keys keep their rotation, so with `dynamic` scaling a row must not outgrow the range
+    # in which the tables do not depend on its length.
     return longest_static(config.rope, config.max_positions)
 
 
@@ -275,9 +276,9 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _settled(text: str, stop: Sequence[str]) -> int:
-    """How much of a text stands whatever comes next.
+    """The length of the prefix that later tokens cannot change.
 
-    Not the beginning of a stop string, nor a character of which bytes are missing.
+    It excludes the beginning of a stop string, and a character whose bytes are not all generated.
     """
     text = text.rstrip("\ufffd")
     begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))

@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
         return scored
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **kwargs: object) -> list[float]:
-        """Of whole texts; what is too long for the model at once, in windows."""
+        """The log-likelihood of whole texts; a text too long for the model is scored in windows."""
         totals = []
         for request in requests:
             (text,) = request.args
@@ -183,7 +183,7 @@ def continuation_scores(
     targets_BT: Int[Array, "B T"],
     scored_BT: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
-    """Of the targets that are scored: the sum of log-probabilities; whether all are the likeliest.
+    """Per row: the summed log-probability of the scored targets; whether each is the argmax.
 
     The logits are made for `BLOCK` positions at a time.
     """

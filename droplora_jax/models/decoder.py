@@ -92,8 +92,8 @@ class Decoder(nnx.Module):
         """The last layer's output after the final norm, which `logits` projects to the vocabulary.
 
         If `options.packed` is False, every row is one segment with nothing but padding after it:
-        no token has one of another segment before it, and attention, which is causal, does not
-        compare segments. The values at padding are never used in either case.
+        no token is preceded by a token of another segment, so causal attention need not compare
+        segments. The values at padding are never used in either case.
         """
         if positions is None:
             segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids

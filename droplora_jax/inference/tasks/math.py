@@ -1,4 +1,4 @@
-"""MATH (arXiv 2103.03874): competition problems whose answer is a LaTeX expression.
+r"""MATH (arXiv 2103.03874): competition problems whose answer is a LaTeX expression.
 
 A row has a `problem` and an `answer`, or a `solution` with the answer in its last `\boxed{}`; or,
 as the authors of DropLoRA feed them, the wrapped `instruction` and the answer as `output`.

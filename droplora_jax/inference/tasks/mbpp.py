@@ -1,8 +1,8 @@
 """MBPP (arXiv 2108.07732): a small Python function to write, and assertions that it must pass.
 
 A row has a `text` (or `prompt`), a `test_list`, and what the tests need first: `test_setup_code`
-or `test_imports`. Of the whole file, the test set are the problems 11 to 510; the rest, for
-prompts and for training, is left out.
+or `test_imports`. The test set is problems 11 to 510; the others, which are for prompts
+and for training, are left out.
 """
 
 from __future__ import annotations

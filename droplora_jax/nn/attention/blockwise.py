@@ -23,7 +23,7 @@ from droplora_jax.nn.attention.query_blocks import Block, Body, Layout, QueryBlo
 
 # q, k, v, what decides which keys a query sees, the result, and the log of each softmax's sum.
 Residuals = tuple[Array, Array, Array, Visibility, Array, Array]
-# Of a block: queries, the gradient of their result, its mean over the softmax, and the logs.
+# Per block: q, dy, and for each query sum(dy * y) and the log-sum-exp of its scores.
 QueryGradients = tuple[Array, Array, Array, Array]
 
 
@@ -67,7 +67,7 @@ def _backward(
     q_BTNH, k_BSKH, v_BSKH, seen, y_BTNH, log_total = residuals
     blocks = QueryBlocks(layout, q_BTNH, k_BSKH, seen)
     k, v = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    # What the softmax subtracts from the gradient of each of a query's scores.
+    # sum(dy * y), the term that the softmax's gradient subtracts.
     mean_BTN1 = jnp.sum(_f32(dy_BTNH) * _f32(y_BTNH), axis=-1, keepdims=True)
     q, dy, mean = (blocks.split(x) for x in (q_BTNH, dy_BTNH, mean_BTN1))
 

@@ -117,7 +117,7 @@ class QueryBlocks:
         self.positions = self._split(positions, "edge")
         segments = seen.segment_ids_BT
         self.segment_ids = None if segments is None else self._split(segments, "edge")
-        # With several runs the span is not looked up, as devices would come to different ones.
+        # With several runs spans are static: data-dependent ones could differ between devices.
         self.spans_are_constant = layout.runs > 1 or (segments is None and seen.window is None)
 
     def _split(self, x: Array, fill: str = "constant") -> Array:
