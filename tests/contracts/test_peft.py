@@ -71,7 +71,7 @@ OPTIONS = {
     },
     "initialisation": {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
 }
-# What differs in the forward pass, once. Of all others the merge is compared, tensor by tensor.
+# One case for each difference in the forward pass; for all others the merged tensors are compared.
 FUNCTIONS = [
     ("qwen2", "plain"),
     ("qwen2", "patterns, rsLoRA, layers"),
