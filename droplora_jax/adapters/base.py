@@ -23,6 +23,8 @@ from droplora_jax.nn.quantized_kernel import Quantized, dense
 # checkpoint or a file. None: shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
 
+Index = tuple[Array | int, ...]  # the place of a layer in a stack; empty: all of the stack
+
 
 class Adapter(nnx.Module):
     """A frozen linear layer `base`, and what is trained beside it.
@@ -41,10 +43,10 @@ class Adapter(nnx.Module):
     base: nnx.Module
     spec: LinearSpec
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, x: Array, *args: object, **kwargs: object) -> Array:
         raise NotImplementedError
 
-    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+    def merged_kernel(self, kernel: Array, index: Index = ()) -> Array:
         """The float32 kernel that replaces `kernel` at evaluation.
 
         Args:
@@ -161,15 +163,15 @@ def _merge_program(sharding: Sharding | None) -> Callable[..., Array]:
         graphdef: nnx.GraphDef,
         state: nnx.State,
         kernel: Array | Quantized,
-        index: tuple[Array | int, ...],
+        index: Index,
     ) -> Array:
         return nnx.merge(graphdef, state).merged_kernel(dense(kernel), index)
 
     return jax.jit(merge, out_shardings=sharding)
 
 
-def is_abstract(kernel: Any) -> bool:
-    """Whether a kernel's value is a shape only."""
+def is_abstract(kernel: object) -> bool:
+    """Whether a kernel has a shape and no values."""
     return isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct)
 
 

@@ -1,4 +1,4 @@
-"""Several adapters on one base: their weighted sum as one.
+"""Several adapters on one base, and their weighted sum as one adapter.
 
 Models that `inject` or `load_adapter` made of one base share its arrays, so a dictionary of them is
 all that it takes to keep several by name, to use one or another, and to train one while the others
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 
+from droplora_jax.adapters.base import Adapter
 from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.dora_layer import DoRALinear
 from droplora_jax.adapters.droplora import DropLoRA
@@ -64,8 +65,8 @@ def combine(models: Mapping[str, Model], weights: Mapping[str, float] | None = N
     ranks = {path: _ranks(of_path) for path, of_path in parts.items()}
     config = _config(ranks)
 
-    def wrap(path: Path, node: Any) -> Any:
-        if dotted(path) not in parts:
+    def wrap(path: Path, node: object) -> object:
+        if dotted(path) not in parts or not isinstance(node, nnx.Module):
             return node
         base = node.base if isinstance(node, LowRankLinear) else node
         return _summed(base, config, parts[dotted(path)], ranks[dotted(path)])
@@ -73,7 +74,7 @@ def combine(models: Mapping[str, Model], weights: Mapping[str, float] | None = N
     return nnx.recursive_map(wrap, view(next(iter(models.values()))))
 
 
-def _check(models: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+def _check(models: Mapping[str, nnx.Module], weights: Mapping[str, float]) -> None:
     if not models:
         raise InputError("combine: no models are given")
     for name in models.keys() ^ weights.keys():
@@ -94,7 +95,7 @@ def _check(models: Mapping[str, Any], weights: Mapping[str, float]) -> None:
             )
 
 
-def _adds_up(name: str, path: str, adapter: Any) -> LowRankLinear:
+def _adds_up(name: str, path: str, adapter: Adapter) -> LowRankLinear:
     if isinstance(adapter, DoRALinear) or not isinstance(adapter, LowRankLinear):
         raise InputError(
             f"combine: {name!r} is {adapter.config.kind} ({path}), whose effect is no sum; "
@@ -103,7 +104,7 @@ def _adds_up(name: str, path: str, adapter: Any) -> LowRankLinear:
     return adapter
 
 
-def _check_one_base(parts: Mapping[str, Weighted], models: Mapping[str, Any]) -> None:
+def _check_one_base(parts: Mapping[str, Weighted], models: Mapping[str, nnx.Module]) -> None:
     for path, of_path in parts.items():
         # (A quantised kernel is several arrays.)
         first, *others = (
@@ -117,9 +118,9 @@ def _check_one_base(parts: Mapping[str, Weighted], models: Mapping[str, Any]) ->
                 )
 
 
-def _is_one(x: Any, y: Any) -> bool:
-    """Whether two arrays are one; of shapes only, whether they are equal."""
-    return x is y or (isinstance(x, jax.ShapeDtypeStruct) and x.shape == y.shape)
+def _is_one(x: object, y: object) -> bool:
+    """Whether two arrays are the same object; shapes without values need only be equal."""
+    return x is y or (isinstance(x, jax.ShapeDtypeStruct) and x == y)
 
 
 def _ranks(parts: Weighted) -> list[int]:
@@ -129,7 +130,11 @@ def _ranks(parts: Weighted) -> list[int]:
 
 
 def _config(ranks: Mapping[str, Sequence[int]]) -> DropLoRA:
-    """A configuration that makes branches of these ranks, with scale 1."""
+    """A configuration that makes branches of these ranks, with scale 1.
+
+    A pattern for each layer that differs from the largest: patterns are how a configuration is
+    written to YAML and JSON, and a table of branches beside them would be a second way.
+    """
     largest = max(map(max, ranks.values()))
     by_layer = [
         (rf"^{re.escape(name)}$", rank)
@@ -157,7 +162,7 @@ def _names(path: str, layers: int) -> list[str]:
 def _summed(
     base: nnx.Module, config: DropLoRA, parts: Weighted, ranks: Sequence[int]
 ) -> LowRankLinear:
-    """The layer of one path: every layer of its stack with the ranks of all the others'."""
+    """The layer at one path: in every layer of its stack, the ranks of all parts side by side."""
     branches = tuple(Branch(rank, float(rank), float(rank > 0)) for rank in ranks)
     layer = DropLoRALinear(base, parts[0][0].spec, config, branches, "later")
     filled = {}
@@ -169,12 +174,12 @@ def _summed(
         by_layer = [np.moveaxis(factor, rank_axis, 0) for factor in _layers(out, layer)]
         starts = [0] * len(ranks)
         for adapter, weight in parts:
-            theirs = _layers(np.asarray(adapter.factors()[index]), layer)
+            factors = _layers(np.asarray(adapter.factors()[index]), layer)
             for i, branch in enumerate(adapter.branches):
-                own = np.moveaxis(theirs[i], rank_axis, 0)[adapter.ranks_of(i)]
+                ranks_first = np.moveaxis(factors[i], rank_axis, 0)[adapter.ranks_of(i)]
                 times = weight * branch.scale if name == "lora_b" else 1.0
-                by_layer[i][starts[i] : starts[i] + len(own)] = own * times
-                starts[i] += len(own)
+                by_layer[i][starts[i] : starts[i] + len(ranks_first)] = ranks_first * times
+                starts[i] += len(ranks_first)
         filled[name] = jax.device_put(out, like.sharding)
     layer.fill(filled)
     return layer

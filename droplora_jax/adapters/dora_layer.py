@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,21 +74,21 @@ class DoRALinear(DropLoRALinear):
         super().fill(stored)
         self.magnitude = nnx.LoRAParam(stored["magnitude"])
 
-    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+    def merged_kernel(self, kernel: Array, index: base.Index = ()) -> Array:
         merged = super().merged_kernel(kernel, index)
         gain = self._gain(_norm(merged, self.spec), index)
         letters = self.spec.kernel
         product = f"...{letters},...{_columns(self.spec)}->...{letters}"
         return jnp.einsum(product, merged, gain)
 
-    def _gain(self, norm: Array, index: tuple[Any, ...] = ()) -> Array:
+    def _gain(self, norm: Array, index: base.Index = ()) -> Array:
         gain = self.magnitude[index or ...] / norm
         if self.ranks is None:
             return gain
         # A layer of the stack without a branch is left as it is.
         ranks = self.ranks[index or ...]
-        there = ranks.reshape(ranks.shape + (1,) * len(_columns(self.spec))) > 0
-        return jnp.where(there, gain, 1.0)
+        adapted = ranks.reshape(ranks.shape + (1,) * len(_columns(self.spec))) > 0
+        return jnp.where(adapted, gain, 1.0)
 
     def _norm_of_sum(self) -> Array:
         """||W + scale * A @ B|| by column, from products that are no larger than A and B."""
@@ -138,7 +137,8 @@ def _squares(kernel: Array, spec: LinearSpec) -> Array:
 
 
 def _norms(spec: LinearSpec, kernel: Array | Quantized) -> Array:
-    """Of a stack, layer after layer, so that no more than one is an array if it is quantised."""
+    """The norm of every column; one layer of a stack after another, so that no more than one is
+    dequantised at a time."""
 
     def norm(kernel: Array | Quantized) -> Array:
         return _norm(dense(kernel), spec)

@@ -21,6 +21,8 @@ from droplora_jax.nn.mask_keys import DropShare, checked_rows
 class DropLoRALinear(LowRankLinear):
     """`y = base(x) + scale * ((x @ A) * m) @ B`, with no mask while `mask_key` is empty."""
 
+    config: DropLoRA
+
     def __init__(
         self,
         layer: nnx.Module,
@@ -46,7 +48,7 @@ class DropLoRALinear(LowRankLinear):
     def _kept(self) -> int | Array:
         """How many ranks `exact` keeps."""
         if self.share is not None:
-            rank = jnp.asarray(self.own_rank(), jnp.float32)
+            rank = jnp.asarray(self.layer_rank(), jnp.float32)
             return jnp.round((1.0 - self._drop_rate()) * rank).astype(jnp.int32)
         return self.most_kept if self.counts is None else self.counts[...]
 
@@ -64,7 +66,7 @@ class DropLoRALinear(LowRankLinear):
             drop_rate=self._drop_rate(),
             rescale=config.rescale,
             dtype=dtype,
-            rank=self.own_rank(),
+            rank=self.layer_rank(),
         )
         a = lowrank.take_ranks(a, index, axis=-1)
         b = lowrank.take_ranks(b, index, axis=len(self.spec.batched))
@@ -83,5 +85,5 @@ class DropLoRALinear(LowRankLinear):
             rescale=config.rescale,
             dtype=h.dtype,
             kept=self._kept(),
-            rank=self.own_rank(),
+            rank=self.layer_rank(),
         )

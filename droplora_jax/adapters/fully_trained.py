@@ -1,4 +1,4 @@
-"""Parameters of the base that are trained whole, beside the adapters: norms, biases, the head."""
+"""Parameters of the base that are trained themselves, beside the adapters: norms, biases, head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train_whole(
 
     Args:
       kernels: the paths of the kernels that get an adapter.
-      abstract: the values of a base that has none are not made up either.
+      abstract: a parameter without values stays without; otherwise it becomes zeros.
 
     Raises:
       InputError: a pattern that matches nothing, or a kernel with an adapter.
@@ -42,8 +42,8 @@ def train_whole(
     for pattern in patterns:
         chosen = [path for path in parameters if matches(pattern, [dotted(path)])]
         if not chosen:
-            there = ", ".join(map(dotted, parameters))
-            raise InputError(f"train_whole={pattern!r} matches no parameter; there are {there}")
+            present = ", ".join(map(dotted, parameters))
+            raise InputError(f"train_whole={pattern!r} matches no parameter; there are {present}")
         for path in chosen:
             if path in kernels:
                 raise InputError(

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +55,11 @@ def first_factors(
         for letters in (spec.batched, spec.contracted, spec.produced)
     )
 
-    def one(key: Array, own: Array, scale: Array, w: Array | None) -> Factors:
-        a_GIR, b_GRO = INITS[init](key, (G, I, O), rank, own, scale, w)
+    def one(key: Array, layer_rank: Array, scale: Array, w: Array | None) -> Factors:
+        a_GIR, b_GRO = INITS[init](key, (G, I, O), rank, layer_rank, scale, w)
         # `where` and no product: a layer without a branch has scale 0, and parts of its kernel over
         # that are not finite.
-        in_rank_R = jnp.arange(rank) < own
+        in_rank_R = jnp.arange(rank) < layer_rank
         return jnp.where(in_rank_R, a_GIR, 0), jnp.where(in_rank_R[:, None], b_GRO, 0)
 
     keys = prng.fold_stack(key, stack).reshape(-1)
@@ -70,10 +69,10 @@ def first_factors(
         order = spec.batched + spec.contracted + spec.produced
         kernels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), kernel)
 
-        def of_layer(layer: tuple[Any, ...]) -> Factors:
-            key, own, scale, kernel = layer
+        def of_layer(layer: tuple[Array, Array, Array, Array | Quantized]) -> Factors:
+            key, layer_rank, scale, kernel = layer
             w = jnp.einsum(f"{spec.kernel}->{order}", dense(kernel)).reshape(G, I, O)
-            return one(key, own, scale, w)
+            return one(key, layer_rank, scale, w)
 
         # One after the other, for the memory of a decomposition.
         a, b = jax.lax.map(of_layer, (keys, ranks, scales, kernels))
@@ -82,7 +81,7 @@ def first_factors(
     return a.reshape(a_shape), b.reshape(b_shape)
 
 
-def _kaiming(key, sizes, rank, own, scale, w) -> Factors:
+def _kaiming(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """A uniform in +-1 / sqrt(fan_in): He's bound with a = sqrt(5), as a PyTorch linear layer."""
     G, I, O = sizes  # noqa: E741
     bound = 1.0 / math.sqrt(I)
@@ -90,25 +89,25 @@ def _kaiming(key, sizes, rank, own, scale, w) -> Factors:
     return a_GIR, jnp.zeros((G, rank, O))
 
 
-def _gaussian(key, sizes, rank, own, scale, w) -> Factors:
+def _gaussian(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """A normal with a standard deviation of 1 / rank."""
     G, I, O = sizes  # noqa: E741
-    a_GIR = jax.random.normal(key, (G, I, rank), jnp.float32) / jnp.maximum(own, 1).astype(
+    a_GIR = jax.random.normal(key, (G, I, rank), jnp.float32) / jnp.maximum(layer_rank, 1).astype(
         jnp.float32
     )
     return a_GIR, jnp.zeros((G, rank, O))
 
 
-def _orthogonal(key, sizes, rank, own, scale, w) -> Factors:
+def _orthogonal(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """A in the span of half of an orthogonal basis of the ranks, B in that of the other half.
 
     So A @ B is nothing although neither is. (arXiv 2504.05343 asks for this of LoRA's start.)
     """
     G, I, O = sizes  # noqa: E741
     of_basis, of_a, of_b = jax.random.split(key, 3)
-    own_R = jnp.arange(rank) < own
-    square = own_R[:, None] & own_R
-    # Beyond the layer's own rank a basis of its own, which the caller's zeros then take away.
+    used_R = jnp.arange(rank) < layer_rank
+    square = used_R[:, None] & used_R
+    # The padding beyond the layer's rank has an orthogonal basis apart, which the caller sets to 0.
     random = jnp.where(square, jax.random.normal(of_basis, (rank, rank)), jnp.eye(rank))
     basis_RR = jnp.linalg.qr(random)[0]
     a = jax.random.normal(of_a, (G, I, rank // 2)) / 10
@@ -120,24 +119,27 @@ def _orthogonal(key, sizes, rank, own, scale, w) -> Factors:
 
 
 def _singular(w_GIO: Array, rank: int, scale: Array, *, largest: bool) -> Factors:
-    """Of the kernel's singular value decomposition some ranks, their values shared by A and B."""
+    """The largest or smallest ranks of the kernel's singular value decomposition.
+
+    A and B share the singular values equally.
+    """
     u, s, v = jnp.linalg.svd(w_GIO.astype(jnp.float32), full_matrices=False)
     order = slice(rank) if largest else slice(None, -rank - 1, -1)
     root_GR = jnp.sqrt(s[:, order] / scale)
     return u[:, :, order] * root_GR[:, None], v[:, order] * root_GR[..., None]
 
 
-def _pissa(key, sizes, rank, own, scale, w) -> Factors:
+def _pissa(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """The largest singular values of the kernel (arXiv 2404.02948)."""
     return _singular(w, rank, scale, largest=True)
 
 
-def _milora(key, sizes, rank, own, scale, w) -> Factors:
+def _milora(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """The smallest singular values of the kernel (arXiv 2406.09044)."""
     return _singular(w, rank, scale, largest=False)
 
 
-def _olora(key, sizes, rank, own, scale, w) -> Factors:
+def _olora(key, sizes, rank, layer_rank, scale, w) -> Factors:
     """The first ranks of the kernel's QR decomposition (arXiv 2406.01775), B orthogonal."""
     q_GOO, r_GOI = jnp.linalg.qr(jnp.swapaxes(w.astype(jnp.float32), 1, 2))
     return jnp.swapaxes(r_GOI[:, :rank], 1, 2), jnp.swapaxes(q_GOO[:, :, :rank], 1, 2)

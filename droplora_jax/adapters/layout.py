@@ -1,22 +1,29 @@
-"""The shapes of an adapter's arrays, and where they lie: as the kernel beside them does."""
+"""The shapes and shardings of an adapter's arrays, which follow from the kernel's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
-from typing import Any
+from typing import TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from droplora_jax.core.sharding import RULES, axis_size
 from droplora_jax.nn.linear_spec import LinearSpec
+from droplora_jax.nn.quantized_kernel import Quantized
+
+Kernel: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct | Quantized
+Axes: TypeAlias = str | tuple[str, ...] | None  # the mesh axes of one dimension
+Shardings: TypeAlias = Sharding | tuple[Sharding | None, ...] | None
+Made = TypeVar("Made")  # an array or a tuple of arrays
 
 
-def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
-    """Where A and B lie: A as the kernel's input dimensions, B as its output dimensions.
+def factor_shardings(kernel: Kernel, spec: LinearSpec) -> tuple[NamedSharding | None, ...]:
+    """The shardings of A, as of the kernel's inputs, and of B, as of its outputs.
 
     The factor that is left without the mesh axes of `width` takes them on its long dimension, so
     that no factor and no optimizer moment is replicated over them. (None, None) for a kernel that
@@ -41,31 +48,35 @@ def factor_shardings(kernel: Any, spec: LinearSpec) -> tuple[Any, Any]:
     return factor(spec.a, spec.contracted), factor(spec.b, spec.produced)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def _names(entry: Axes) -> tuple[str, ...]:
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def letters_sharding(kernel: Any, spec: LinearSpec, letters: str) -> Any:
-    """Where an array of some of the kernel's letters lies: as the kernel does."""
+def letters_sharding(kernel: Kernel, spec: LinearSpec, letters: str) -> NamedSharding | None:
+    """The sharding of an array with some of the kernel's letters: as of the kernel."""
     if (layout := _layout(kernel, spec)) is None:
         return None
     mesh, stack, by_letter = layout
     return NamedSharding(mesh, PartitionSpec(*stack, *map(by_letter.get, letters)))
 
 
-def _layout(kernel: Any, spec: LinearSpec) -> tuple[Any, list[Any], dict[str, Any]] | None:
+def _layout(kernel: Kernel, spec: LinearSpec) -> tuple[Mesh, list[Axes], dict[str, Axes]] | None:
     """A kernel's mesh, and the mesh axes of its stack and of its letters; None without a mesh."""
     sharding = getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
     entries = [*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec))]
     stack = len(spec.stack(kernel))
-    return sharding.mesh, entries[:stack], dict(zip(spec.kernel, entries[stack:], strict=True))
+    return (
+        cast(Mesh, sharding.mesh),
+        entries[:stack],
+        dict(zip(spec.kernel, entries[stack:], strict=True)),
+    )
 
 
-def letters_shape(kernel: Any, spec: LinearSpec, letters: str, **sizes: int) -> tuple[int, ...]:
+def letters_shape(kernel: Kernel, spec: LinearSpec, letters: str, **sizes: int) -> tuple[int, ...]:
     """The shape of an array of some letters, stack axes in front; `sizes` of further letters."""
     stack = spec.stack(kernel)
     sizes |= dict(zip(spec.kernel, kernel.shape[len(stack) :], strict=True))
@@ -73,7 +84,7 @@ def letters_shape(kernel: Any, spec: LinearSpec, letters: str, **sizes: int) -> 
 
 
 def factor_shapes(
-    kernel: Any, spec: LinearSpec, rank: int
+    kernel: Kernel, spec: LinearSpec, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for one kernel, stack axes in front."""
     of_a, of_b = (
@@ -83,12 +94,12 @@ def factor_shapes(
 
 
 def place(
-    make: Callable[..., Any],
+    make: Callable[..., Made],
     static: tuple[Hashable, ...],
-    sharding: Any,
-    *arguments: Any,
+    sharding: Shardings,
+    *arguments: Kernel | None,
     abstract: bool = False,
-) -> Any:
+) -> Made:
     """`make(*static, *arguments)`, created with `sharding`; a tuple, with a tuple of shardings.
 
     Layers whose `static` and `arguments` have equal values and shapes share one compiled program,
@@ -102,14 +113,16 @@ def place(
     """
     if abstract:
         shapes = jax.eval_shape(partial(make, *static), *arguments)
-        if isinstance(shapes, tuple):
-            return tuple(map(_shape_at, shapes, sharding))
-        return _shape_at(shapes, sharding)
+        if isinstance(sharding, tuple):
+            return cast(Made, tuple(map(_shape_at, shapes, sharding)))
+        return cast(Made, _shape_at(shapes, sharding))
     return _program(make, static, sharding)(*arguments)
 
 
 @lru_cache(maxsize=256)
-def _program(make: Callable[..., Any], static: tuple[Hashable, ...], sharding: Any) -> Any:
+def _program(
+    make: Callable[..., Made], static: tuple[Hashable, ...], sharding: Shardings
+) -> Callable[..., Made]:
     return jax.jit(partial(make, *static), out_shardings=sharding)
 
 
@@ -118,5 +131,5 @@ def full(shape: tuple[int, ...], value: float) -> Array:
     return jnp.full(shape, value, jnp.float32)
 
 
-def _shape_at(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _shape_at(shape: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

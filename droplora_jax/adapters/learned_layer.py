@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +19,8 @@ from droplora_jax.nn.linear_spec import LinearSpec
 class LearnedLinear(LowRankLinear):
     """`y = base(x) + scale * ((x @ A) * m) @ B`, m from `mask_logits` [*stack, R].
 
-    Their gradient passes the threshold as if it were not there, but for the sigmoid.
+    The threshold of the logits is differentiated as if it were the sigmoid; see
+    `lowrank.learned_mask`.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class LearnedLinear(LowRankLinear):
         return lowrank.learned_mask(self.mask_logits[...], ranks)
 
     def fill(self, stored: Mapping[str, Array]) -> None:
-        """As `LowRankLinear.fill`, with every rank kept: what was not kept is zero in B."""
+        """As `LowRankLinear.fill`, with every rank kept: ranks that were dropped are zero in B."""
         super().fill(stored)
         self.mask_logits = nnx.LoRAParam(jnp.zeros_like(self.mask_logits[...]))
 
-    def evaluated_b(self, index: tuple[Any, ...] = ()) -> Float[Array, "..."]:
+    def evaluated_b(self, index: base.Index = ()) -> Float[Array, "..."]:
         """B with the mask in it, so that any tool for LoRA computes the same."""
         b = super().evaluated_b(index)
         ranks = None if self.ranks is None else self.ranks[index or ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,29 +23,41 @@ from droplora_jax.nn.layer_paths import Path, layer_names
 from droplora_jax.nn.linear_spec import LinearSpec, linear_spec, stack_of
 from droplora_jax.nn.mask_keys import MaskKey, checked_rows
 
+Factor = Array | jax.ShapeDtypeStruct
+
+
+class Transposable(Protocol):
+    """An embedding that is also the head: its transpose is a linear layer."""
+
+    def transposed(self) -> nnx.Module: ...
+
 
 class PerLayer(nnx.Variable):
-    """A number for every layer of a stack, [*stack], that runs through its scan with the layer."""
+    """A number for every layer of a stack, [*stack], which a scan slices with the layer."""
 
 
 class Initial(nnx.Variable):
-    """A factor that a branch started from, of a branch that is measured from its start."""
+    """Frozen copy of an initial factor (A0 or B0).
+
+    Only PiSSA, MiLoRA and OLoRA have one: their initial branch is subtracted so that the model
+    starts unchanged.
+    """
 
 
 class LowRankLinear(base.Adapter):
     """`y = base(x) + scale * (((x @ A) * m) @ B - (x @ A0) @ B0)`: kinds differ in the mask m.
 
-    A [*stack, *in, R] and B [*stack, R, *out] are float32 and lie as the kernel does. A0 and B0
-    are what they started from, where that is a part of the kernel, and else are not there: the
-    model is unchanged at first. Where the layers of a stack differ in rank, R is the largest, and
-    the factors are zero beyond a layer's own: so are their gradients.
+    A [*stack, *in, R] and B [*stack, R, *out] are float32 and sharded as the kernel is. A0 and B0
+    are their initial values, and exist only where these are a part of the kernel (`Initial`). If
+    the layers of a stack differ in rank, R is the largest; beyond a layer's rank its factors and
+    their gradients are zero.
     """
 
     def __init__(
         self,
         layer: nnx.Module,
         spec: LinearSpec,
-        config: Any,
+        config: LowRank,
         branches: tuple[Branch, ...],
         key: base.InitKey,
     ) -> None:
@@ -57,10 +69,10 @@ class LowRankLinear(base.Adapter):
         self.scales = self.per_layer([b.scale for b in branches], "float32")
         self.ranks = self.per_layer([b.rank for b in branches], "int32")
         a, b = self._first_factors(key)
-        self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
-        measured = config.init in FROM_KERNEL
-        self.first_a = self._initial(a) if measured else None
-        self.first_b = self._initial(b) if measured else None
+        self.lora_a, self.lora_b = nnx.LoRAParam(cast(Array, a)), nnx.LoRAParam(cast(Array, b))
+        subtracts = config.init in FROM_KERNEL
+        self.first_a = self._initial(a) if subtracts else None
+        self.first_b = self._initial(b) if subtracts else None
         self.input_key = self.mask_key_of("token") if config.input_dropout else None
 
     @classmethod
@@ -78,11 +90,11 @@ class LowRankLinear(base.Adapter):
         layer_key = prng.fold_path(key, path) if isinstance(key, jax.Array) else key
         return cls(layer, spec, config, branches, layer_key)
 
-    def _initial(self, factor: Any) -> Initial:
-        """A factor as the branch starts, in memory that no step writes over; or its shape."""
-        return Initial(factor if self.abstract else jnp.copy(factor))
+    def _initial(self, factor: Factor) -> Initial:
+        """A copy of a factor, as a training step may reuse the factor's memory; or its shape."""
+        return Initial(jnp.copy(factor) if isinstance(factor, jax.Array) else factor)
 
-    def _first_factors(self, key: base.InitKey) -> tuple[Any, Any]:
+    def _first_factors(self, key: base.InitKey) -> tuple[Factor, Factor]:
         kernel = self.base_kernel.get_value()  # an array, or only its shape and sharding
         known = not base.is_abstract(kernel)
         return layout.place(
@@ -94,8 +106,8 @@ class LowRankLinear(base.Adapter):
             abstract=self.abstract,
         )
 
-    def per_layer(self, values: Sequence[Any], dtype: str) -> PerLayer | None:
-        """Numbers of the layers of a stack; None where they are one: a number costs nothing."""
+    def per_layer(self, values: Sequence[float], dtype: str) -> PerLayer | None:
+        """A number for each layer of a stack; None if all are equal: a constant costs nothing."""
         if len(set(values)) == 1:
             return None
         kernel = self.base_kernel.get_value()
@@ -124,18 +136,18 @@ class LowRankLinear(base.Adapter):
     def adapted(self) -> Sequence[bool]:
         return [branch.rank > 0 for branch in self.branches]
 
-    def _scale(self, index: tuple[Any, ...] = (), letters: str = "") -> float | Array:
-        """The scale, to multiply what has `letters` after the axes of the stack."""
+    def _scale(self, index: base.Index = (), letters: str = "") -> float | Array:
+        """The scale, shaped to multiply an array with axes `letters` behind those of the stack."""
         if self.scales is None:
             return self.branches[0].scale
         scales = self.scales[index or ...]
         return scales.reshape(scales.shape + (1,) * len(letters))
 
-    def own_rank(self) -> int | Array:
+    def layer_rank(self) -> int | Array:
         """The rank of this layer of a stack."""
         return self.rank if self.ranks is None else self.ranks[...]
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         x: Array,
         *args: object,
@@ -202,10 +214,10 @@ class LowRankLinear(base.Adapter):
     def transposed(self) -> LowRankLinear:
         """The layer of the transposed kernel with the same branch and masks.
 
-        For a model whose head is its embedding: `base` says what its own transpose is.
+        For a model whose head is its embedding; `base.transposed()` is the head without an adapter.
         """
         layer = nnx.merge(*nnx.split(self))
-        layer.base = cast(Any, self.base).transposed()
+        layer.base = cast(Transposable, self.base).transposed()
         layer.spec = linear_spec(layer.base)
         layer.lora_a, layer.lora_b = (nnx.LoRAParam(f[...].T) for f in (self.lora_b, self.lora_a))
         if self.first_a is not None and self.first_b is not None:
@@ -217,16 +229,15 @@ class LowRankLinear(base.Adapter):
 
     @property
     def shares_input(self) -> bool:
-        """Whether `x @ A` can be made together with other layers'.
+        """Whether `x @ A` can be computed together with that of other layers.
 
-        That is: A is a matrix, and no part of the input is dropped, which is another part for
-        every layer.
+        It can if A is a matrix and the layer drops no part of its input.
         """
         dropping = self.input_key is not None and self.input_key[...].size > 0
         return not dropping and self.spec.down == "...i,ir->...r"
 
-    def _with_first(self, a: Array, b: Array, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
-        """[A, A0] and [B; -B0]: the branch less what it was at first."""
+    def _with_first(self, a: Array, b: Array, index: base.Index = ()) -> tuple[Array, Array]:
+        """[A, A0] and [B; -B0]: the branch minus its initial value."""
         if self.first_a is None or self.first_b is None:
             return a, b
         first_a, first_b = self.first_a[index or ...], self.first_b[index or ...]
@@ -237,7 +248,7 @@ class LowRankLinear(base.Adapter):
         )
 
     def _input(self, x: Array) -> Array:
-        """What the branch sees of its input."""
+        """The input of the branch, with parts of it dropped in training (`input_dropout`)."""
         if self.input_key is None or not self.input_key[...].size:
             return x
         keys = checked_rows(self.input_key[...], x)
@@ -259,25 +270,25 @@ class LowRankLinear(base.Adapter):
         """What multiplies `h = x @ A`, of any dtype; None for nothing."""
         return None
 
-    def factors(self, index: tuple[Any, ...] = ()) -> tuple[Array, Array]:
+    def factors(self, index: base.Index = ()) -> tuple[Array, Array]:
         """A and B of the branch at evaluation, of one layer of a stack or of all of them.
 
-        Of a branch that is measured from its start they have twice the rank.
+        If the initial branch is subtracted, they have twice the rank: [A, A0] and [B; -B0].
         """
         return self._with_first(self.lora_a[index or ...], self.evaluated_b(index), index)
 
     def ranks_of(self, layer: int) -> np.ndarray:
-        """Which ranks of `factors` are a layer's own."""
-        own = np.arange(self.branches[layer].rank)
-        return own if self.first_a is None else np.concatenate([own, self.rank + own])
+        """Which ranks of `factors` a layer uses; the others are zero."""
+        ranks = np.arange(self.branches[layer].rank)
+        return ranks if self.first_a is None else np.concatenate([ranks, self.rank + ranks])
 
     def stored(self) -> dict[str, Array]:
-        """What a file of the adapter has: by the names of PEFT's, `factors` and whatever else."""
+        """The arrays that a file of the adapter holds: `factors`, and what else a kind trains."""
         a, b = self.factors()
         return {"lora_a": a, "lora_b": b}
 
     def fill(self, stored: Mapping[str, Array]) -> None:
-        """Take the place of what was `stored`, in place: the same at evaluation."""
+        """Set the adapter, in place, to what `stored` returned: it is the same at evaluation."""
         a, b = stored["lora_a"], stored["lora_b"]
         if self.first_a is not None and self.first_b is not None:
             rank_axis = -1 - len(self.spec.produced)
@@ -286,11 +297,11 @@ class LowRankLinear(base.Adapter):
             self.first_a, self.first_b = Initial(first_a), Initial(-first_b)
         self.lora_a, self.lora_b = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
-    def evaluated_b(self, index: tuple[Any, ...] = ()) -> Array:
-        """B with whatever multiplies `x @ A` at evaluation."""
+    def evaluated_b(self, index: base.Index = ()) -> Array:
+        """B with the mask that the kind applies at evaluation multiplied into it."""
         return self.lora_b[index or ...]
 
-    def merged_kernel(self, kernel: Array, index: tuple[Any, ...] = ()) -> Array:
+    def merged_kernel(self, kernel: Array, index: base.Index = ()) -> Array:
         a, b = self.factors(index)
         scale = self._scale(index, self.spec.kernel)
         return lowrank.merged_kernel(kernel, a, b, scale=scale, product=self.spec.product)

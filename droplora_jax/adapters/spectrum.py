@@ -1,4 +1,4 @@
-"""The singular values of an adapter's delta, from its factors alone: the delta is never made.
+"""The singular values of an adapter's delta, from its factors alone: the delta is never computed.
 
 With `A = Qa @ Ra` and `B.T = Qb @ Rb`, the singular values of `A @ B` are those of the small
 `Ra @ Rb.T`, exactly, as Qa and Qb have orthonormal columns. All in float64, on the host.
@@ -25,11 +25,11 @@ def truncate(
     """
     q_a, core, q_b = _core(a, b)
     u, s, vt = np.linalg.svd(core, full_matrices=False)
-    there = min(rank, len(s))
-    root = np.sqrt(s[:there])
+    kept = min(rank, len(s))
+    root = np.sqrt(s[:kept])
     new_a, new_b = np.zeros((len(a), rank)), np.zeros((rank, b.shape[1]))
-    new_a[:, :there] = q_a @ (u[:, :there] * root)
-    new_b[:there] = (root[:, None] * vt[:there]) @ q_b.T
+    new_a[:, :kept] = q_a @ (u[:, :kept] * root)
+    new_b[:kept] = (root[:, None] * vt[:kept]) @ q_b.T
     return new_a, new_b
 
 

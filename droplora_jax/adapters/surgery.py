@@ -11,7 +11,7 @@ a module another variable rather than set the value of one in place.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from droplora_jax.nn.linear_spec import is_linear, linear_spec, stack_of
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
 
 Model = TypeVar("Model", bound=nnx.Module)
+Parts = tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]
 
 
 def adapters_of(model: nnx.Module) -> dict[str, Adapter]:
@@ -40,13 +41,14 @@ def inject(model: Model, config: AdapterConfig, *, key: InitKey) -> Model:
 
     Args:
       model: any nnx module; layers may be in a list, or stacked with leading axes.
-      config: which layers and which adapter, such as `DropLoRA`; and what is trained whole.
+      config: which layers and which adapter, such as `DropLoRA`; and which parameters of the base
+        are trained.
       key: the root of the initial values, which depend on it, the path and the layer index only;
         `later` for zeros, where a checkpoint is about to fill them; None for shapes only, with no
         values, as a plan needs.
 
     Raises:
-      InputError: a pattern that matches nothing (lists what there is), or a model that has
+      InputError: a pattern that matches nothing (lists the layers), or a model that has
         adapters already.
 
     >>> import droplora_jax as dl
@@ -75,15 +77,15 @@ def inject(model: Model, config: AdapterConfig, *, key: InitKey) -> Model:
     kernels = {(*path, specs[path].attribute) for path in chosen}
     train_whole(model, config.train_whole, kernels, abstract=key is None)
 
-    def wrap(path: Path, node: Any) -> Any:
-        if path not in chosen:
+    def wrap(path: Path, node: object) -> object:
+        if path not in chosen or not isinstance(node, nnx.Module):
             return node
         return config.adapt(node, specs[path], path, key, chosen[path])
 
     return nnx.recursive_map(wrap, model)
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+def split(model: nnx.Module) -> Parts:
     """`graphdef, adapters, mask_keys, frozen`: differentiate with respect to `adapters` only.
 
     >>> import droplora_jax as dl
@@ -98,11 +100,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.St
     (3, 4)
     """
     # LoRAParam is a subclass of Param: it has to come first.
-    return cast(Any, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
+    return cast(Parts, nnx.split(model, nnx.LoRAParam, MaskKey, ...))
 
 
 def initial_of(frozen: nnx.State) -> nnx.State:
-    """Of what is frozen, the factors that branches are measured from: a checkpoint's to keep."""
+    """The frozen initial factors A0 and B0, which a checkpoint keeps with the trained ones."""
     return nnx.filter_state(frozen, Initial)
 
 
@@ -141,7 +143,7 @@ def draw(
     (3, 4)
     """
 
-    def fill(path: Path, variable: Any) -> Any:
+    def fill(path: Path, variable: nnx.Variable) -> nnx.Variable:
         if isinstance(variable, DropShare):
             return variable.replace(_everywhere(share, variable))
         granularity = variable.get_metadata("granularity")
@@ -160,7 +162,7 @@ def draw(
             )
         keys = prng.fold_each(keys, rows)
         if granularity == "sequence":
-            # A row that is not packed is its own first document.
+            # A row that is not packed is one document, the first of its row.
             of_row = jnp.ones_like(rows) if documents is None else documents
             keys = prng.fold_rows(keys, of_row)
         return variable.replace(keys)
@@ -168,7 +170,7 @@ def draw(
     return nnx.map_state(fill, mask_keys)
 
 
-def _everywhere(share: Any, variable: DropShare) -> Array:
+def _everywhere(share: float | Float[Array, ""] | None, variable: DropShare) -> Array:
     if share is None:
         raise InputError(
             "the drop rates change over the run (drop_schedule, drop_warmup_steps): pass share=, "
@@ -217,7 +219,7 @@ def merge(model: Model) -> Model:
     'Linear'
     """
 
-    def unwrap(path: Path, node: Any) -> Any:
+    def unwrap(path: Path, node: object) -> object:
         return node.merged() if isinstance(node, Adapter) else node
 
     merged = nnx.recursive_map(unwrap, view(model))
@@ -229,7 +231,7 @@ def without_adapters(model: Model) -> Model:
     """The model that adapters were put on, with the same arrays, to put others on.
 
     Raises:
-      InputError: parameters that are trained whole, which are no longer what they were.
+      InputError: parameters of the base were trained, so the base is not what it was.
 
     >>> import droplora_jax as dl
     >>> layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
@@ -242,12 +244,12 @@ def without_adapters(model: Model) -> Model:
     if wholes := wholes_of(model):
         raise InputError(f"{dotted(next(iter(wholes)))} is trained whole: load the base again")
 
-    def unwrap(path: Path, node: Any) -> Any:
+    def unwrap(path: Path, node: object) -> object:
         return node.base if isinstance(node, Adapter) else node
 
     return nnx.recursive_map(unwrap, view(model))
 
 
 def view(model: Model) -> Model:
-    """New modules over the same variables: what is set on one is not set on the other."""
+    """New modules over the same variables: an attribute set on one is not set on the other."""
     return nnx.merge(*nnx.split(model))

@@ -1,15 +1,15 @@
-"""An adapter of a smaller rank: of every delta, what its largest singular values make of it."""
+"""An adapter of a smaller rank: the nearest of that rank, by the singular values of each delta."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 
-from droplora_jax.adapters.config import Branch
+from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.low_rank import LowRankLinear
 from droplora_jax.adapters.spectrum import singular_values, truncate
@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is left: shares of the sum of the squared singular values, the scale included.
+    """How much is kept: shares of the sum of the squared singular values, the scale included.
 
     Attributes:
       kept: of all adapters together.
@@ -45,13 +45,13 @@ class Truncation:
 def truncated(model: Model, rank: int) -> tuple[Model, Truncation]:
     """A view of `model` whose adapters have this rank, and what they keep.
 
-    Every layer gets the same rank and scale 1, whatever its own were: alpha is the rank, and what
-    has fewer ranks is padded with zeros. So vLLM serves the result of an adapter with patterns.
+    Every layer gets the same rank and scale 1: alpha is the rank, and layers of a smaller rank are
+    padded with zeros. So vLLM serves the result of an adapter with patterns.
 
     Raises:
       InputError: a rank that is not smaller than the adapter's.
     """
-    adapters: dict[str, Any] = adapters_of(model)
+    adapters = {p: a for p, a in adapters_of(model).items() if isinstance(a, LowRankLinear)}
     largest = max(adapter.rank for adapter in adapters.values())
     if not 0 < rank < largest:
         raise InputError(
@@ -60,19 +60,19 @@ def truncated(model: Model, rank: int) -> tuple[Model, Truncation]:
     config = next(iter(adapters.values())).config
     smaller = replace(
         _without_exact(config, rank),
-        init="kaiming",  # not measured from its start any more
+        init="kaiming",  # the initial branch is in the factors now
         rank=rank,
         alpha=float(rank),
         rank_stabilized=False,
         rank_pattern={},
         alpha_pattern={},
     )
-    energies: dict[str, tuple[float, float]] = {}  # kept, and there
+    energies: dict[str, tuple[float, float]] = {}  # kept, and in all
 
-    def shrink(path: Path, node: Any) -> Any:
+    def shrink(path: Path, node: object) -> object:
         if not isinstance(node, LowRankLinear):
             return node
-        branches = tuple(Branch(rank * there, float(rank), 1.0 * there) for there in node.adapted)
+        branches = tuple(Branch(rank * has, float(rank), 1.0 * has) for has in node.adapted)
         layer = type(node)(node.base, node.spec, smaller, branches, "later")
         factors = [np.zeros(p.shape, np.float32) for p in (layer.lora_a, layer.lora_b)]
         of_layers = [_by_layer(factor) for factor in factors]
@@ -86,10 +86,10 @@ def truncated(model: Model, rank: int) -> tuple[Model, Truncation]:
         return layer
 
     model = nnx.recursive_map(shrink, view(model))
-    shares = {name: kept / there if there else 1.0 for name, (kept, there) in energies.items()}
-    kept, there = (sum(column) for column in zip(*energies.values(), strict=True))
+    shares = {name: kept / total if total else 1.0 for name, (kept, total) in energies.items()}
+    kept, total = (sum(column) for column in zip(*energies.values(), strict=True))
     worst = min(shares, key=shares.__getitem__)
-    return model, Truncation(rank, kept / there if there else 1.0, (worst, shares[worst]))
+    return model, Truncation(rank, kept / total if total else 1.0, (worst, shares[worst]))
 
 
 def branches_of(adapter: LowRankLinear) -> dict[int, tuple[np.ndarray, np.ndarray]]:
@@ -97,8 +97,8 @@ def branches_of(adapter: LowRankLinear) -> dict[int, tuple[np.ndarray, np.ndarra
     a_LIR, b_LRO = map(_by_layer, jax.device_get(adapter.factors()))
     ranks = map(adapter.ranks_of, range(len(adapter.branches)))
     return {
-        i: (a_LIR[i][:, own], b_LRO[i][own].astype(np.float64) * branch.scale)
-        for i, (own, branch) in enumerate(zip(ranks, adapter.branches, strict=True))
+        i: (a_LIR[i][:, used], b_LRO[i][used].astype(np.float64) * branch.scale)
+        for i, (used, branch) in enumerate(zip(ranks, adapter.branches, strict=True))
         if branch.rank
     }
 
@@ -113,7 +113,7 @@ def _placed(value: np.ndarray, like: nnx.LoRAParam) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda i: value[i])
 
 
-def _without_exact(config: Any, rank: int) -> Any:
+def _without_exact(config: LowRank, rank: int) -> LowRank:
     """A configuration that may have this rank: `exact` where it still keeps some of it."""
     if isinstance(config, DropLoRA) and config.sampler == "exact":
         rates = [config.drop_rate, *config.drop_rate_pattern.values()]

@@ -15,11 +15,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import core, nnx
 from flax import linen as nn
+from flax.linen.module import InterceptorContext as Context
+from jaxtyping import Array
 
 from droplora_jax.adapters.base import Adapter
 from droplora_jax.core.errors import InputError
@@ -33,6 +35,10 @@ from droplora_jax.nn.linear_spec import (
 )
 
 Path = tuple[str, ...]
+Node = Any  # of linen's trees: an array, or a mapping of nodes
+Tree = Mapping[str, Node]
+Arguments: TypeAlias = tuple[object, ...]
+Named: TypeAlias = dict[str, Any]
 ADAPTER = "adapter"  # where an adapter's arrays are in the parameters of its layer
 
 
@@ -43,7 +49,7 @@ class Parameters(nnx.Module):
     and first values are those of such a list, and of stacked layers.
     """
 
-    def __init__(self, children: Mapping[str, Any]) -> None:
+    def __init__(self, children: Tree) -> None:
         for name, child in _with_lists(children).items():
             if not name.isidentifier() or name.startswith("_") or hasattr(self, name):
                 raise InputError(f"{name!r} in linen's params can't be the name of an attribute")
@@ -53,12 +59,12 @@ class Parameters(nnx.Module):
 class LinenLayer(Parameters):
     """The parameters of a linear layer, called by what linen calls."""
 
-    def __init__(self, children: Mapping[str, Any], spec: LinearSpec | str) -> None:
+    def __init__(self, children: Tree, spec: LinearSpec | str) -> None:
         self.spec = spec
         self.call: Callable[..., Any] | None = None
         super().__init__(children)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: Any) -> Any:
         if self.call is None:
             raise InputError("a layer of a linen model is called by the model alone")
         return self.call(*args, **kwargs)
@@ -67,12 +73,12 @@ class LinenLayer(Parameters):
 class LinenModel(Parameters):
     """A linen model over its own parameters; made by `to_nnx`."""
 
-    def __init__(self, module: nn.Module, children: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, children: Tree) -> None:
         self.linen_module = module
         super().__init__(children)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`apply` of the linen model, with the branches of the adapters that there are.
+    def __call__(self, *args: object, **kwargs: Any) -> Any:
+        """`apply` of the linen model, with the branches of the adapters.
 
         On `params` alone: to decode with a cache, give merged parameters to linen itself.
         """
@@ -80,7 +86,10 @@ class LinenModel(Parameters):
         params = _params(self, (), adapters)
 
         def call(
-            layer: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+            layer: Callable[..., Any],
+            args: Arguments,
+            kwargs: Named,
+            context: Context,
         ) -> Any:
             graphdef = adapters.get(context.module.path) if _is_call(context) else None
             if graphdef is None:
@@ -93,13 +102,13 @@ class LinenModel(Parameters):
             return self.linen_module.apply({"params": params}, *args, **kwargs)
 
 
-def to_nnx(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> LinenModel:
+def to_nnx(module: nn.Module, params: Tree, *args: object, **kwargs: Any) -> LinenModel:
     """A linen model as an nnx module over the same arrays.
 
     Args:
       params: the collection `params`; boxes of metadata are taken off.
       args, kwargs: what the model is called with, arrays or their shapes: it is traced once, to
-        see which linear layers there are.
+        find its linear layers.
 
     Raises:
       InputError: layers that are stacked along another axis than the first, or a parameter whose
@@ -108,7 +117,7 @@ def to_nnx(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: A
     params = core.unfreeze(nn.meta.unbox(params))
     specs = _linear_layers(module, params, args, kwargs)
 
-    def node(tree: Mapping[str, Any], path: Path) -> Parameters:
+    def node(tree: Tree, path: Path) -> Parameters:
         spec = specs.get(path)
         children = _children(tree, path, node)
         return Parameters(children) if spec is None else LinenLayer(children, spec)
@@ -116,11 +125,11 @@ def to_nnx(module: nn.Module, params: Mapping[str, Any], *args: Any, **kwargs: A
     return LinenModel(module, _children(params, (), node))
 
 
-def params_of(model: LinenModel) -> dict[str, Any]:
+def params_of(model: LinenModel) -> dict[str, Node]:
     """The parameters as linen has them.
 
     Raises:
-      InputError: adapters are there, which linen does not know.
+      InputError: the model has adapters, which linen does not know.
     """
     adapters: dict[Path, nnx.GraphDef] = {}
     params = _params(model, (), adapters)
@@ -159,12 +168,12 @@ def _einsum(layer: nn.Einsum) -> LinearSpec:
 
 
 def _linear_layers(
-    module: nn.Module, params: Mapping[str, Any], args: Any, kwargs: Any
+    module: nn.Module, params: Tree, args: Arguments, kwargs: Named
 ) -> dict[Path, LinearSpec | str]:
     """Every linear layer that a call reaches: how to read it, or why it can't be adapted."""
     specs: dict[Path, LinearSpec | str] = {}
 
-    def record(layer: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def record(layer: Callable[..., Any], args: Arguments, kwargs: Named, context: Context) -> Any:
         if _is_call(context) and is_linear(context.module):
             specs[context.module.path] = _read(context.module, params)
         return layer(*args, **kwargs)
@@ -174,7 +183,7 @@ def _linear_layers(
     return specs
 
 
-def _read(layer: nn.Module, params: Mapping[str, Any]) -> LinearSpec | str:
+def _read(layer: nn.Module, params: Tree) -> LinearSpec | str:
     try:
         spec = linear_spec(layer)
     except InputError as error:
@@ -182,27 +191,27 @@ def _read(layer: nn.Module, params: Mapping[str, Any]) -> LinearSpec | str:
     kernel: Any = params
     for name in (*layer.path, spec.attribute):
         kernel = kernel[name]
-    own: Any = layer.get_variable("params", spec.attribute)
-    if kernel.shape[-own.ndim :] != own.shape:
+    seen: Array = layer.get_variable("params", spec.attribute)
+    if kernel.shape[-seen.ndim :] != seen.shape:
         raise InputError(
-            f"{dotted(layer.path)} is {own.shape}, stacked {kernel.shape}: stack the layers along "
+            f"{dotted(layer.path)} is {seen.shape}, stacked {kernel.shape}: stack the layers along "
             "the first axis (nn.scan's variable_axes={'params': 0})"
         )
     return spec
 
 
-def _is_call(context: nn.module.InterceptorContext) -> bool:
+def _is_call(context: Context) -> bool:
     return context.method_name == "__call__"
 
 
-def _children(tree: Mapping[str, Any], path: Path, node: Callable[..., Any]) -> dict[str, Any]:
+def _children(tree: Tree, path: Path, node: Callable[..., Any]) -> dict[str, Node]:
     return {
         name: node(child, (*path, name)) if isinstance(child, Mapping) else nnx.Param(child)
         for name, child in tree.items()
     }
 
 
-def _with_lists(children: Mapping[str, Any]) -> dict[str, Any]:
+def _with_lists(children: Tree) -> dict[str, Node]:
     """Modules named `name_0`, `name_1`, ... with none missing as one list `name`."""
     numbered: dict[str, dict[int, str]] = defaultdict(dict)
     for name, child in children.items():
@@ -217,12 +226,12 @@ def _with_lists(children: Mapping[str, Any]) -> dict[str, Any]:
     return rest | lists
 
 
-def _params(node: nnx.Module, path: Path, adapters: dict[Path, nnx.GraphDef]) -> dict[str, Any]:
+def _params(node: nnx.Module, path: Path, adapters: dict[Path, nnx.GraphDef]) -> dict[str, Node]:
     """linen's tree of a module's arrays, the adapters' beside their layers'; fills `adapters`."""
     if isinstance(node, Adapter):
         adapters[path], state = nnx.split(node)
         return {**_params(node.base, path, {}), ADAPTER: state}
-    tree: dict[str, Any] = {}
+    tree: dict[str, Node] = {}
     for name, child in vars(node).items():
         if isinstance(child, nnx.Variable):
             tree[name] = child.get_value()

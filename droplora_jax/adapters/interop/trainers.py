@@ -12,8 +12,8 @@ training without masks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,13 @@ from droplora_jax.core.errors import InputError
 
 STEP, ROWS = "step", "rows"
 
+Value = TypeVar("Value", bound=Sized)  # an array of any library
+Loss = TypeVar("Loss")
 
-def numbered(batches: Iterable[Any], *, microbatches: int = 1) -> Iterator[dict[str, Any]]:
+
+def numbered(
+    batches: Iterable[Mapping[str, Value]], *, microbatches: int = 1
+) -> Iterator[dict[str, Value | np.ndarray]]:
     """Batches with the step they belong to, `step` [], and their rows' places in it, `rows` [B].
 
     Args:
@@ -42,24 +47,24 @@ def numbered(batches: Iterable[Any], *, microbatches: int = 1) -> Iterator[dict[
             raise InputError(f"a batch is a {type(batch).__name__}: give mappings of arrays")
         if taken := {STEP, ROWS} & batch.keys():
             raise InputError(f"a batch has {sorted(taken)} already: give it another name")
-        own = len(next(iter(batch.values())))
+        size = len(next(iter(batch.values())))
         microbatch = n % microbatches * jax.process_count() + jax.process_index()
-        rows = microbatch * own + np.arange(own, dtype=np.int32)
+        rows = microbatch * size + np.arange(size, dtype=np.int32)
         yield {**batch, STEP: np.asarray(n // microbatches, np.int32), ROWS: rows.astype(np.int32)}
 
 
 def masked_loss(
-    loss: Callable[..., Any],
+    loss: Callable[..., Loss],
     mask_key: Key[Array, ""],
     *,
-    share: Callable[[Any], Any] | None = None,
-) -> Callable[..., Any]:
+    share: Callable[[Array], Array] | None = None,
+) -> Callable[..., Loss]:
     """`loss` with the masks that belong to a batch of `numbered`, for training only.
 
     Args:
       loss: a function of the model, its first argument, and of what is in a batch.
       mask_key: the root of the run's masks; the step is folded into it.
-      share: what share of its drop rates a step has, for adapters whose rates change over a run:
+      share: the share of the drop rates at a step, for adapters whose rates change over a run:
         `config.share(steps)` of their configuration.
 
     Returns:
@@ -69,7 +74,7 @@ def masked_loss(
     signature = _with_number(inspect.signature(loss))
     model = next(iter(signature.parameters))
 
-    def of_batch(*args: Any, **kwargs: Any) -> Any:
+    def of_batch(*args: object, **kwargs: object) -> Loss:
         bound = signature.bind(*args, **kwargs)
         step, rows = (bound.arguments.pop(name, None) for name in (STEP, ROWS))
         if step is None or rows is None:
