@@ -19,8 +19,8 @@ from droplora_jax.nn.layer_paths import Path, dotted
 from droplora_jax.nn.linear_spec import LinearSpec
 from droplora_jax.nn.quantized_kernel import Quantized, dense
 
-# Where initial values come from. A key: drawn from it. "later": zeros, to be overwritten by a
-# checkpoint or a file. None: shapes only.
+# Where initial values come from. A PRNG key: drawn from it. "later": zeros until a checkpoint or a
+# file fills them. None: shapes only.
 InitKey = Key[Array, ""] | Literal["later"] | None
 
 Index = tuple[Array | int, ...]  # the place of a layer in a stack; empty: all of the stack

@@ -35,8 +35,8 @@ def combine(models: Mapping[str, Model], weights: Mapping[str, float] | None = N
     """One model whose adapter is the sum of others', each times its weight; exactly, by rank.
 
     It is a LoRA (`drop_rate=0`) that can be used, trained on, merged and saved as any other. Its
-    ranks are those of the others together (`save_adapter` and `droplora export --rank` tell and
-    change what a server has to hold).
+    rank is the sum of the others': `save_adapter` reports the resulting rank and
+    `droplora export --rank` reduces it.
 
     Args:
       models: by name, with adapters on one base. They share its arrays with what is returned.

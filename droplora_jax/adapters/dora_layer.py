@@ -137,8 +137,10 @@ def _squares(kernel: Array, spec: LinearSpec) -> Array:
 
 
 def _norms(spec: LinearSpec, kernel: Array | Quantized) -> Array:
-    """The norm of every column; one layer of a stack after another, so that no more than one is
-    dequantised at a time."""
+    """Column norms, one layer of a stack at a time.
+
+    So at most one quantised layer is dequantised at once.
+    """
 
     def norm(kernel: Array | Quantized) -> Array:
         return _norm(dense(kernel), spec)

@@ -33,7 +33,7 @@ def train_whole(
 
     Args:
       kernels: the paths of the kernels that get an adapter.
-      abstract: a parameter without values stays without; otherwise it becomes zeros.
+      abstract: a parameter that is only a shape stays one; if false, it becomes zeros.
 
     Raises:
       InputError: a pattern that matches nothing, or a kernel with an adapter.

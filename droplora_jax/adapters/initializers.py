@@ -107,7 +107,7 @@ def _orthogonal(key, sizes, rank, layer_rank, scale, w) -> Factors:
     of_basis, of_a, of_b = jax.random.split(key, 3)
     used_R = jnp.arange(rank) < layer_rank
     square = used_R[:, None] & used_R
-    # The padding beyond the layer's rank has an orthogonal basis apart, which the caller sets to 0.
+    # Padded ranks get an identity block; the caller zeroes them.
     random = jnp.where(square, jax.random.normal(of_basis, (rank, rank)), jnp.eye(rank))
     basis_RR = jnp.linalg.qr(random)[0]
     a = jax.random.normal(of_a, (G, I, rank // 2)) / 10
@@ -119,10 +119,7 @@ def _orthogonal(key, sizes, rank, layer_rank, scale, w) -> Factors:
 
 
 def _singular(w_GIO: Array, rank: int, scale: Array, *, largest: bool) -> Factors:
-    """The largest or smallest ranks of the kernel's singular value decomposition.
-
-    A and B share the singular values equally.
-    """
+    """The `rank` largest or smallest singular triplets, sqrt(s / scale) in each of A and B."""
     u, s, v = jnp.linalg.svd(w_GIO.astype(jnp.float32), full_matrices=False)
     order = slice(rank) if largest else slice(None, -rank - 1, -1)
     root_GR = jnp.sqrt(s[:, order] / scale)

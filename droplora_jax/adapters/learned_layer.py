@@ -19,7 +19,7 @@ from droplora_jax.nn.linear_spec import LinearSpec
 class LearnedLinear(LowRankLinear):
     """`y = base(x) + scale * ((x @ A) * m) @ B`, m from `mask_logits` [*stack, R].
 
-    The threshold of the logits is differentiated as if it were the sigmoid; see
+    Straight-through: the threshold of the logits is differentiated as the sigmoid; see
     `lowrank.learned_mask`.
     """
 

@@ -37,10 +37,9 @@ class PerLayer(nnx.Variable):
 
 
 class Initial(nnx.Variable):
-    """Frozen copy of an initial factor (A0 or B0).
+    """A frozen initial factor (A0 or B0) of a branch whose initial product is subtracted.
 
-    Only PiSSA, MiLoRA and OLoRA have one: their initial branch is subtracted so that the model
-    starts unchanged.
+    Only PiSSA, MiLoRA and OLoRA have one, so that the model starts unchanged.
     """
 
 
@@ -107,7 +106,10 @@ class LowRankLinear(base.Adapter):
         )
 
     def per_layer(self, values: Sequence[float], dtype: str) -> PerLayer | None:
-        """A number for each layer of a stack; None if all are equal: a constant costs nothing."""
+        """A number for each layer of a stack; None if all layers share one value.
+
+        A Python constant is then used, which costs nothing.
+        """
         if len(set(values)) == 1:
             return None
         kernel = self.base_kernel.get_value()
@@ -214,7 +216,8 @@ class LowRankLinear(base.Adapter):
     def transposed(self) -> LowRankLinear:
         """The layer of the transposed kernel with the same branch and masks.
 
-        For a model whose head is its embedding; `base.transposed()` is the head without an adapter.
+        For a model whose head is its embedding. The base layer provides `transposed()`, the
+        head without an adapter.
         """
         layer = nnx.merge(*nnx.split(self))
         layer.base = cast(Transposable, self.base).transposed()

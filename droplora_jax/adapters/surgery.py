@@ -104,7 +104,7 @@ def split(model: nnx.Module) -> Parts:
 
 
 def initial_of(frozen: nnx.State) -> nnx.State:
-    """The frozen initial factors A0 and B0, which a checkpoint keeps with the trained ones."""
+    """The frozen initial factors (A0, B0), which a checkpoint must store."""
     return nnx.filter_state(frozen, Initial)
 
 

@@ -64,8 +64,7 @@ def masked_loss(
     Args:
       loss: a function of the model, its first argument, and of what is in a batch.
       mask_key: the root of the run's masks; the step is folded into it.
-      share: the share of the drop rates at a step, for adapters whose rates change over a run:
-        `config.share(steps)` of their configuration.
+      share: a schedule of the factor on the drop rates, `config.share(steps)`; None if constant.
 
     Returns:
       A function of what `loss` takes, and of `step` and `rows`.
