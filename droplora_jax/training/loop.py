@@ -137,7 +137,7 @@ def train(run: Run) -> Decoder:
         raise
     except OSError as error:
         raise InputError(
-            f"{run.folder}: could not be written ({error.strerror or error}). Of the checkpoints, "
+            f"{run.folder}: could not be written ({error.strerror or error}). Checkpoints: "
             f"{checkpoints.kept()}. Make room and run the same command again"
         ) from error
     finally:
