@@ -12,7 +12,7 @@ training without masks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
@@ -25,13 +25,10 @@ from droplora_jax.core.errors import InputError
 
 STEP, ROWS = "step", "rows"
 
-Value = TypeVar("Value", bound=Sized)  # an array of any library
 Loss = TypeVar("Loss")
 
 
-def numbered(
-    batches: Iterable[Mapping[str, Value]], *, microbatches: int = 1
-) -> Iterator[dict[str, Value | np.ndarray]]:
+def numbered(batches: Iterable[object], *, microbatches: int = 1) -> Iterator[dict[str, object]]:
     """Batches with the step they belong to, `step` [], and their rows' places in it, `rows` [B].
 
     Args:
