@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from oracles import RANDOM, assert_unchanged, primitives, randomized, raw, relative, snapshot
+from small_models import random_module
 
 import droplora_jax as dl
 from droplora_jax.adapters.interop import linen
@@ -126,8 +129,15 @@ def lora(**options) -> dl.DropLoRA:
     return dl.DropLoRA(**{"rank": 4, "alpha": 8.0, "targets": "paper", **options})
 
 
+@jax.jit
 def apply(model, tokens=TOKENS):
-    return nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    return model(tokens)
+
+
+@partial(jax.jit, static_argnums=0)
+def applied(module: nn.Module, params):
+    """What linen itself computes."""
+    return module.apply({"params": params}, TOKENS)
 
 
 def test_a_model_is_the_same_in_nnx(both):
@@ -137,7 +147,7 @@ def test_a_model_is_the_same_in_nnx(both):
     assert jax.tree.structure(back) == jax.tree.structure(params)
     for ours, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True):
         assert ours is theirs
-    expected = jax.jit(module.apply)({"params": params}, TOKENS)
+    expected = applied(module, params)
     np.testing.assert_array_equal(apply(model), expected)
 
 
@@ -154,7 +164,7 @@ def test_injecting_changes_no_output_and_merging_gives_plain_parameters(both):
         linen.params_of(injected)
     merged = linen.params_of(dl.merge(injected))
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
-    expected = module.apply({"params": merged}, TOKENS)
+    expected = applied(module, merged)
     assert relative(apply(injected), expected) < 1e-5
     assert relative(apply(model), expected) > 0.1
 
@@ -191,14 +201,13 @@ def test_outputs_and_gradients_are_those_of_the_same_model_in_nnx(name, options)
 
 def nnx_model(params) -> Nnx:
     """The nnx model with a linen model's parameters, whose layers may be stacked."""
-    model = Nnx(nnx.Rngs(0))
+    model = random_module(lambda: Nnx(nnx.Rngs(0)))
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         value = params
         if "layers" in params:
-            *names, index = [n for n in path if not isinstance(n, int)], path[1]
-            for name in names[0]:
+            for name in (name for name in path if not isinstance(name, int)):
                 value = value[name]
-            value = value[index] if path[0] == "layers" else value
+            value = jnp.asarray(np.asarray(value)[path[1]]) if path[0] == "layers" else value
         else:
             names = (f"layers_{path[1]}", *path[2:]) if path[0] == "layers" else path
             for name in names:
@@ -214,11 +223,10 @@ def with_b(model):
         value = parameter.get_value()
         if path[-1] != "lora_b":
             return parameter
-        own = (
-            value.shape[1:] if path[0] == "layers" and not isinstance(path[1], int) else value.shape
-        )
-        rank, *out = own
-        wave = np.sin(7 * np.arange(rank)[:, None] + np.arange(np.prod(out))).reshape(own)
+        stacked = path[0] == "layers" and not isinstance(path[1], int)
+        shape = value.shape[1:] if stacked else value.shape
+        rank, *out = shape
+        wave = np.sin(7 * np.arange(rank)[:, None] + np.arange(np.prod(out))).reshape(shape)
         return parameter.replace(jnp.asarray(np.broadcast_to(wave, value.shape), jnp.float32))
 
     graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -227,14 +235,14 @@ def with_b(model):
 
 def by_layer(state) -> dict:
     """Factors by module and layer, whether the layers are stacked or in a list."""
-    found = {}
+    layers = {}
     for path, value in nnx.to_flat_state(state):
         value = np.asarray(value[...])
         if path[0] == "layers" and not isinstance(path[1], int):
-            found |= {("layers", i, *path[1:]): own for i, own in enumerate(value)}
+            layers |= {("layers", i, *path[1:]): layer for i, layer in enumerate(value)}
         else:
-            found[path] = value
-    return found
+            layers[path] = value
+    return layers
 
 
 def test_masks_and_first_values_are_those_of_the_same_model_in_nnx(both):
@@ -243,12 +251,12 @@ def test_masks_and_first_values_are_those_of_the_same_model_in_nnx(both):
     ours = dl.inject(linen.to_nnx(module, params, TOKENS), lora(), key=KEY)
     ours = dl.masked(ours, KEY, rows=ROWS)
     for path, adapter in adapters_of(theirs).items():
-        own = adapters_of(ours)
-        if path in own:
-            a, keys = own[path].lora_a[...], own[path].mask_key[...]
+        adapters = adapters_of(ours)
+        if path in adapters:
+            a, keys = adapters[path].lora_a[...], adapters[path].mask_key[...]
         else:
             _, index, name = path.split(".")
-            stacked = own[f"layers.{name}"]
+            stacked = adapters[f"layers.{name}"]
             a, keys = stacked.lora_a[int(index)], stacked.mask_key[int(index)]
         np.testing.assert_array_equal(a, adapter.lora_a[...])
         np.testing.assert_array_equal(raw(keys), raw(adapter.mask_key[...]))
@@ -292,7 +300,7 @@ def test_other_kinds_and_what_is_trained_whole(config):
     params = random_params(module)
     model = randomized(dl.inject(linen.to_nnx(module, params, TOKENS), config, key=KEY))
     merged = linen.params_of(dl.merge(model))
-    assert relative(apply(model), module.apply({"params": merged}, TOKENS)) < 1e-5
+    assert relative(apply(model), applied(module, merged)) < 1e-5
 
 
 def test_what_apply_takes_is_passed_on():
