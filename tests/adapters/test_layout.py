@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_models import linear
 
+import droplora_jax as dl
 from droplora_jax import DropLoRA, LinearSpec, linear_spec
+from droplora_jax.adapters import layout
 from droplora_jax.adapters.layout import factor_shapes, factor_shardings
 from droplora_jax.core import prng
 from droplora_jax.core.config import MeshConfig
@@ -77,3 +80,16 @@ def test_factors_of_kernels_with_several_dimensions():
 
 def test_no_mesh_no_sharding():
     assert factor_shardings(np.zeros((4, 4)), PLAIN) == (None, None)
+
+
+def test_layers_of_equal_shapes_share_the_program_of_their_first_factors():
+    model = nnx.Sequential(*(linear(6, 6, seed=i) for i in range(3)), linear(6, 4))
+    layout._program.cache_clear()
+    config = dl.DropLoRA(rank=2, targets="all-linear")
+    first = dl.inject(model, config, key=dl.root_key(0))
+    assert layout._program.cache_info().misses == 2
+    again = dl.inject(model, config, key=dl.root_key(1))
+    assert layout._program.cache_info().misses == 2
+    factors = [leaf for m in (first, again) for leaf in jax.tree.leaves(dl.split(m)[1])]
+    values = {factor.tobytes() for factor in jax.device_get(factors) if factor.any()}
+    assert len(values) == 8  # every A is another: of its layer, and of its key

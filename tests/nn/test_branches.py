@@ -48,3 +48,10 @@ def test_the_branches_share_one_product_and_nothing_changes(targets, products):
     assert str(jax.make_jaxpr(model)(x)).count("dot_general[") == products
     for ours, expected in zip(model(x), model(x, one_by_one), strict=True):
         assert relative(ours, expected) < 1e-6
+
+
+def test_the_ranks_that_a_step_keeps_are_drawn_once_for_each_layer():
+    config = dl.DropLoRA(rank=4, targets="all-linear", granularity="step", sampler="exact")
+    model = dl.masked(dl.inject(Fan(), config, key=dl.root_key(1)), dl.root_key(3))
+    jaxpr = str(jax.make_jaxpr(model)(jnp.ones((2, 7, 6))))
+    assert jaxpr.count("name=argsort") == 3
