@@ -31,8 +31,7 @@ from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, i
 from droplora_jax.hf.shards import TensorFiles, open_file, open_folder
 from droplora_jax.hf.weights import check_tensors
 from droplora_jax.runs import config_reader
-from droplora_jax.runs.folder import ADAPTER, CHECKPOINTS, CONFIG_FILE
-from droplora_jax.training.checkpoint import Checkpoints
+from droplora_jax.runs.folder import ADAPTER, CONFIG_FILE, progress
 
 ENERGY = 0.9
 BARS = " ▁▂▃▄▅▆▇█"
@@ -105,8 +104,6 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     config = config_reader.read(folder / CONFIG_FILE)
-    path = folder / CHECKPOINTS
-    checkpoints = Checkpoints(path, read_only=True) if path.is_dir() else None
     there = _adapter(folder / ADAPTER) if (folder / ADAPTER).exists() else {}
     options = dataclasses.asdict(config.adapter)
     return {
@@ -114,7 +111,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "base": config.model.path,
         "adapter_kind": config.adapter.kind,
         **{key: options[key] for key in ("drop_rate",) if key in options},
-        "last_checkpoint": checkpoints.latest if checkpoints else None,
+        "last_checkpoint": progress(folder).step or None,
         "finished": bool(there),
         **{key: there[key] for key in ("rank", "alpha", "bytes", "branches") if key in there},
     }

@@ -115,8 +115,12 @@ def train(run: Run) -> Decoder:
       Stopped: SIGINT or SIGTERM; the state was saved.
       InputError: a file could not be written.
     """
+    with Checkpoints(run.folder / "checkpoints", keep=run.config.keep) as checkpoints:
+        return _trained(run, checkpoints)
+
+
+def _trained(run: Run, checkpoints: Checkpoints) -> Decoder:
     graphdef, adapters, mask_keys, frozen = split(run.model)
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.config.keep)
     fresh = replace(init_state(adapters, run.optim.tx), initial=initial_of(frozen))
     saved = checkpoints.restore_newest(fresh, partial(say, run.console))
     state, frozen = replace(saved, initial=None), nnx.merge_state(frozen, saved.initial)
@@ -143,7 +147,6 @@ def train(run: Run) -> Decoder:
     finally:
         if log:
             log.close()
-        checkpoints.close()
     return nnx.merge(graphdef, state.adapters, mask_keys, frozen)
 
 
