@@ -9,7 +9,6 @@ section that they stand in, which only the reader of the file knows:
     def _problems(self) -> Iterator[str]:
         if self.rank < 1:
             yield f"rank={self.rank}: must be at least 1"
-        yield from problems_of(check_pattern, self.targets)  # a check that raises
 
 Every problem begins with the field's name, and `=` and the value where that helps. The reader of
 a file catches the error and shows `error.within("adapter")`, whose problems begin `adapter.rank`.
@@ -18,10 +17,7 @@ a file catches the error and shows `error.within("adapter")`, whose problems beg
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import ParamSpec
-
-P = ParamSpec("P")
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -58,17 +54,6 @@ def raise_all(problems: Iterable[str]) -> None:
         raise InputError(*collected)
 
 
-def problems_of(
-    check: Callable[P, object], *arguments: P.args, **options: P.kwargs
-) -> tuple[str, ...]:
-    """The problems of the InputError that a call raises; empty if it raises none."""
-    try:
-        check(*arguments, **options)
-    except InputError as error:
-        return error.problems
-    return ()
-
-
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its type if it says nothing."""
     text = str(error).strip()
@@ -77,5 +62,5 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`did you mean NAME?` with the most similar known name; empty if none is similar."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else ""

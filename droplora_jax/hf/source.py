@@ -15,8 +15,6 @@ from droplora_jax.models.families.base import Family
 
 # The files of a hub repository that are fetched: no pickles, no other frameworks' weights.
 SMALL_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
-
-
 HUB_PATTERNS = ["*.safetensors", *SMALL_PATTERNS]
 
 

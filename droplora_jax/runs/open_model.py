@@ -90,6 +90,7 @@ class ModelFiles:
         marks = [
             (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
             for folder in dict.fromkeys([self.folder, *self.adapters])
+            if not (folder != self.folder and folder.is_relative_to(self.folder))  # in its marks
             for file in sorted({file for mark in MARKS for file in folder.glob(mark)})
         ]
         return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from droplora_jax.core import distributed
-from droplora_jax.core.errors import InputError
+from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.finite import not_finite
 from droplora_jax.training.checksums import digests
 from droplora_jax.training.step import TrainState
@@ -278,7 +278,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise self._failed(_first_line(error)) from error
+            raise self._failed(first_line(error)[:200]) from error
 
     def _check_space(self, size: int) -> None:
         """Raise InputError for a disk that is too full, before anything is written."""
@@ -305,12 +305,8 @@ def _read_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)[:200]
         raise Corrupt(f"{where}: the checkpoint can't be read ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), repr(error))[:200]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from droplora_jax.core.errors import InputError, did_you_mean, first_line, problems_of, raise_all
+from droplora_jax.core.errors import InputError, did_you_mean, first_line, raise_all
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,6 @@ def test_a_reader_adds_the_section_to_each_problem():
     error = InputError("low=1: too low", "high is missing").within("pair")
     assert error.problems == ("pair.low=1: too low", "pair.high is missing")
     assert error.within("").problems == error.problems
-
-
-def test_a_check_that_raises_gives_its_problems():
-    assert problems_of(Pair, 0, high=-2) == ("high=-2: must be at least low=0",)
-    assert problems_of(Pair, 0, 1) == ()
-    with pytest.raises(ZeroDivisionError):
-        problems_of(lambda: 1 / 0)
 
 
 def test_an_error_without_text_has_a_first_line_too():

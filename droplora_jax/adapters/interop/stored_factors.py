@@ -20,8 +20,7 @@ def factors(model: nnx.Module) -> dict[str, np.ndarray]:
 
     Under the layer's own name with the index of a stack in it: `layers.3.q_proj.lora_A.weight`;
     DoRA's magnitude [out] too. Kernels of several input or output dimensions are flattened, as a
-    plain linear layer has them. A branch whose initial
-    factors are subtracted has twice the rank.
+    plain linear layer has them. A branch whose initial factors are subtracted has twice the rank.
 
     Raises:
       InputError: a kernel with a dimension that is both the input's and the output's.
