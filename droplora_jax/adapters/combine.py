@@ -22,7 +22,7 @@ from droplora_jax.adapters.dora_layer import DoRALinear
 from droplora_jax.adapters.droplora import DropLoRA
 from droplora_jax.adapters.droplora_layer import DropLoRALinear
 from droplora_jax.adapters.fully_trained import wholes_of
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.adapters.surgery import adapters_of, view
 from droplora_jax.core.errors import InputError
 from droplora_jax.nn.layer_paths import Path, dotted, layer_names

@@ -11,7 +11,7 @@ from droplora_jax import lowrank
 from droplora_jax.adapters import base
 from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.droplora import DropLoRA
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.core.mask_options import kept_ranks
 from droplora_jax.nn.branches import ActiveFactors
 from droplora_jax.nn.linear_spec import LinearSpec

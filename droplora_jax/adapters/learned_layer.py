@@ -12,7 +12,7 @@ from droplora_jax import lowrank
 from droplora_jax.adapters import base, layout
 from droplora_jax.adapters.config import Branch
 from droplora_jax.adapters.learned import Learned
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.nn.linear_spec import LinearSpec
 
 

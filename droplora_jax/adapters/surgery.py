@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax.adapters.base import Adapter, AdapterConfig, InitKey
 from droplora_jax.adapters.fully_trained import plain, train_whole, wholes_of
-from droplora_jax.adapters.low_rank import Initial
+from droplora_jax.adapters.low_rank_layer import Initial
 from droplora_jax.core import prng
 from droplora_jax.core.errors import InputError
 from droplora_jax.nn.layer_paths import Path, check_patterns, dotted, layer_names, select

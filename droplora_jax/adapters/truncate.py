@@ -11,7 +11,7 @@ from flax import nnx
 
 from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.adapters.droplora import DropLoRA
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.adapters.spectrum import singular_values, truncate
 from droplora_jax.adapters.surgery import adapters_of, view
 from droplora_jax.core.errors import InputError

@@ -15,7 +15,7 @@ from droplora_jax.commands.options import ModelRef
 from droplora_jax.core.console import Advance, progress, say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
-from droplora_jax.core.resumable import Partial
+from droplora_jax.core.partial_output import Partial
 from droplora_jax.data.data_file import local
 from droplora_jax.data.formats.base import ASSISTANT, USER, Example, Turn, text_of
 from droplora_jax.data.templates import TEMPLATES

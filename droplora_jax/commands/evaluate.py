@@ -27,7 +27,7 @@ class Evaluate:
     def run(self) -> None:
         from rich.console import Console
 
-        from droplora_jax.commands.scores import evaluate_files
+        from droplora_jax.commands.evaluate_scores import evaluate_files
 
         with compile_cache():
             evaluate_files(self.task, self.output, self.source, self.options, Console())

@@ -45,7 +45,7 @@ class Export:
         from rich.console import Console
 
         from droplora_jax.adapters.truncate import truncated
-        from droplora_jax.commands.exported_model import exported_model
+        from droplora_jax.commands.export_model import exported_model
         from droplora_jax.core.console import say
         from droplora_jax.hf.exporter import exporter
 

@@ -19,6 +19,6 @@ class Inspect:
     def run(self) -> None:
         from rich.console import Console
 
-        from droplora_jax.commands.description import show
+        from droplora_jax.commands.inspect_report import show
 
         show(self.folder, as_json=self.json, picture=self.png, console=Console())

@@ -18,7 +18,7 @@ class Quickstart:
     output: Path = option("DIR", default=Path("droplora-quickstart"))
 
     def run(self) -> int:
-        from droplora_jax.commands.demonstration import demonstrate
+        from droplora_jax.commands.quickstart_run import demonstrate
         from droplora_jax.commands.train import exit_code
 
         with compile_cache():

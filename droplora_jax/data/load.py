@@ -11,7 +11,7 @@ from droplora_jax.data.config import DataConfig, Place, parts_of
 from droplora_jax.data.data_file import File
 from droplora_jax.data.documents import Writer
 from droplora_jax.data.formats.base import Empty
-from droplora_jax.data.lengths import Tally, drop_empty, fit
+from droplora_jax.data.length_limit import Tally, drop_empty, fit
 from droplora_jax.data.readers.base import Record
 from droplora_jax.data.report import Report, Source
 from droplora_jax.data.row_store import Flat, FlatWriter

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from droplora_jax.data.lengths import Tally
+from droplora_jax.data.length_limit import Tally
 from droplora_jax.data.rows import Flat, Row
 
 INFO = "info.json"

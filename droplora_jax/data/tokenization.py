@@ -62,7 +62,7 @@ def _at_once(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Ro
 def _ids(texts: list[str], tokenizer: Tokenizer, *, add_special: bool = False) -> list[list[int]]:
     if not texts:
         return []  # tokenizers refuse an empty list
-    # `verbose=False`: no warning of long texts, which `lengths.py` handles.
+    # `verbose=False`: no warning of long texts, which `length_limit.py` handles.
     return tokenizer(texts, add_special_tokens=add_special, verbose=False)["input_ids"]
 
 

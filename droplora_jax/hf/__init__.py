@@ -1,6 +1,6 @@
 """Hugging Face and PEFT folders, in and out.
 
-In: `base` finds and checks a base model (`source`), `weights` reads it (`shards`,
+In: `base` finds and checks a base model (`source`), `weight_loading` reads it (`tensor_files`,
 `safetensors_file`) and `tokenizer` loads its tokenizer; `load` is `dl.load`. Out: `merged` writes
 base + adapters and `verify` checks the folder; `peft/` writes and reads adapters.
 """

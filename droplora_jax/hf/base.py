@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from droplora_jax.data.templates.base import Tokenizer
 from droplora_jax.hf import source
 from droplora_jax.hf.tokenizer import load_tokenizer
-from droplora_jax.hf.weights import abstract_model, read_weights
+from droplora_jax.hf.weight_loading import abstract_model, read_weights
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families.base import Family

@@ -23,8 +23,8 @@ from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, check_links, read_json, write_json
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
-from droplora_jax.hf.shards import INDEX_FILE, Each, TensorFiles, open_folder, turned
 from droplora_jax.hf.source import source_folder
+from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_folder, turned
 from droplora_jax.hf.verify import probe
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,17 +14,17 @@ from flax import nnx
 
 from droplora_jax.adapters.base import Adapter, base_path
 from droplora_jax.adapters.fully_trained import Whole
-from droplora_jax.adapters.low_rank import Initial, PerLayer
+from droplora_jax.adapters.low_rank_layer import Initial, PerLayer
 from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import source
-from droplora_jax.hf.shards import Each, open_folder
-from droplora_jax.hf.weights import abstract_model
+from droplora_jax.hf.tensor_files import Each, open_folder
+from droplora_jax.hf.weight_loading import abstract_model
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import Layer, run_layers
-from droplora_jax.models.parameters import TensorName
+from droplora_jax.models.parameter_table import TensorName
 from droplora_jax.nn import ops, rope
 from droplora_jax.nn.layer_paths import Path as ModulePath
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
@@ -85,30 +85,42 @@ def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:
     config = model.config
     names = FAMILIES[config.family].tensor_names(config)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    rotation = rope.rotation_tables(config.rope, config.head_dim, positions_BT)
     graphdef, state = nnx.split(_without_mesh(model.stacks[0]))
 
     @jax.jit
     def run(layer: nnx.State, x_BTD: jax.Array, window: jax.Array | None) -> jax.Array:
+        rotation = rope.rotation_tables(config.rope, config.head_dim, positions_BT)
         return run_layers(nnx.merge(graphdef, layer), x_BTD, rotation, None, window)[0]
+
+    @jax.jit
+    def unembed(x_BTD: jax.Array, rows_VD: jax.Array) -> jax.Array:
+        return x_BTD @ rows_VD.T
 
     ends = _adapted_ends(model, names, read)
     if "embed" in ends:
-        x_BTD = jnp.asarray(jax.device_get(ends["embed"](jnp.asarray(tokens_BT))))
+        x_BTD = jax.device_get(_called(ends["embed"], tokens_BT))
     else:
-        x_BTD = jnp.asarray(_rows(names, read, tokens_BT))
+        x_BTD = _rows(names, read, tokens_BT)
     windows_L = config.windows_L
     for layer in range(config.layers):
         window = None if windows_L is None else windows_L[layer : layer + 1]
         x_BTD = run(_one_layer(state, names, layer, read), x_BTD, window)
-    scale_D = jnp.asarray(read(names["final_norm.scale"].pattern))
-    x_BTD = ops.rms_norm(x_BTD, scale_D, config.norm_epsilon)
+    scale_D = read(names["final_norm.scale"].pattern)
+    x_BTD = jax.jit(partial(ops.rms_norm, epsilon=config.norm_epsilon))(x_BTD, scale_D)
     if (head := "embed" if config.tie_embeddings else "lm_head") in ends:
         adapted = ends[head].transposed() if config.tie_embeddings else ends[head]
-        return np.asarray(adapted(x_BTD))
+        return np.asarray(_called(adapted, x_BTD))
     head = names["embed.embedding" if config.tie_embeddings else "lm_head.kernel"].pattern
     chunks = [slice(v, v + VOCAB_CHUNK) for v in range(0, config.vocab_size, VOCAB_CHUNK)]
-    return np.concatenate([x_BTD @ read(head, (chunk,)).T for chunk in chunks], axis=-1)
+    return np.concatenate(
+        [unembed(x_BTD, jnp.asarray(read(head, (chunk,)))) for chunk in chunks], axis=-1
+    )
+
+
+def _called(module: Callable[[jax.Array], jax.Array], inputs: jax.typing.ArrayLike) -> jax.Array:
+    """What a module gives, compiled as one program."""
+    graphdef, state = nnx.split(module)
+    return jax.jit(lambda state, inputs: nnx.merge(graphdef, state)(inputs))(state, inputs)
 
 
 def _rows(names: Mapping[str, TensorName], read: Read, tokens_BT: np.ndarray) -> np.ndarray:

@@ -21,11 +21,11 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from droplora_jax.commands.demonstration import random_number, random_word
+from droplora_jax.commands.quickstart_run import random_number, random_word
 from droplora_jax.core.files import write_json
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.parameters import tensor_names
+from droplora_jax.models.parameter_table import tensor_names
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.step import loss_sum
 

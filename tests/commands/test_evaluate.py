@@ -12,8 +12,8 @@ from rich.console import Console
 from run_fixtures import make_base, rows, write_run
 
 from droplora_jax.commands.evaluate import Evaluate
+from droplora_jax.commands.evaluate_scores import table
 from droplora_jax.commands.options import ModelRef, TaskOptions
-from droplora_jax.commands.scores import table
 from droplora_jax.core.errors import InputError
 from droplora_jax.inference.generator import Generator
 from droplora_jax.inference.scoring import Result, evaluate
@@ -65,7 +65,7 @@ def evaluation(model: Path, *tasks: str, **options: int) -> Evaluate:
 
 
 def scored(monkeypatch, config: Evaluate, output: Path, complete) -> dict:
-    monkeypatch.setattr("droplora_jax.commands.scores._opened", lambda *_: complete)
+    monkeypatch.setattr("droplora_jax.commands.evaluate_scores._opened", lambda *_: complete)
     replace(config, output=output).run()
     return json.loads(output.read_text())
 
@@ -112,7 +112,7 @@ def test_an_interrupted_evaluation_carries_on(monkeypatch, tmp_path, base, boolq
 
 def test_rows_that_are_all_there_need_no_model(monkeypatch, tmp_path, base, boolq):
     config, output = evaluation(base, boolq), tmp_path / "out.json"
-    monkeypatch.setattr("droplora_jax.commands.scores._report", lambda *_: 1 / 0)
+    monkeypatch.setattr("droplora_jax.commands.evaluate_scores._report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scored(monkeypatch, config, output, Odd())
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from data_fixtures import CHATML, make_tokenizer, write_jsonl
 from run_fixtures import contents, make_base
 
 from droplora_jax.commands.completions import prompt_document
-from droplora_jax.core.resumable import Partial
+from droplora_jax.core.partial_output import Partial
 from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.config import Sampling

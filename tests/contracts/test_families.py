@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax.hf.peft.adapter import adapter_tensors
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.parameters import PARAMETERS
+from droplora_jax.models.parameter_table import PARAMETERS
 from droplora_jax.nn.options import StepOptions
 
 pytestmark = pytest.mark.usefixtures("strict")

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax import lowrank
 from droplora_jax.adapters import ADAPTERS
-from droplora_jax.adapters.low_rank import Initial
+from droplora_jax.adapters.low_rank_layer import Initial
 from droplora_jax.adapters.surgery import adapters_of, initial_of
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.hf.peft.adapter import OWN_FILE, adapter_config, load_adapter

@@ -17,7 +17,7 @@ from droplora_jax.core.sharding import (
     partition_spec,
     put,
 )
-from droplora_jax.models.parameters import LOGICAL_AXES
+from droplora_jax.models.parameter_table import LOGICAL_AXES
 
 
 @pytest.mark.parametrize(

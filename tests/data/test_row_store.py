@@ -12,7 +12,7 @@ from droplora_jax.data.rows import Flat, Rows
 def test_a_writer_and_its_reader(tmp_path):
     from contextlib import ExitStack
 
-    from droplora_jax.data.lengths import Tally
+    from droplora_jax.data.length_limit import Tally
 
     rows = random_rows(30, 9, seed=0)
     with ExitStack() as stack:

@@ -35,7 +35,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of, view
 from droplora_jax.hf import EXPORTERS, merged
 from droplora_jax.hf.exporter import exporter
-from droplora_jax.models.parameters import PARAMETERS
+from droplora_jax.models.parameter_table import PARAMETERS
 
 KEY = dl.root_key(0)
 TOKENS = random_tokens(2, 80)

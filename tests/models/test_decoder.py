@@ -31,7 +31,7 @@ from droplora_jax.core.sharding import make_mesh, named_sharding
 from droplora_jax.lowrank import rank_mask
 from droplora_jax.models.embed_and_head import Head
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.parameters import LOGICAL_AXES
+from droplora_jax.models.parameter_table import LOGICAL_AXES
 from droplora_jax.nn.options import StepOptions
 
 pytestmark = pytest.mark.usefixtures("strict")

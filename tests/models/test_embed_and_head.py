@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.adapters.truncate import truncated
-from droplora_jax.commands.description import describe
+from droplora_jax.commands.inspect_report import describe
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.peft.adapter import adapter_config, adapter_tensors

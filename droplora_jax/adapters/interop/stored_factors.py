@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from flax import nnx
 
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.nn.layer_paths import dotted, layer_names

@@ -18,7 +18,7 @@ from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.base import base_path
 from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.adapters.fully_trained import set_at, wholes_of
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.adapters.surgery import adapters_of, inject, view
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
@@ -35,7 +35,7 @@ from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
 from droplora_jax.hf.peft.names import BaseNames
 from droplora_jax.hf.safetensors_file import is_finite
-from droplora_jax.hf.shards import TensorFiles, open_file
+from droplora_jax.hf.tensor_files import TensorFiles, open_file
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 

@@ -12,7 +12,7 @@ from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf.peft.config import PEFT_FILE, PeftFields, branch_of, is_target
 from droplora_jax.hf.peft.names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key
-from droplora_jax.hf.shards import TensorFiles
+from droplora_jax.hf.tensor_files import TensorFiles
 from droplora_jax.models.config import ModelConfig
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from droplora_jax.adapters.base import Adapter, base_path
-from droplora_jax.adapters.low_rank import LowRankLinear
+from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
@@ -27,7 +27,7 @@ from droplora_jax.hf.peft.names import (
     split_key,
     whole_key,
 )
-from droplora_jax.hf.shards import TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import TensorFiles, open_folder
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.layer_paths import Path as ModulePath
 

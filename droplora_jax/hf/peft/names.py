@@ -8,7 +8,7 @@ from functools import cached_property
 from droplora_jax.adapters.interop.stored_factors import LINEAR, MAGNITUDE, A, B
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.parameters import TensorName
+from droplora_jax.models.parameter_table import TensorName
 
 PREFIX = "base_model.model."
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"

@@ -9,7 +9,7 @@ from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.parameters import TensorName, tensor_names
+from droplora_jax.models.parameter_table import TensorName, tensor_names
 from droplora_jax.nn.rope import SCALINGS, RopeConfig
 
 HFConfig = Mapping[str, Any]  # the values of a `config.json`
@@ -24,8 +24,8 @@ class Family:
     that all families share), and `FAMILY`, a record of this class. The line, in `FAMILIES`, names
     the `model_type`. No other module asks which family a model is of: features such as biases,
     normed queries or windows are fields of `ModelConfig`, and a family that needs a feature which
-    no other has adds a field there and its parameters in `models/parameters.py`. Every key of a
-    `config.json` must be accounted for as read, harmless or refused, because a key that is
+    no other has adds a field there and its parameters in `models/parameter_table.py`. Every key of
+    a `config.json` must be accounted for as read, harmless or refused, because a key that is
     silently skipped is a model that silently computes something else.
     `tests/contracts/test_families.py` compares each family with transformers.
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import droplora_jax.runs
 from droplora_jax.runs.config import RunConfig
-from droplora_jax.runs.reference import BEGIN, END, options, table
+from droplora_jax.runs.options_table import BEGIN, END, options, table
 
 GUIDE = Path(droplora_jax.runs.__file__).with_name("README.md")
 
 
 def test_the_guide_has_the_current_table():
-    """`python -m droplora_jax.runs.reference` prints it."""
+    """`python -m droplora_jax.runs.options_table` prints it."""
     _, _, rest = GUIDE.read_text(encoding="utf-8").partition(BEGIN)
     shown, end, _ = rest.partition(END)
     assert end

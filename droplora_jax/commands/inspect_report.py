@@ -28,8 +28,8 @@ from droplora_jax.hf.merged import REPORT_FILE
 from droplora_jax.hf.peft.adapter import OWN_FILE, WEIGHTS_FILE
 from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, check_fields, vllm_limits
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
-from droplora_jax.hf.shards import TensorFiles, open_file, open_folder
-from droplora_jax.hf.weights import check_tensors
+from droplora_jax.hf.tensor_files import TensorFiles, open_file, open_folder
+from droplora_jax.hf.weight_loading import check_tensors
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import ADAPTER, CONFIG_FILE, progress
 

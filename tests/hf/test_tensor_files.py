@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.hf.shards import open_file, open_folder
+from droplora_jax.hf.tensor_files import open_file, open_folder
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

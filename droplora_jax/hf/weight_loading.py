@@ -17,11 +17,11 @@ from jax.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
-from droplora_jax.hf.shards import Each, TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import Each, TensorFiles, open_folder
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.parameters import LOGICAL_AXES, TensorName
+from droplora_jax.models.parameter_table import LOGICAL_AXES, TensorName
 from droplora_jax.models.quantization import quantized_shapes
 from droplora_jax.nn.layer_paths import Path as ModulePath
 from droplora_jax.nn.layer_paths import dotted

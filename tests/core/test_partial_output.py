@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.resumable import Partial
+from droplora_jax.core.partial_output import Partial
 
 SETTINGS = {"model": "a", "limit": None, "stop": ("x",)}
 

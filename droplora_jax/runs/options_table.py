@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from droplora_jax.runs.config import RunConfig
 
-BEGIN = "<!-- options: python -m droplora_jax.runs.reference -->"
+BEGIN = "<!-- options: python -m droplora_jax.runs.options_table -->"
 END = "<!-- end of options -->"
 
 

@@ -21,7 +21,7 @@ from droplora_jax.commands.options import ModelRef, TaskOptions
 from droplora_jax.core.console import progress, say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
-from droplora_jax.core.resumable import Partial
+from droplora_jax.core.partial_output import Partial
 from droplora_jax.data.data_file import local
 from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
