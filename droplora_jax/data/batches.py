@@ -6,34 +6,18 @@ import math
 import operator
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import SupportsIndex, TypedDict
+from typing import SupportsIndex
 
 import grain
-import jax
 import numpy as np
-from jaxtyping import Int
 
 from droplora_jax.core.errors import InputError
+from droplora_jax.data.batch import IGNORE, Batch
 from droplora_jax.data.mixing import Schedule
 from droplora_jax.data.packing import Fit, Sequences, joined, one_example_each, packed
 from droplora_jax.data.rows import Row, Rows
 
-IGNORE = -1  # a target without loss
 NOTHING = -1  # the index of a sequence that is padding alone
-
-
-class Batch(TypedDict):
-    """Sequences of T tokens, int32: [G, T] on the host, [k, G / k, T] for a step of k microbatches.
-
-    Attributes:
-      tokens: 0 in padding.
-      targets: the next token of the same document where that is trained, else `IGNORE`.
-      segment_ids: 1, 2, ... for the documents of a sequence; 0 is padding.
-    """
-
-    tokens: Int[np.ndarray | jax.Array, "*batch T"]
-    targets: Int[np.ndarray | jax.Array, "*batch T"]
-    segment_ids: Int[np.ndarray | jax.Array, "*batch T"]
 
 
 class Batches:

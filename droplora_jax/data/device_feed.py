@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from droplora_jax.core.sharding import named_sharding
-from droplora_jax.data.batches import Batch, Batches
+from droplora_jax.data.batch import Batch
+from droplora_jax.data.batches import Batches
 
 # Making a batch takes milliseconds and a step far longer; the second thread covers a slow read.
 _AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

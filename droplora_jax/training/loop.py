@@ -20,7 +20,8 @@ from droplora_jax.adapters.surgery import initial_of, split
 from droplora_jax.core import distributed, prng, signals
 from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.batches import Batch, Batches
+from droplora_jax.data.batch import Batch
+from droplora_jax.data.batches import Batches
 from droplora_jax.data.device_feed import feed
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from droplora_jax.core.sharding import RULES, axis_size
-from droplora_jax.data.batches import IGNORE
+from droplora_jax.data.batch import IGNORE
 
 BLOCKS = 8  # blocks of positions; the logits of one block exist at a time
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from droplora_jax.adapters.surgery import draw
-from droplora_jax.data.batches import Batch
+from droplora_jax.data.batch import Batch
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
 from droplora_jax.training.loss import projected_cross_entropy

@@ -89,6 +89,11 @@ assert not set({HEAVY}) & set(sys.modules)
 assert set(dl.__all__) <= set(dir(dl))
 dl.DropLoRA(rank=4), dl.MeshConfig(), dl.Sampling(), dl.InputError, dl.__version__
 assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
+dl.load, dl.inject, dl.split, dl.merge, dl.save_merged
+from droplora_jax.training import optimizer, step
+
+loaded = {{"grain", "orbax", "torch", "transformers"}} & set(sys.modules)
+assert not loaded, loaded  # a loop of one's own needs none of them
 assert all(hasattr(dl, name) for name in dl.__all__)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

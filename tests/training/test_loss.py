@@ -13,7 +13,7 @@ from oracles import relative
 
 from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.sharding import make_mesh, named_sharding
-from droplora_jax.data.batches import IGNORE
+from droplora_jax.data.batch import IGNORE
 from droplora_jax.training.loss import BLOCKS, cross_entropy, projected_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("strict")
