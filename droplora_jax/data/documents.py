@@ -38,7 +38,7 @@ class Writer:
         name = config.format
         if name == AUTO:
             try:
-                name = recognised(record, config.columns)
+                name = recognised(record, config.columns, config.ignore_keys)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
         default = FORMATS[name].template
@@ -54,7 +54,7 @@ class Writer:
         """
         format, columns = FORMATS[self.format], self.config.columns
         try:
-            example = format.convert(renamed(record, columns))
+            example = format.example(renamed(record, columns, self.config.ignore_keys))
         except Empty:
             raise
         except InputError as error:

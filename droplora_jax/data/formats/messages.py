@@ -6,17 +6,25 @@ import json
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
-from droplora_jax.data.formats.conversation import ROLES, calls_of, conversation
+from droplora_jax.data.formats.conversation import (
+    LEARNT,
+    ROLES,
+    calls_of,
+    conversation,
+    is_learnt,
+    messages_of,
+)
 from droplora_jax.data.record import Fields
 
-_READ = ("role", "content", "tool_calls", "weight")
+_READ = ("role", "content", "tool_calls", *LEARNT)
 
 
 def convert(record: Fields) -> Example:
-    return conversation(record, "messages", _turn)
+    return conversation(record, messages_of(record, "messages"), message_turn)
 
 
-def _turn(message: Fields) -> Turn:
+def message_turn(message: Fields) -> Turn:
+    """The turn of a message."""
     role = text_of(message, "role")
     if role not in ROLES:
         raise InputError(f"role={role!r}: must be one of {', '.join(ROLES)}")
@@ -25,12 +33,10 @@ def _turn(message: Fields) -> Turn:
     calls = calls_of("tool_calls", message.get("tool_calls"))
     if calls and role != ASSISTANT:
         raise InputError(f"tool_calls of the {role}: only the {ASSISTANT} calls tools")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise InputError(f"weight={weight!r}: must be 0 or 1")
+    learnt = is_learnt(message, role)
     others = {k: v for k, v in message.items() if k not in _READ and v is not None}
     check_unicode("one of its keys", json.dumps(others, ensure_ascii=False))
-    return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=weight != 0)
+    return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=learnt)
 
 
 def _content(message: Fields, role: str, calls: bool) -> str | None:
@@ -51,4 +57,4 @@ def _part(part: object, number: int) -> str:
     raise InputError(f"content: part {number} must be text, is {kind!r:.60}")
 
 
-MESSAGES = Format(("messages",), "chat", convert, optional=("tools",))
+MESSAGES = Format(("messages",), "chat", convert, optional=("system", "tools"))

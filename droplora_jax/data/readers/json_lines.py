@@ -7,21 +7,26 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.readers.base import Reader, Record, as_object, lines
+from droplora_jax.data.readers.base import Read, Reader, as_object, decoded, lines
+from droplora_jax.data.record import Fields
 
 
-def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
+def _records(stream: BufferedIOBase, name: str) -> Iterator[Read]:
     for number, line in lines(stream, name):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = "; a .jsonl file holds one object a line, a list goes into a .json file"
-            listed = number == 1 and line.lstrip().startswith("[")
-            raise InputError(f"{where}: broken JSON ({error}){hint if listed else ''}") from error
-        yield where, as_object(where, row)
+        if line.strip():
+            yield f"{name}:{number}", _record(line, name, number)
 
 
-JSON_LINES = Reader(_records)
+def _record(line: bytes, name: str, number: int) -> Fields | InputError:
+    where = f"{name}:{number}"
+    try:
+        return as_object(where, json.loads(decoded(line, name, number)))
+    except InputError as error:
+        return error
+    except (ValueError, RecursionError) as error:
+        hint = "; a .jsonl file holds one object a line, a list goes into a .json file"
+        listed = number == 1 and line.lstrip().startswith(b"[")
+        return InputError(f"{where}: broken JSON ({error}){hint if listed else ''}")
+
+
+JSON_LINES = Reader(_records, text=True)
