@@ -70,7 +70,7 @@ def load(
 
 def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Tokenizer) -> None:
     """Writes the rows of a file, a chunk of records at a time."""
-    write, records = _writer(file.read(), tokenizer, config)
+    write, records = _writer(file, tokenizer, config)
     tally = Tally()
     for chunk in _chunks(_written(file.name, records, write, tally)):
         rows = encode([document for _, document in chunk], tokenizer, tally.counts)
@@ -81,29 +81,28 @@ def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Token
     flat.finish(file.name, write.format, write.template, tally)
 
 
-def _writer(
-    records: Iterator[Read], tokenizer: Tokenizer, config: DataConfig
-) -> tuple[Writer, Iterator[Read]]:
+def _writer(file: File, tokenizer: Tokenizer, config: DataConfig) -> tuple[Writer, Iterator[Read]]:
     """The writer for a file, chosen by its first good record, and all of the file's records.
 
     Raises:
       InputError: no format has the keys of that record. Where bad rows are dropped, the following
         records are tried, too.
     """
+    records = file.read()
     tried: list[Read] = []
-    errors: list[InputError] = []
+    bad: list[BadRow] = []
     for where, record in records:
         tried.append((where, record))
         try:
             writer = Writer.of(where, _whole(record), tokenizer, config)
         except InputError as error:
-            errors.append(error)
+            bad.append(BadRow(where, error))
             fatal = config.bad_rows == "error" and not isinstance(record, InputError)
-            if fatal or len(errors) == MOST:
+            if fatal or len(bad) == MOST:
                 break
         else:
             return writer, chain(tried, records)
-    raise errors[0]
+    raise bad_rows_error(file.name, bad, all_read=False, others=False)
 
 
 def _whole(record: Fields | InputError) -> Fields:
