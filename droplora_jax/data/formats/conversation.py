@@ -1,11 +1,9 @@
-"""What the formats of conversations share: roles, their order, tools and calls."""
+"""What the formats of conversations share: roles, their order, and what is learnt."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import (
@@ -16,15 +14,18 @@ from droplora_jax.data.formats.base import (
     Example,
     Turn,
     check_served,
-    check_unicode,
     json_of,
     pass_over,
     system_of,
+    text_of,
 )
-from droplora_jax.data.record import Call, Fields, WrittenFields
+from droplora_jax.data.formats.tools import declared_calls, tools_of
+from droplora_jax.data.record import Call, Fields
 
 SYSTEM = ("system", "developer")
 ROLES = (*SYSTEM, USER, ASSISTANT, TOOL)
+# Roles of messages whose text is a call of a tool, or several.
+CALLS = ("function_call", "tool_call")
 # Keys by which data sets say whether a message is learnt: 0 or 1, or true or false.
 LEARNT = ("weight", "train", "training", "loss")
 
@@ -66,6 +67,7 @@ def conversation(
         raise InputError(f"there is no message of the {ASSISTANT} that is learnt")
     before = _system_before(record, turns)
     tools = tools_of(record.get("tools"))
+    turns = tuple(replace(turn, calls=declared_calls(turn.calls, tools)) for turn in turns)
     return Example((*before, *turns), tools=tools, first=1 - len(before))
 
 
@@ -76,6 +78,21 @@ def _system_before(record: Fields, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     if record.get("system") not in (None, "", turns[0].content):
         raise InputError("message 1: a second system message, beside that of the key system")
     return ()
+
+
+def role_of(message: Fields, key: str, roles: Mapping[str, str]) -> tuple[str, str]:
+    """The role of a message as it stands there, and as one of `ROLES`.
+
+    Args:
+      message: of any format.
+      key: where the role stands; neither its case nor space around it matters.
+      roles: the roles of the format, and those of `ROLES` that they are.
+    """
+    value = text_of(message, key)
+    name = value.strip().lower()
+    if name not in roles:
+        raise InputError(f"{key}={value!r}: must be one of {', '.join(roles)}")
+    return name, roles[name]
 
 
 def is_learnt(message: Fields, role: str) -> bool:
@@ -132,7 +149,10 @@ def check_order(turns: Sequence[Turn]) -> None:
         if called_in_words and "tool_call_id" not in turn.keys:
             continue
         if not pending:
-            raise InputError(f"message {number}: the result of a tool without a call before it")
+            raise InputError(
+                f"message {number}: the result of a tool without a call before it; calls that are "
+                "made at once stand in one message, as a list"
+            )
         pending.pop(_answered(turn, pending, number))
 
 
@@ -148,64 +168,3 @@ def _answered(turn: Turn, pending: Sequence[Call], number: int) -> int:
             f"have the ids {', '.join(map(repr, ids))}"
         )
     return ids.index(id)
-
-
-def tools_of(value: object) -> tuple[Call, ...]:
-    """Tools in the form of chat templates, from a list or its JSON.
-
-    A bare {"name", ...} is wrapped as {"type": "function", "function": ...}.
-    """
-    return tuple(
-        _function("tools", tool, number) for number, tool in enumerate(_listed("tools", value), 1)
-    )
-
-
-def calls_of(key: str, value: object) -> tuple[Call, ...]:
-    """Calls in the form of chat templates, from an object, a list of objects, or JSON of either.
-
-    Arguments that are given as JSON become objects that remember it, and no arguments an empty one.
-    """
-    listed = enumerate(_listed(key, value), 1)
-    return tuple(_call(key, _function(key, call, number)) for number, call in listed)
-
-
-def _listed(key: str, value: object) -> list[object]:
-    if value is None or value == "":
-        return []
-    if isinstance(value, str):
-        value = _parsed(key, value)
-    check_unicode(key, json.dumps(value, ensure_ascii=False))
-    return value if isinstance(value, list) else [value]
-
-
-def _function(key: str, value: object, number: int) -> Call:
-    if isinstance(value, dict) and "function" not in value and "name" in value:
-        value = {"type": "function", "function": value}
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(
-            f"{key}: number {number} must be an object with a function that has a name, is "
-            f"{value!r:.60}"
-        )
-    return cast(Call, value)
-
-
-def _call(key: str, call: Call) -> Call:
-    function = call["function"]
-    written: object = function.get("arguments")
-    arguments = {} if written is None or written == "" else written
-    if isinstance(arguments, str):
-        parsed = _parsed(f"{key}: the arguments of {function['name']}", arguments)
-        arguments = WrittenFields(parsed, arguments) if isinstance(parsed, dict) else parsed
-    if not isinstance(arguments, dict):
-        raise InputError(
-            f"{key}: the arguments of {function['name']} must be an object, are {arguments!r:.60}"
-        )
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _parsed(key: str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{key} must be JSON ({error}), is {text!r:.60}") from error

@@ -14,7 +14,7 @@ from droplora_jax.data.formats.base import (
     pass_over,
     system_of,
 )
-from droplora_jax.data.formats.conversation import tools_of
+from droplora_jax.data.formats.tools import tools_of
 from droplora_jax.data.record import Fields
 
 BEFORE = ("system", "history", "tools")  # the optional keys that `dialogue` reads

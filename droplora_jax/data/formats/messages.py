@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
+from droplora_jax.data.formats.base import (
+    ASSISTANT,
+    TOOL,
+    Example,
+    Format,
+    Turn,
+    check_unicode,
+    text_of,
+)
 from droplora_jax.data.formats.conversation import (
+    CALLS,
     LEARNT,
     ROLES,
-    calls_of,
     conversation,
     is_learnt,
     messages_of,
+    role_of,
 )
+from droplora_jax.data.formats.tools import calls_of
 from droplora_jax.data.record import Fields
 
+_ROLES = {**{role: role for role in ROLES}, "tool_call": ASSISTANT, "tool_response": TOOL}
 _READ = ("role", "content", "tool_calls", *LEARNT)
 
 
@@ -25,9 +36,10 @@ def convert(record: Fields) -> Example:
 
 def message_turn(message: Fields) -> Turn:
     """The turn of a message."""
-    role = text_of(message, "role")
-    if role not in ROLES:
-        raise InputError(f"role={role!r}: must be one of {', '.join(ROLES)}")
+    name, role = role_of(message, "role", _ROLES)
+    if name in CALLS:
+        calls = calls_of("content", text_of(message, "content"))
+        return Turn(ASSISTANT, None, calls, learnt=is_learnt(message, ASSISTANT))
     if message.get("function_call") is not None:
         raise InputError("function_call is no longer OpenAI's form: write it as tool_calls")
     calls = calls_of("tool_calls", message.get("tool_calls"))

@@ -13,19 +13,26 @@ from droplora_jax.data.formats.base import (
     pass_over,
     text_of,
 )
-from droplora_jax.data.formats.conversation import calls_of, conversation, is_learnt, messages_of
+from droplora_jax.data.formats.conversation import (
+    CALLS,
+    conversation,
+    is_learnt,
+    messages_of,
+    role_of,
+)
+from droplora_jax.data.formats.tools import calls_of
 from droplora_jax.data.record import Fields
 
-CALL = "function_call"
 ROLES = {
     "system": "system",
     "human": USER,
     "user": USER,
     "gpt": ASSISTANT,
     "assistant": ASSISTANT,
-    CALL: ASSISTANT,
+    **dict.fromkeys(CALLS, ASSISTANT),
     "observation": TOOL,
     "tool": TOOL,
+    "tool_response": TOOL,
 }
 
 
@@ -44,14 +51,12 @@ def _turn(message: Fields) -> Turn:
         raise InputError(
             "from is missing, and there is a role: set data.columns={messages: conversations}"
         )
-    role = text_of(message, "from")
-    if role not in ROLES:
-        raise InputError(f"from={role!r}: must be one of {', '.join(ROLES)}")
-    value = text_of(message, "value", may_be_empty=ROLES[role] != ASSISTANT)
-    if role == CALL:
-        calls = calls_of("value", value)
-        return Turn(ASSISTANT, None, calls, learnt=is_learnt(message, ASSISTANT))
-    return Turn(ROLES[role], value, learnt=is_learnt(message, ROLES[role]))
+    name, role = role_of(message, "from", ROLES)
+    value = text_of(message, "value", may_be_empty=role != ASSISTANT)
+    learnt = is_learnt(message, role)
+    if name in CALLS:
+        return Turn(ASSISTANT, None, calls_of("value", value), learnt=learnt)
+    return Turn(role, value, learnt=learnt)
 
 
 SHAREGPT = Format(("conversations",), "chat", convert, optional=("system", "tools"))

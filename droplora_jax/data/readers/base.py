@@ -69,8 +69,12 @@ def not_utf8(error: UnicodeDecodeError, name: str, line: int) -> InputError:
     return InputError(f"{name}:{line}: not UTF-8 (byte 0x{byte:02x}); save it as UTF-8")
 
 
-def too_long(where: str, what: str) -> InputError:
-    return InputError(
+class TooLong(InputError):
+    """A line or row is longer than `LONGEST`."""
+
+
+def too_long(where: str, what: str) -> TooLong:
+    return TooLong(
         f"{where}: the {what} is longer than {LONGEST // 2**20} MiB, the most that is read as one; "
         "is the file what its name says?"
     )

@@ -19,6 +19,7 @@ from droplora_jax.data.readers.base import (
     LONGEST,
     Read,
     Reader,
+    TooLong,
     as_object,
     kind,
     not_utf8,
@@ -63,7 +64,7 @@ def _listed(text: _Text) -> Iterator[Read]:
 
 def _objects(text: _Text) -> Iterator[Read]:
     """Objects one after the other, or those within the only one."""
-    line, value = text.line, text.value()
+    line, value = text.line, _first_object(text)
     if not text.peek():
         if not isinstance(value, dict):
             raise InputError(f"{text.name}: must be a list of objects, is {kind(value)}")
@@ -79,6 +80,16 @@ def _objects(text: _Text) -> Iterator[Read]:
     while text.peek():
         where = f"{text.name}:{text.line}"
         yield where, as_object(where, text.value(where))
+
+
+def _first_object(text: _Text) -> object:
+    try:
+        return text.value()
+    except TooLong as error:
+        raise InputError(
+            f"{error} Rows within one object are read at once; a list of rows that is the whole "
+            "file, or one row a line, may have any length"
+        ) from error
 
 
 JSON_LIST = Reader(_records, text=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import datasets
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_jsonl
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
+from droplora_jax.data.data_file import local
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.load import load
@@ -179,6 +181,23 @@ def test_messages_may_be_json(whole):
     assert FORMATS["messages"].convert({"messages": value}) == messages(*turns)
 
 
+def test_calls_in_messages_of_their_own():
+    call = {"role": "tool_call", "content": json.dumps(FUNCTION), "loss": False}
+    example = messages(user(), call, {"role": "tool_response", "content": "c"}, assistant())
+    assert example.turns[1:3] == (
+        Turn("assistant", None, (CALL,), learnt=False),
+        Turn("tool", "c"),
+    )
+    with pytest.raises(InputError, match="message 2: content must be JSON"):
+        messages(user(), {**call, "content": "find()"}, assistant())
+
+
+def test_neither_case_nor_space_makes_another_role():
+    turns = messages({**user(), "role": "User "}, {**assistant(), "role": "ASSISTANT"}).turns
+    assert turns == messages(user(), assistant()).turns
+    assert sharegpt(said("Human", "a"), said("GPT", "b")).turns == turns
+
+
 def test_a_system_key_beside_messages():
     assert messages(user(), assistant(), system="S").turns[0] == Turn("system", "S")
     own = {"role": "system", "content": "S"}
@@ -210,6 +229,41 @@ def test_a_call_without_arguments(arguments):
     call = {"function": {"name": "now", "arguments": arguments}}
     turn = messages(user(), assistant(None, tool_calls=[call])).turns[1]
     assert turn.calls == ({"function": {"name": "now", "arguments": {}}},)
+
+
+def schema(name, properties):
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_nulls_of_a_table_are_no_arguments_and_no_part_of_a_tool(tmp_path):
+    """Nor those of the JSON that the `datasets` library writes of it."""
+    tools = [
+        schema("find", {"what": {"type": "string", "enum": ["a"]}}),
+        schema("sum", {"n": {"type": "integer"}}),
+    ]
+    calls = [{"name": "find", "arguments": {"what": "a"}}, {"name": "sum", "arguments": {"n": 1}}]
+    said = [assistant(None, tool_calls=[{"type": "function", "function": call}]) for call in calls]
+    records = [
+        {"messages": [user(), said[0], tool(tool_call_id="x"), assistant()], "tools": tools},
+        {"messages": [user(), said[1], tool(), assistant()], "tools": tools[1:]},
+    ]
+    wanted = [FORMATS["messages"].convert(record) for record in records]
+    table = datasets.Dataset.from_list(records)
+    table.to_json(tmp_path / "a.jsonl")
+    table.to_parquet(tmp_path / "a.parquet")
+    assert '"arguments":{"what":null,"n":1}' in (tmp_path / "a.jsonl").read_text()
+    for name in ("a.jsonl", "a.parquet"):
+        rows = [FORMATS["messages"].convert(row) for _, row in local(tmp_path / name).records()]
+        assert rows == wanted
+
+
+def test_null_for_an_argument_stays_where_it_may_mean_something():
+    call = {"function": {"name": "find", "arguments": {"what": None}}}
+    turns = user(), assistant(None, tool_calls=[call])
+    for tools in ([], [TOOL], [schema("find", {"what": {}})], [schema("sum", {"n": {}})]):
+        assert messages(*turns, tools=tools).turns[1].calls == (call,)
+    assert messages(*turns, tools=[schema("find", {"n": {}})]).turns[1].calls != (call,)
 
 
 # Both join the arguments with text: an object is refused, or comes out as Python writes it.

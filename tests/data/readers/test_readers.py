@@ -184,6 +184,7 @@ def test_a_long_value_of_a_table_leaves_the_limit_of_the_process_alone(tmp_path)
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": "', b'"}\n'),
         ("a.json", b'[{"text": "a"},\n{"text": "', b'"}]'),
+        ("a.json", b'\n{"data": [{"text": "', b'"}]}'),
         ("a.csv", b"text\na\n", b"\n"),
     ],
 )
