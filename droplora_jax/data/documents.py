@@ -58,12 +58,17 @@ class Writer:
         except Empty:
             raise
         except InputError as error:
-            raise InputError(
-                f"{where}: {error}; the format {self.format} has the keys {format.keys}"
-                f"{described(columns)}"
-            ) from error
+            raise InputError(f"{where}: {error}{self._expected}") from error
         try:
             document = TEMPLATES[self.template](example, self.tokenizer)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         return document.trained_on(self.config.train_on)
+
+    @property
+    def _expected(self) -> str:
+        """What the format reads, to be appended to an error; not to each in a list of many."""
+        if self.config.bad_rows == "drop":
+            return ""
+        keys = FORMATS[self.format].keys
+        return f"; the format {self.format} has the keys {keys}{described(self.config.columns)}"

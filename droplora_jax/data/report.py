@@ -102,7 +102,10 @@ class Report:
 
     def _bad(self) -> list[str]:
         """A line for each row that was left out because it is not as it should be."""
-        lines = [f"left out: {problem}" for problem in self.bad]
+        lines = []
+        for problem in self.bad:
+            place, separator, reason = problem.partition(": ")
+            lines.append(f"left out: {basename(place)}{separator}{reason}")
         if more := self.dropped_bad - len(self.bad):
             lines.append(f"left out: {many(more, 'more row')}")
         return lines
