@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers import READERS
-from droplora_jax.data.readers.base import Read, Reader, Record
+from droplora_jax.data.readers.base import Read, Reader, Record, next_bytes
 
 Unpack = Callable[[BufferedIOBase], BufferedIOBase]
 
@@ -49,12 +49,6 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-
-
-class _Peekable(Protocol):
-    """What all streams of this module are: they show their next bytes without reading them."""
-
-    def peek(self, size: int, /) -> bytes: ...
 
 
 def _marked_encoding(beginning: bytes) -> str | None:
@@ -147,7 +141,7 @@ class File:
 
     def _as_utf8(self, stream: BufferedIOBase, stack: ExitStack) -> BufferedIOBase:
         """The stream of a text, as UTF-8 also where its first bytes say that it is UTF-16 or 32."""
-        encoding = _marked_encoding(cast(_Peekable, stream).peek(4))
+        encoding = _marked_encoding(next_bytes(stream))
         if encoding is None:
             return stream
         recoded = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115

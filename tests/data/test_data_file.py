@@ -35,7 +35,7 @@ def test_json_and_json_lines_say_where_a_row_stands(tmp_path, packed, mark):
     ("name", "raw", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2: broken JSON"),
-        ("a.jsonl", b'[\n{"text": "a"}]', r"a\.jsonl:1: broken JSON.*goes into a \.json file"),
+        ("a.jsonl", b'[\n{"text": "a"}\n{"text": "b"}]', r"a\.jsonl:3: broken JSON"),
         ("a.jsonl", b'{"text": "a"}\n3\n', r"a\.jsonl:2: must be an object with keys, is 3"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: broken JSON"),
         ("a.json", b'{"text": "a"}\n{"text" "b"}', r"a\.json:2: broken JSON"),

@@ -146,6 +146,20 @@ def check_served(record: Fields, read: Collection[str]) -> None:
         raise InputError("; ".join(problems))
 
 
+def check_context(record: Fields, columns: str) -> None:
+    """Raise InputError for a text under `context`, without which the question has no answer.
+
+    Args:
+      record: a row whose format reads no key of this name.
+      columns: the mapping with which it is read.
+    """
+    if context := record.get("context"):
+        raise InputError(
+            f"context={context!r:.40}: would be left out; set data.columns={{{columns}}}; "
+            + pass_over("context")
+        )
+
+
 def pass_over(key: str) -> str:
     """How to go on in spite of a key, for errors."""
     return f"data.ignore_keys=[{key}] passes it over"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from droplora_jax.data.formats.base import Example, Format, text_of
+from droplora_jax.data.formats.base import Example, Format, check_context, text_of
 from droplora_jax.data.formats.dialogue import BEFORE, dialogue
 from droplora_jax.data.record import Fields
 
 
 def convert(record: Fields) -> Example:
+    check_context(record, "instruction: question, input: context, output: answer")
     return dialogue(record, text_of(record, "question"), text_of(record, "answer"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedIOBase
+from typing import Protocol, cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.record import Fields
@@ -36,6 +37,17 @@ class Reader:
     records: Callable[[BufferedIOBase, str], Iterator[Read]]
     seeks: bool = False
     text: bool = False
+
+
+class _Peekable(Protocol):
+    """What all streams of data files are: they show their next bytes without reading them."""
+
+    def peek(self, size: int, /) -> bytes: ...
+
+
+def next_bytes(stream: BufferedIOBase) -> bytes:
+    """The next bytes of a stream, which remain to be read; at least one unless it is at its end."""
+    return cast(_Peekable, stream).peek(2**10)
 
 
 def lines(stream: BufferedIOBase, name: str) -> Iterator[tuple[int, bytes]]:

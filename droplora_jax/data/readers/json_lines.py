@@ -7,11 +7,23 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.readers.base import Read, Reader, as_object, decoded, lines
+from droplora_jax.data.readers.base import (
+    MARK,
+    Read,
+    Reader,
+    as_object,
+    decoded,
+    lines,
+    next_bytes,
+)
+from droplora_jax.data.readers.json_list import JSON_LIST
 from droplora_jax.data.record import Fields
 
 
 def _records(stream: BufferedIOBase, name: str) -> Iterator[Read]:
+    if next_bytes(stream).removeprefix(MARK).lstrip().startswith(b"["):
+        yield from JSON_LIST.records(stream, name)  # no object begins so
+        return
     for number, line in lines(stream, name):
         if line.strip():
             yield f"{name}:{number}", _record(line, name, number)
@@ -24,9 +36,7 @@ def _record(line: bytes, name: str, number: int) -> Fields | InputError:
     except InputError as error:
         return error
     except (ValueError, RecursionError) as error:
-        hint = "; a .jsonl file holds one object a line, a list goes into a .json file"
-        listed = number == 1 and line.lstrip().startswith(b"[")
-        return InputError(f"{where}: broken JSON ({error}){hint if listed else ''}")
+        return InputError(f"{where}: broken JSON ({error})")
 
 
 JSON_LINES = Reader(_records, text=True)

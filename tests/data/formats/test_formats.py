@@ -222,6 +222,23 @@ def test_other_keys_are_harmless(name):
     assert FORMATS[name].example(record | harmless) == example
 
 
+def test_a_context_is_not_left_out(tmp_path):
+    row = {"context": "Paris is in France.", "a": "Where is Paris?", "b": "In France."}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, {**row, "context": ""}])
+    for columns in ({"instruction": "a", "output": "b"}, {"question": "a", "answer": "b"}):
+        config = DataConfig(path, columns=columns)
+        text = fails(
+            path, config, match=r"context='Paris .* would be left out; set data\.columns=\{"
+        )
+        assert "input: context" in text
+        load(path, make_tokenizer(), DataConfig(path, columns=columns, ignore_keys=("context",)))
+    columns = {"instruction": "a", "input": "context", "output": "b"}
+    tokenizer = make_tokenizer()
+    rows, _ = load(path, tokenizer, DataConfig(path, columns=columns))
+    assert "### Input:\nParis is in France.\n" in tokenizer.decode(rows[0].ids)
+    assert "### Input:" not in tokenizer.decode(rows[1].ids)
+
+
 def test_the_last_answer_of_a_pair_is_not_passed_over():
     pair = {key: {"from": "gpt", "value": key} for key in ("chosen", "rejected")}
     turns = EXAMPLES["sharegpt"][0]["conversations"]

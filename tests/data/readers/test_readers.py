@@ -291,6 +291,7 @@ def frame_json(**options) -> str:
 
 
 AS_LEFT = {
+    "a list called lines": ("a.jsonl", "\n" + json.dumps(FEW, indent=1)),
     "lines called json": ("a.json", "".join(LINES)),
     "lines of marked files, joined": ("a.jsonl", LINES[0] + MARK + LINES[1]),
     "the same called json": ("a.json", LINES[0] + MARK + LINES[1]),
