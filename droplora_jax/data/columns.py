@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.record import Fields
 
 Columns = Mapping[str, str]  # from a key of a format to the name of the file's column
+_KEYS = 20  # of a record that no format matches, the most that an error names
 
 
-def renamed(record: Fields, columns: Columns) -> Fields:
-    """The record with a format's keys. Where it lacks a column, the result lacks the key."""
-    if not columns:
-        return record
-    others = {key: value for key, value in record.items() if key not in columns}
-    return others | {key: record[name] for key, name in columns.items() if name in record}
+@dataclass(frozen=True)
+class Renamed(Mapping[str, object]):
+    """A record by a format's keys; a value is not looked at before it is read.
+
+    Attributes:
+      record: as the file holds it.
+      columns: a key that is mapped to a column which the record lacks is lacking here, too.
+      ignored: keys that are passed over, in the record and in the objects of its lists.
+    """
+
+    record: Fields
+    columns: Columns
+    ignored: Collection[str] = ()
+
+    def __getitem__(self, key: str) -> object:
+        if key not in self:
+            raise KeyError(key)
+        value = self.record[self.columns.get(key, key)]
+        if not self.ignored or not isinstance(value, list):
+            return value
+        return [self._kept(item) for item in value]
+
+    def _kept(self, item: object) -> object:
+        if not isinstance(item, dict):
+            return item
+        return {key: value for key, value in item.items() if key not in self.ignored}
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str) or key in self.ignored:
+            return False
+        return self.columns.get(key, key) in self.record
+
+    def __iter__(self) -> Iterator[str]:
+        keys = dict.fromkeys((*self.record, *self.columns))
+        return (key for key in keys if key in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
-def recognised(record: Fields, columns: Columns) -> str:
+def renamed(record: Fields, columns: Columns, ignored: Collection[str] = ()) -> Fields:
+    """The record with a format's keys, without those that are ignored."""
+    return Renamed(record, columns, ignored) if columns or ignored else record
+
+
+def recognised(record: Fields, columns: Columns, ignored: Collection[str] = ()) -> str:
     """The name of the first format that matches a record and reads all mapped keys.
 
     Raises:
       InputError: no format does.
     """
-    record = renamed(record, columns)
+    record = renamed(record, columns, ignored)
     for name, format in FORMATS.items():
         if format.matches(record) and all(key in format.read for key in columns):
             return name
@@ -34,9 +73,13 @@ def recognised(record: Fields, columns: Columns) -> str:
         "; for other names say which column holds what, as in data.columns={prompt: q, "
         "completion: a}"
     )
-    raise InputError(
-        f"no format has the keys {', '.join(record) or '(none)'}; the formats are {known}{hint}"
-    )
+    raise InputError(f"no format has the keys {_listed(record)}; the formats are {known}{hint}")
+
+
+def _listed(record: Fields) -> str:
+    keys = list(record)
+    more = f" and {len(keys) - _KEYS:,} more" if len(keys) > _KEYS else ""
+    return ", ".join(keys[:_KEYS]) + more if keys else "(none)"
 
 
 def column_problems(columns: Columns, format: str | None) -> Iterator[str]:

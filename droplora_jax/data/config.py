@@ -17,6 +17,7 @@ from droplora_jax.data.templates.base import TRAIN_ON
 AUTO = "auto"
 TOO_LONG = ("cut", "drop", "error")
 EMPTY = ("drop", "error")
+BAD_ROWS = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class DataConfig:
       too_long: what happens to an example of more tokens: `cut` keeps the first `max_length`,
         `drop` leaves it out, `error` stops. Plain text is split instead, and nothing of it is lost.
       empty: what happens to an example whose text is empty: `drop` leaves it out, `error` stops.
+      bad_rows: what happens to a row that is not as its format, its template or the kind of file
+        needs it: `error` stops and lists such rows, `drop` leaves them out and reports them.
+      ignore_keys: keys of rows and of their messages that are passed over, such as keys which have
+        a meaning elsewhere and are refused here.
       train_on: `responses` (every turn of the assistant and its end marker), `last` (only the last
         of them), or `all` (the prompt too).
       packing: put several examples into one sequence: `first_fit` (or true) in shuffled order,
@@ -98,6 +103,8 @@ class DataConfig:
     max_length: int = 1024
     too_long: str = "cut"
     empty: str = "drop"
+    bad_rows: str = "error"
+    ignore_keys: tuple[str, ...] = ()
     train_on: str = "responses"
     packing: bool | Literal["first_fit", "best_fit"] = False
     cache: str | None = None
@@ -122,6 +129,9 @@ class DataConfig:
         yield from _rendering_problems(self.format, self.columns, self.template)
         yield from _choice_problems("too_long", self.too_long, TOO_LONG)
         yield from _choice_problems("empty", self.empty, EMPTY)
+        if isinstance(self.ignore_keys, str):
+            yield f"ignore_keys={self.ignore_keys!r}: must be a list of keys"
+        yield from _choice_problems("bad_rows", self.bad_rows, BAD_ROWS)
         yield from _choice_problems("train_on", self.train_on, TRAIN_ON)
 
     def _source_problems(self, name: str, value: str | tuple[str | Part, ...]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import io
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers import READERS
-from droplora_jax.data.readers.base import Reader, Record
+from droplora_jax.data.readers.base import Read, Reader, Record, next_bytes
 
 Unpack = Callable[[BufferedIOBase], BufferedIOBase]
 
@@ -39,6 +40,20 @@ UNPACKERS: dict[str, Unpack] = {
     ".zst": _zstandard,
 }
 KNOWN = f"{', '.join(READERS)}, or one of them packed as {', '.join(UNPACKERS)}"
+
+
+# The first bytes of texts in other encodings; those of UTF-32 begin with those of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _marked_encoding(beginning: bytes) -> str | None:
+    """The encoding whose mark a text begins with; None without one."""
+    return next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
 
 
 @dataclass(frozen=True)
@@ -69,10 +84,21 @@ class File:
         Raises:
           InputError: names the file, the line and the rule.
         """
+        for where, record in self.read():
+            if isinstance(record, InputError):
+                raise record
+            yield where, record
+
+    def read(self) -> Iterator[Read]:
+        """The records with their places; an error in the place of one that is not as it should be.
+
+        Raises:
+          InputError: the file can't be read any further.
+        """
         empty = True
         with ExitStack() as stack:
             try:
-                for record in self._reader.records(self._unpacked(stack), self.name):
+                for record in self._reader.records(self._stream(stack), self.name):
                     empty = False
                     yield record
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -96,6 +122,10 @@ class File:
         except OSError as error:
             raise InputError(f"{self.name}: can't be read ({error.strerror})") from error
 
+    def _stream(self, stack: ExitStack) -> BufferedIOBase:
+        stream = self._unpacked(stack)
+        return self._as_utf8(stream, stack) if self._reader.text else stream
+
     def _unpacked(self, stack: ExitStack) -> BufferedIOBase:
         raw = stack.enter_context(self._open())
         unpack = UNPACKERS.get(self.path.suffix.lower())
@@ -108,6 +138,24 @@ class File:
         shutil.copyfileobj(stream, unpacked, 2**20)
         unpacked.seek(0)
         return cast(BufferedIOBase, unpacked)
+
+    def _as_utf8(self, stream: BufferedIOBase, stack: ExitStack) -> BufferedIOBase:
+        """The stream of a text, as UTF-8 also where its first bytes say that it is UTF-16 or 32."""
+        encoding = _marked_encoding(next_bytes(stream))
+        if encoding is None:
+            return stream
+        recoded = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+        try:
+            text = io.TextIOWrapper(stream, encoding, newline="")  # type: ignore[type-var]
+            while part := text.read(2**20):
+                recoded.write(part.encode())
+            text.detach()  # else the stream would be closed with it
+        except UnicodeError as error:
+            raise InputError(
+                f"{self.name}: begins as {encoding.upper()} and is not ({error}); save it as UTF-8"
+            ) from error
+        recoded.seek(0)
+        return cast(BufferedIOBase, recoded)
 
 
 def data_suffix(name: str) -> str:

@@ -38,7 +38,7 @@ class Writer:
         name = config.format
         if name == AUTO:
             try:
-                name = recognised(record, config.columns)
+                name = recognised(record, config.columns, config.ignore_keys)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
         default = FORMATS[name].template
@@ -54,16 +54,21 @@ class Writer:
         """
         format, columns = FORMATS[self.format], self.config.columns
         try:
-            example = format.convert(renamed(record, columns))
+            example = format.example(renamed(record, columns, self.config.ignore_keys))
         except Empty:
             raise
         except InputError as error:
-            raise InputError(
-                f"{where}: {error}; the format {self.format} has the keys {format.keys}"
-                f"{described(columns)}"
-            ) from error
+            raise InputError(f"{where}: {error}{self._expected}") from error
         try:
             document = TEMPLATES[self.template](example, self.tokenizer)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         return document.trained_on(self.config.train_on)
+
+    @property
+    def _expected(self) -> str:
+        """What the format reads, to be appended to an error; not to each in a list of many."""
+        if self.config.bad_rows == "drop":
+            return ""
+        keys = FORMATS[self.format].keys
+        return f"; the format {self.format} has the keys {keys}{described(self.config.columns)}"

@@ -13,6 +13,7 @@ from droplora_jax.data.report import Report, Source
 from droplora_jax.data.rows import Row, Rows
 
 _NAMED = 3  # empty records whose places are reported
+_NAMED_BAD = 20  # bad rows that are reported with what is wrong with them
 
 
 @dataclass
@@ -23,21 +24,26 @@ class Tally:
       counts: the records that were cut, split and dropped, by these names.
       lengths: the number of records of each length in tokens, before any was changed.
       empty: the places of the first records with an empty text.
+      bad: the first rows that were left out because they are not as they should be: place and
+        reason.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
 
     @property
     def read(self) -> int:
         """Records so far, kept or not."""
-        return self.lengths.total() + self.counts["dropped_empty"]
+        dropped = self.counts["dropped_empty"] + self.counts["dropped_bad"]
+        return self.lengths.total() + dropped
 
     def add(self, other: Tally) -> None:
         self.counts.update(other.counts)
         self.lengths.update(other.lengths)
         self.empty = [*self.empty, *other.empty][:_NAMED]
+        self.bad = [*self.bad, *other.bad][:_NAMED_BAD]
 
     def report(self, rows: Rows, sources: tuple[Source, ...], limit: int) -> Report:
         """The report of the rows that are kept.
@@ -59,7 +65,11 @@ class Tally:
             dropped_long=counts["dropped_long"],
             dropped_unlabelled=counts["dropped_unlabelled"],
             dropped_empty=counts["dropped_empty"],
+            dropped_bad=counts["dropped_bad"],
+            has_bos=counts["has_bos"],
+            has_eos=counts["has_eos"],
             empty=tuple(self.empty),
+            bad=tuple(self.bad),
             tokens=int(rows.lengths.sum()),
             trained_tokens=rows.trained_tokens,
             lengths=tuple(sorted(self.lengths.items())),
@@ -78,7 +88,10 @@ class Tally:
             )
         if counts["dropped_empty"]:
             why.append(f"{counts['dropped_empty']:,} are empty ({', '.join(self.empty)})")
-        fix = "" if counts["dropped_empty"] == self.read else "; raise data.max_length"
+        if counts["dropped_bad"]:
+            why.append(f"{counts['dropped_bad']:,} are not as they should be ({self.bad[0]})")
+        whatever_the_limit = counts["dropped_empty"] + counts["dropped_bad"]
+        fix = "" if whatever_the_limit == self.read else "; raise data.max_length"
         return f"{paths}: no row is left to train on: {', '.join(why)}{fix}"
 
 
@@ -115,3 +128,10 @@ def drop_empty(where: str, error: Empty, config: DataConfig, tally: Tally) -> No
     tally.counts["dropped_empty"] += 1
     if len(tally.empty) < _NAMED:
         tally.empty.append(f"{where}: {error.key}")
+
+
+def drop_bad(error: InputError, tally: Tally) -> None:
+    """Count a row that is not as it should be; the error names its place."""
+    tally.counts["dropped_bad"] += 1
+    if len(tally.bad) < _NAMED_BAD:
+        tally.bad.append(str(error))

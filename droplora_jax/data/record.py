@@ -8,6 +8,14 @@ from typing import NotRequired, TypedDict
 Fields = Mapping[str, object]  # a JSON object: text, numbers, lists and further objects by key
 
 
+class WrittenFields(dict[str, object]):
+    """An object that stands as JSON in a record, and that text."""
+
+    def __init__(self, fields: Fields, text: str) -> None:
+        super().__init__(fields)
+        self.text = text
+
+
 class Function(TypedDict):
     """A function that the assistant may call, or calls; a tool has further keys."""
 

@@ -36,7 +36,11 @@ class Report:
       dropped_long: records left out because they were longer than the limit.
       dropped_unlabelled: records left out because none of their tokens is a target.
       dropped_empty: records left out because one of their texts is empty.
+      dropped_bad: records left out because they are not as they should be.
+      has_bos: records whose text begins with BOS, so that it was not put before them.
+      has_eos: records whose text ends with EOS, so that it was not put behind them.
       empty: the places of the first empty records, and the key that is empty.
+      bad: the places of the first records that are not as they should be, and what is wrong.
       tokens: tokens of all kept rows.
       trained_tokens: tokens of all kept rows that are targets.
       lengths: (tokens, number of records) by tokens, before records were cut, split or dropped.
@@ -52,20 +56,27 @@ class Report:
     dropped_long: int
     dropped_unlabelled: int
     dropped_empty: int
+    dropped_bad: int
+    has_bos: int
+    has_eos: int
     empty: tuple[str, ...]
+    bad: tuple[str, ...]
     tokens: int
     trained_tokens: int
     lengths: tuple[tuple[int, int], ...]
 
     @property
     def dropped(self) -> int:
-        return self.dropped_long + self.dropped_unlabelled + self.dropped_empty
+        left_out = self.dropped_long + self.dropped_unlabelled + self.dropped_empty
+        return left_out + self.dropped_bad
 
     def lines(self) -> list[str]:
         """A short text for the terminal."""
         return [
             *self._files(),
             "; ".join(self._changes()),
+            *self._bad(),
+            *self._written_out(),
             f"{self.trained_tokens / self.tokens:.0%} of {self.tokens:,} tokens are trained",
             self._lengths(),
         ]
@@ -89,6 +100,22 @@ class Report:
             f"{long:,} above max_length={self.max_length}"
         )
 
+    def _bad(self) -> list[str]:
+        """A line for each row that was left out because it is not as it should be."""
+        lines = []
+        for problem in self.bad:
+            place, separator, reason = problem.partition(": ")
+            lines.append(f"left out: {basename(place)}{separator}{reason}")
+        if more := self.dropped_bad - len(self.bad):
+            lines.append(f"left out: {many(more, 'more row')}")
+        return lines
+
+    def _written_out(self) -> list[str]:
+        """How many rows hold the special tokens that others get."""
+        counts = {"BOS": self.has_bos, "EOS": self.has_eos}
+        parts = [f"{name} in {many(count, 'row')}" for name, count in counts.items() if count]
+        return [f"written out already and not added again: {', '.join(parts)}"] if parts else []
+
     def _changes(self) -> list[str]:
         limit = f"{self.max_length:,} tokens"
         parts = [f"{many(self.kept, 'row')} to train on", f"{self.cut:,} cut to {limit}"]
@@ -103,6 +130,8 @@ class Report:
             more = ", ..." if self.dropped_empty > len(self.empty) else ""
             places = ", ".join(basename(place) for place in self.empty)
             why.append(f"{self.dropped_empty:,} empty: {places}{more}")
+        if self.dropped_bad:
+            why.append(f"{self.dropped_bad:,} not as they should be")
         return [*parts, f"{self.dropped:,} dropped" + (f" ({'; '.join(why)})" if why else "")]
 
 

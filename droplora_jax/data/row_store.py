@@ -31,7 +31,7 @@ class Info:
       format, template: the names of those that were used.
       rows, tokens: their numbers.
       trained_tokens, largest_id: see `Flat`.
-      counts, lengths, empty: see `Tally`; places in the file are without its name.
+      counts, lengths, empty, bad: see `Tally`; places in the file are without its name.
     """
 
     format: str
@@ -43,11 +43,13 @@ class Info:
     counts: dict[str, int]
     lengths: list[list[int]]
     empty: list[str]
+    bad: list[str]
 
     def tally(self, name: str) -> Tally:
         """The tally of the file's records; the file may have another name by now."""
         lengths = Counter({length: count for length, count in self.lengths})
-        return Tally(Counter(self.counts), lengths, [name + place for place in self.empty])
+        empty, bad = ([name + place for place in places] for places in (self.empty, self.bad))
+        return Tally(Counter(self.counts), lengths, empty, bad)
 
 
 class FlatWriter:
@@ -88,6 +90,7 @@ class FlatWriter:
             counts=dict(tally.counts),
             lengths=[[length, count] for length, count in tally.lengths.items()],
             empty=[place.removeprefix(name) for place in tally.empty],
+            bad=[place.removeprefix(name) for place in tally.bad],
         )
         (self._folder / INFO).write_text(json.dumps(asdict(info)), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, islice
 
@@ -12,29 +13,51 @@ from droplora_jax.data.rows import Row, row
 from droplora_jax.data.templates.base import Document, Tokenizer
 
 
-def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Row]:
+def encode(
+    documents: Sequence[Document], tokenizer: Tokenizer, counts: Counter[str] | None = None
+) -> list[Row]:
     """The documents as rows of any length.
+
+    Args:
+      documents: texts; BOS and EOS are not added where one begins or ends with them already.
+      tokenizer: a Hugging Face tokenizer.
+      counts: where the documents to which they were not added are counted, as `has_bos` and
+        `has_eos`.
 
     Raises:
       InputError: a document must end with EOS and the tokenizer has none, or a document must be
         tokenised as one text and the tokenizer gives no offsets.
     """
-    in_pieces = _in_pieces([doc for doc in documents if doc.add_special], tokenizer)
+    counts = Counter() if counts is None else counts
+    in_pieces = _in_pieces([doc for doc in documents if doc.add_special], tokenizer, counts)
     at_once = _at_once([doc for doc in documents if not doc.add_special], tokenizer)
     return [next(in_pieces if doc.add_special else at_once) for doc in documents]
 
 
-def _in_pieces(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:
+def _in_pieces(
+    documents: Sequence[Document], tokenizer: Tokenizer, counts: Counter[str]
+) -> Iterator[Row]:
     """Rows of BOS, every piece tokenised by itself, and a trained EOS."""
     if not documents:
         return
-    begin, end = _begin(tokenizer), [_eos(tokenizer)]
+    begin, eos = _begin(tokenizer), _eos(tokenizer)
     ids = iter(_ids([piece.text for doc in documents for piece in doc.pieces], tokenizer))
     for document in documents:
-        parts = [begin, *islice(ids, len(document.pieces)), end]
+        pieces = list(islice(ids, len(document.pieces)))
+        has_bos = bool(begin) and pieces[0][: len(begin)] == begin
+        has_eos = _ends_with_eos(document.pieces[-1].text, pieces[-1], tokenizer)
+        counts["has_bos"] += has_bos
+        counts["has_eos"] += has_eos
+        parts = [[] if has_bos else begin, *pieces, [] if has_eos else [eos]]
         trained = [False, *(piece.trained for piece in document.pieces), True]
         lengths = [len(part) for part in parts]
         yield row(np.concatenate(parts).astype(np.int32), np.repeat(trained, lengths))
+
+
+def _ends_with_eos(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether EOS ends a text; chat templates put a line end behind it."""
+    written = text.rstrip("\n").endswith(tokenizer.eos_token)
+    return written and tokenizer.eos_token_id in ids
 
 
 def _at_once(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Row]:

@@ -76,7 +76,8 @@ def test_a_column_that_is_not_there(tmp_path):
     config = DataConfig(path, columns={"prompt": "q", "completion": "a"})
     message = (
         "a.jsonl:2: completion is missing; the format prompt_completion has the keys prompt, "
-        "completion; data.columns reads prompt from q, completion from a"
+        "completion, optional system, optional history, optional tools; data.columns reads prompt "
+        "from q, completion from a"
     )
     with pytest.raises(InputError, match=re.escape(message)):
         load(path, make_tokenizer(), config)
@@ -85,3 +86,37 @@ def test_a_column_that_is_not_there(tmp_path):
 def test_a_file_without_any_of_the_columns():
     with pytest.raises(InputError, match=r"no format has the keys x, .*; data\.columns reads text"):
         recognised({"x": 1, "prompt": "a", "completion": "b"}, {"text": "body"})
+
+
+def test_keys_that_are_ignored(tmp_path):
+    """In rows and in messages, whatever they would mean."""
+    record = {"prompt": "Q", "completion": "A", "history": "none", "images": ["a.png"]}
+    text = text_of(tmp_path, record, ignore_keys=("history", "images"))
+    assert text == ("prompt_completion", "QA")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": 0.5}]
+    ignored = text_of(tmp_path, {"messages": turns}, ignore_keys=("loss",))
+    del turns[1]["loss"]
+    assert ignored == text_of(tmp_path, {"messages": turns})
+
+
+def test_renamed_keys_are_those_of_a_dictionary():
+    record = {"q": 1, "text": 2, "input": 3}
+    columns = {"prompt": "q", "input": "context", "text": "input"}
+    assert dict(renamed(record, columns, ("q",))) == {"prompt": 1, "text": 3}
+    assert len(renamed(record, columns)) == 3
+
+
+def test_a_value_that_is_not_read_is_not_looked_at():
+    class Odd(dict):
+        def __getitem__(self, key):
+            assert key == "q"
+            return super().__getitem__(key)
+
+    record = Odd(q="Q", a="A", at=None)
+    assert recognised(record, {"prompt": "q", "completion": "a"}) == "prompt_completion"
+    assert renamed(record, {"prompt": "q"}, ("a",))["prompt"] == "Q"
+
+
+def test_the_keys_that_an_error_lists_are_few():
+    with pytest.raises(InputError, match=r"no format has the keys 0, .*, 19 and 980 more; "):
+        recognised({str(i): i for i in range(1000)}, {})

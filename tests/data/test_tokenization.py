@@ -91,3 +91,45 @@ def test_special_tokens_must_stand_around_the_text():
 
     with pytest.raises(InputError, match="must add them before or behind the text"):
         encode([Document((Piece("a", True),))], tokenizer)
+
+
+# --- rows that are written out already ------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+WRITERS = {
+    "bos and eos": "{{ bos_token }}a{{ eos_token }}b{{ eos_token }}",
+    "a line end behind eos": "{{ bos_token }}a: b{{ eos_token }}\n",
+    "eos alone": "a: b{{ eos_token }}",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("cut", [None, 3, 4])
+def test_bos_and_eos_that_stand_in_a_text_are_not_added(tmp_path, writer, cut):
+    """The text as the tokenizer reads it, whether it stands in one piece or in two."""
+    tokenizer = make_tokenizer(chat_template=WRITERS[writer])
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    whole = {"text": text} if cut is None else {"prompt": text[:cut], "completion": text[cut:]}
+    (got,), report = loaded(tmp_path, [whole], tokenizer)
+    begun = text.startswith(BOS)
+    assert tokenizer.decode(got.ids) == text if begun else BOS + text
+    assert got.ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert got.trained[-1]
+    assert (report.has_bos, report.has_eos) == (begun, 1)
+    places = "BOS in 1 row, EOS in 1 row" if begun else "EOS in 1 row"
+    assert f"written out already and not added again: {places}" in report.lines()
+
+
+def test_bos_and_eos_are_counted_over_files_and_from_the_cache(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = [{"text": f"{BOS}a{EOS}"}, {"text": f"a{EOS}b"}, {"text": f"b{EOS}"}]
+    for _ in range(2):
+        got, report = loaded(tmp_path, rows, tokenizer)
+        assert [tokenizer.decode(row.ids) for row in got] == [
+            f"{BOS}a{EOS}",
+            f"{BOS}a{EOS}b{EOS}",
+            f"{BOS}b{EOS}",
+        ]
+        assert (report.has_bos, report.has_eos) == (1, 2)
+    _, report = loaded(tmp_path, [PAIR], tokenizer)
+    assert not any("written out already" in line for line in report.lines())

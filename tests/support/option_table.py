@@ -192,6 +192,11 @@ RUNS: dict[str, dict[str, Any]] = {
         **WITHOUT_DECAY,
     },
     "droplora-code-tasks": {
+        "data.train": "data/prompt_messages.jsonl",
+        "data.format": "prompt_messages",
+        "data.max_length": 40,
+        "data.bad_rows": "drop",
+        "data.ignore_keys": ["images"],
         "train.eval_tasks": {
             name: f"data/{name}.jsonl" for name in ("gsm8k", "math", "humaneval", "mbpp")
         },
@@ -430,6 +435,20 @@ def write_files(folder: Path) -> None:
     write_jsonl(
         data / "messages.jsonl",
         [{"messages": [{"role": r, "content": c} for r, c in each]} for each in turns],
+    )
+    write_jsonl(
+        data / "prompt_messages.jsonl",
+        [
+            *(
+                {
+                    "prompt": [{"role": "user", "content": f"{n}?"}],
+                    "completion": [{"role": "assistant", "content": f"is {n}"}],
+                    "images": ["0.png"],
+                }
+                for n in numbers
+            ),
+            {"prompt": "a text", "completion": "among lists"},
+        ],
     )
     write_json(
         data / "sharegpt.json",

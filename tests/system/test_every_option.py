@@ -16,7 +16,7 @@ from option_table import COMMON, REFUSED, RUNS, write_files
 from run_fixtures import CommandLine, metrics, write_yaml
 
 from droplora_jax.adapters import ADAPTERS
-from droplora_jax.data.config import AUTO, EMPTY, TOO_LONG, Part
+from droplora_jax.data.config import AUTO, BAD_ROWS, EMPTY, TOO_LONG, Part
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.templates import TEMPLATES
 from droplora_jax.data.templates.base import TRAIN_ON
@@ -34,6 +34,7 @@ FREE = {
     "adapter.targets",
     "data.cache",
     "data.columns.*",
+    "data.ignore_keys",
     "data.train",
     "data.valid",
     "distributed.coordinator",
@@ -49,6 +50,7 @@ FREE = {
 # Keys of text whose values have names, and those names.
 NAMED: dict[str, Sequence[str]] = {
     "adapter.targets": ("paper", "all-linear"),
+    "data.bad_rows": BAD_ROWS,
     "data.empty": EMPTY,
     "data.format": (AUTO, *FORMATS),
     "data.template": (AUTO, *TEMPLATES),

@@ -3,7 +3,7 @@
 from droplora_jax.data.formats.alpaca import ALPACA
 from droplora_jax.data.formats.base import Format
 from droplora_jax.data.formats.messages import MESSAGES
-from droplora_jax.data.formats.prompt_completion import PROMPT_COMPLETION
+from droplora_jax.data.formats.prompt_completion import PROMPT_COMPLETION, PROMPT_MESSAGES
 from droplora_jax.data.formats.question_answer import QUESTION_ANSWER
 from droplora_jax.data.formats.sharegpt import SHAREGPT
 from droplora_jax.data.formats.text import TEXT
@@ -16,6 +16,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": SHAREGPT,
     "wrapped": WRAPPED,
     "alpaca": ALPACA,
+    "prompt_messages": PROMPT_MESSAGES,
     "prompt_completion": PROMPT_COMPLETION,
     "question_answer": QUESTION_ANSWER,
     "text": TEXT,

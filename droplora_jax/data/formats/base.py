@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from droplora_jax.core.errors import InputError
@@ -72,7 +73,7 @@ class Format:
       required: the keys by which a record is recognised.
       template: the name of the template that `data.template=auto` takes.
       convert: from a record to its `Example`.
-      optional: further keys that are read; all others are ignored.
+      optional: further keys that are read; all others are ignored, but for `NOT_SERVED`.
       telling: what a record must fulfil beside having the keys; by default nothing.
     """
 
@@ -81,6 +82,16 @@ class Format:
     convert: Callable[[Fields], Example]
     optional: tuple[str, ...] = ()
     telling: Callable[[Fields], bool] = lambda record: True
+
+    def example(self, record: Fields) -> Example:
+        """The example of a record.
+
+        Raises:
+          Empty, InputError: see `convert`; or the record has a key that means something which is
+            not served.
+        """
+        check_served(record, self.read)
+        return self.convert(record)
 
     def matches(self, record: Fields) -> bool:
         return all(key in record for key in self.required) and self.telling(record)
@@ -97,9 +108,95 @@ class Format:
         return ", ".join(self.required) + optional
 
 
+_TEXT_ALONE = "only text is trained here"
+# Keys by which other trainers change what a row means, and what is to be said of them. A key that
+# the format reads is served.
+NOT_SERVED = {
+    "image": _TEXT_ALONE,
+    "images": _TEXT_ALONE,
+    "video": _TEXT_ALONE,
+    "videos": _TEXT_ALONE,
+    "audio": _TEXT_ALONE,
+    "audios": _TEXT_ALONE,
+    "chat_template_kwargs": "every row is written by the chat template as it is",
+    "kto_tag": "the row's answer is marked as not wanted, and would be trained",
+    **dict.fromkeys(
+        ("train_detail", "training_detail", "loss_scale"),
+        "a message is learnt as a whole or not at all (weight of 1 or 0)",
+    ),
+}
+_SERVED_VALUES = {"kto_tag": True, "loss_scale": 1}
+
+
+def check_served(record: Fields, read: Collection[str]) -> None:
+    """Raise InputError for keys with a meaning that is not served.
+
+    Args:
+      record: a row, or a message of one.
+      read: the keys that are.
+    """
+    problems = []
+    for key, why in NOT_SERVED.items():
+        if key not in record or key in read:
+            continue
+        value = record[key]
+        if value not in (None, "", [], {}) and value != _SERVED_VALUES.get(key):
+            problems.append(f"{key}={value!r:.40}: {why}; {pass_over(key)}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def check_context(record: Fields, columns: str) -> None:
+    """Raise InputError for a text under `context`, without which the question has no answer.
+
+    Args:
+      record: a row whose format reads no key of this name.
+      columns: the mapping with which it is read.
+    """
+    if context := record.get("context"):
+        raise InputError(
+            f"context={context!r:.40}: would be left out; set data.columns={{{columns}}}; "
+            + pass_over("context")
+        )
+
+
+def pass_over(key: str) -> str:
+    """How to go on in spite of a key, for errors."""
+    return f"data.ignore_keys=[{key}] passes it over"
+
+
 def exchange(prompt: str, response: str, input: str = "") -> Example:
     """An example of one prompt and one response."""
     return Example((Turn(USER, prompt), Turn(ASSISTANT, response)), input)
+
+
+def system_of(record: Fields) -> tuple[Turn, ...]:
+    """The turn of the key `system`, if there is one.
+
+    Raises:
+      InputError: the record has another key for it.
+    """
+    if record.get("system") is not None:
+        text = text_of(record, "system", may_be_empty=True)
+        if text.strip():
+            return (Turn("system", text),)
+    if record.get("system_prompt"):
+        raise InputError(
+            f"system_prompt={record['system_prompt']!r:.40}: a system message is read under the "
+            "key system: set data.columns={system: system_prompt}; "
+            f"{pass_over('system_prompt')}"
+        )
+    return ()
+
+
+def json_of(value: object) -> object:
+    """The value, parsed where it is the JSON of a list or an object, as in the cells of a table."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def text_of(record: Fields, key: str, *, may_be_empty: bool = False) -> str:

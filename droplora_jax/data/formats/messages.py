@@ -5,32 +5,50 @@ from __future__ import annotations
 import json
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats.base import ASSISTANT, Example, Format, Turn, check_unicode, text_of
-from droplora_jax.data.formats.conversation import ROLES, calls_of, conversation
+from droplora_jax.data.formats.base import (
+    ASSISTANT,
+    TOOL,
+    Example,
+    Format,
+    Turn,
+    check_unicode,
+    text_of,
+)
+from droplora_jax.data.formats.conversation import (
+    CALLS,
+    LEARNT,
+    ROLES,
+    conversation,
+    is_learnt,
+    messages_of,
+    role_of,
+)
+from droplora_jax.data.formats.tools import calls_of
 from droplora_jax.data.record import Fields
 
-_READ = ("role", "content", "tool_calls", "weight")
+_ROLES = {**{role: role for role in ROLES}, "tool_call": ASSISTANT, "tool_response": TOOL}
+_READ = ("role", "content", "tool_calls", *LEARNT)
 
 
 def convert(record: Fields) -> Example:
-    return conversation(record, "messages", _turn)
+    return conversation(record, messages_of(record, "messages"), message_turn)
 
 
-def _turn(message: Fields) -> Turn:
-    role = text_of(message, "role")
-    if role not in ROLES:
-        raise InputError(f"role={role!r}: must be one of {', '.join(ROLES)}")
+def message_turn(message: Fields) -> Turn:
+    """The turn of a message."""
+    name, role = role_of(message, "role", _ROLES)
+    if name in CALLS:
+        calls = calls_of("content", text_of(message, "content"))
+        return Turn(ASSISTANT, None, calls, learnt=is_learnt(message, ASSISTANT))
     if message.get("function_call") is not None:
         raise InputError("function_call is no longer OpenAI's form: write it as tool_calls")
     calls = calls_of("tool_calls", message.get("tool_calls"))
     if calls and role != ASSISTANT:
         raise InputError(f"tool_calls of the {role}: only the {ASSISTANT} calls tools")
-    weight = message.get("weight")
-    if weight not in (None, 0, 1):
-        raise InputError(f"weight={weight!r}: must be 0 or 1")
+    learnt = is_learnt(message, role)
     others = {k: v for k, v in message.items() if k not in _READ and v is not None}
     check_unicode("one of its keys", json.dumps(others, ensure_ascii=False))
-    return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=weight != 0)
+    return Turn(role, _content(message, role, bool(calls)), calls, others, learnt=learnt)
 
 
 def _content(message: Fields, role: str, calls: bool) -> str | None:
@@ -51,4 +69,4 @@ def _part(part: object, number: int) -> str:
     raise InputError(f"content: part {number} must be text, is {kind!r:.60}")
 
 
-MESSAGES = Format(("messages",), "chat", convert, optional=("tools",))
+MESSAGES = Format(("messages",), "chat", convert, optional=("system", "tools"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats.base import Example, Format, exchange, text_of
+from droplora_jax.data.formats.base import Example, Format, text_of
+from droplora_jax.data.formats.dialogue import BEFORE, dialogue
 from droplora_jax.data.record import Fields
 
 TASK = "Below is an instruction that describes a task"
@@ -19,13 +20,13 @@ def convert(record: Fields) -> Example:
         raise InputError(f"instruction must start with {TASK!r}, as the rows before do")
     if record.get("input"):
         raise InputError("input must be empty, since the instruction is the whole prompt")
-    return exchange(prompt, text_of(record, "output"))
+    return dialogue(record, prompt, text_of(record, "output"))
 
 
 WRAPPED = Format(
     ("instruction", "output"),
     "none",
     convert,
-    optional=("input",),
+    optional=("input", *BEFORE),
     telling=lambda record: is_wrapped(record["instruction"]),
 )

@@ -1,4 +1,5 @@
-"""JSON: one list of objects, of which no more than one is in memory at a time.
+"""JSON: a list of objects, of which no more than one is in memory at a time; or what is found
+under the same ending: objects one after the other, or one object that holds all rows.
 
 The standard library's decoder reads each object, so that values are those of `json.loads`: NaN,
 integers of any size and half a surrogate pair too (which streaming parsers on yajl refuse, or
@@ -16,46 +17,82 @@ from io import BufferedIOBase
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.readers.base import (
     LONGEST,
+    Read,
     Reader,
-    Record,
+    TooLong,
     as_object,
     kind,
     not_utf8,
     too_long,
 )
+from droplora_jax.data.readers.json_object import rows_within
 
 _PART = 2**20  # bytes read at once
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # a mark of the byte order stands where files are joined
 # An error this close to the end of the text may come from a constant that is cut off there, such as
 # -Infinity or \ud83d\ude42.
 _NEAR_THE_END = 12  # characters
 
 
-def _records(stream: BufferedIOBase, name: str) -> Iterator[Record]:
+def _records(stream: BufferedIOBase, name: str) -> Iterator[Read]:
     text = _Text(stream, name)
-    if not text.peek():
-        return
-    if text.peek() != "[":
-        value = text.value()
-        if text.peek():
-            raise text.broken("Extra data", text.at)
-        raise InputError(f"{name}: must be a list of objects, is {kind(value)}")
+    match text.peek():
+        case "":
+            return
+        case "[":
+            yield from _listed(text)
+        case _:
+            yield from _objects(text)
+
+
+def _listed(text: _Text) -> Iterator[Read]:
+    """The objects of a list."""
     text.skip()
     number = 0
     while text.peek() != "]":
         if number:
             text.expect(",")
         number += 1
-        where = f"{name}, row {number}"
+        where = f"{text.name}, row {number}"
         yield where, as_object(where, text.value(where))
     if not number:
-        raise InputError(f"{name}: the list is empty")
+        raise InputError(f"{text.name}: the list is empty")
     text.skip()
     if text.peek():
         raise text.broken("Extra data", text.at)
 
 
-JSON_LIST = Reader(_records)
+def _objects(text: _Text) -> Iterator[Read]:
+    """Objects one after the other, or those within the only one."""
+    line, value = text.line, _first_object(text)
+    if not text.peek():
+        if not isinstance(value, dict):
+            raise InputError(f"{text.name}: must be a list of objects, is {kind(value)}")
+        rows = rows_within(text.name, value)
+        if rows is not None:
+            places = (f"{text.name}, row {number}" for number in range(1, len(rows) + 1))
+            yield from (
+                (where, as_object(where, row)) for where, row in zip(places, rows, strict=True)
+            )
+            return
+    where = f"{text.name}:{line}"
+    yield where, as_object(where, value)
+    while text.peek():
+        where = f"{text.name}:{text.line}"
+        yield where, as_object(where, text.value(where))
+
+
+def _first_object(text: _Text) -> object:
+    try:
+        return text.value()
+    except TooLong as error:
+        raise InputError(
+            f"{error} Rows within one object are read at once; a list of rows that is the whole "
+            "file, or one row a line, may have any length"
+        ) from error
+
+
+JSON_LIST = Reader(_records, text=True)
 
 
 class _Text:
@@ -65,7 +102,15 @@ class _Text:
         self.name, self._stream = name, stream
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._json = json.JSONDecoder().raw_decode
-        self._text, self.at, self._line, self._ended = "", 0, 1, False
+        self._text, self.at, self._ended = "", 0, False
+        self._line, self._counted = 1, 0  # the line of the character `_counted`
+
+    @property
+    def line(self) -> int:
+        """The line of the file in which the next character stands."""
+        self._line += self._text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
 
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
@@ -104,28 +149,24 @@ class _Text:
             return value
 
     def broken(self, reason: str, at: int) -> InputError:
-        line = self._line + self._text.count("\n", 0, at)
-        hint = ""
-        if reason == "Extra data":
-            hint = "; a file of one object a line is named .jsonl"
-        return InputError(f"{self.name}:{line}: broken JSON ({reason}){hint}")
+        line = self.line + self._text.count("\n", self.at, at)
+        return InputError(f"{self.name}:{line}: broken JSON ({reason})")
 
     def _more(self) -> bool:
         """Reads more; whether there was any. Doubles the part that is read while a row grows."""
         if self._ended:
             return False
-        self._line += self._text.count("\n", 0, self.at)
-        self._text, self.at = self._text[self.at :], 0
+        line = self.line
+        self._text, self.at, self._counted = self._text[self.at :], 0, 0
         if len(self._text) > LONGEST:
-            raise too_long(f"{self.name}:{self._line}", "row")
+            raise too_long(f"{self.name}:{line}", "row")
         left = LONGEST + 1 - len(self._text)
         raw = self._stream.read(min(max(_PART, len(self._text)), left))
         self._ended = not raw
         try:
             self._text += self._decode(raw, self._ended)
         except UnicodeDecodeError as error:
-            line = self._line + self._text.count("\n")
-            raise not_utf8(error, self.name, line) from error
+            raise not_utf8(error, self.name, line + self._text.count("\n")) from error
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import Turn
-from droplora_jax.data.record import Call
+from droplora_jax.data.record import Call, Function, WrittenFields
 from droplora_jax.data.templates.base import Tokenizer
 
 Span = tuple[int, int]  # start and end (exclusive) in the characters of a rendering
@@ -65,13 +66,34 @@ class Renderer:
         return self._rendered(turns, return_assistant_tokens_mask=True)
 
     def _rendered(self, turns: Sequence[Turn], **options: bool) -> tuple[str, list[Span]]:
+        """The text and the marked spans; the arguments of calls are objects, or text if they must.
+
+        Most templates write the arguments as JSON themselves. Others join them with text, as they
+        come from OpenAI's interface: these fail for objects, or write them as Python does.
+        """
+        if not any(turn.calls for turn in turns):
+            return self._written([message(turn) for turn in turns], **options)
+        try:
+            rendered = self._written([message(turn) for turn in turns], **options)
+        except Fails as error:
+            try:
+                return self._written([joined_message(turn) for turn in turns], **options)
+            except Fails:
+                raise error from None
+        if not _has_python(rendered[0], turns):
+            return rendered
+        return self._written([joined_message(turn) for turn in turns], **options)
+
+    def _written(
+        self, messages: list[dict[str, object]], **options: bool
+    ) -> tuple[str, list[Span]]:
         # `apply_chat_template` calls this, but does not return the spans of characters.
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template  # its annotation says otherwise
         try:
             (text,), spans = render(
-                [[message(turn) for turn in turns]],
+                [messages],
                 tools=list(self.tools) or None,
                 chat_template=self.template,
                 **options,
@@ -83,8 +105,30 @@ class Renderer:
         return text, spans[0] if spans else []
 
 
+def _has_python(text: str, turns: Sequence[Turn]) -> bool:
+    """Whether a rendering holds a call's arguments as Python writes an object."""
+    objects = [call["function"].get("arguments", {}) for turn in turns for call in turn.calls]
+    as_json = {json.dumps(arguments, ensure_ascii=False) for arguments in objects}
+    written = {repr(dict(arguments)) for arguments in objects} - as_json
+    said = "".join(turn.content or "" for turn in turns)
+    return any(text.count(python) > said.count(python) for python in written)
+
+
 def message(turn: Turn) -> dict[str, object]:
     """A turn in the form of chat templates."""
     content = {} if turn.content is None else {"content": turn.content}
     calls = {"tool_calls": list(turn.calls)} if turn.calls else {}
     return {"role": turn.role, **content, **calls, **turn.keys}
+
+
+def joined_message(turn: Turn) -> dict[str, object]:
+    """The same, with the arguments of calls as JSON."""
+    calls = [{**call, "function": _joined(call["function"])} for call in turn.calls]
+    return message(turn) | ({"tool_calls": calls} if calls else {})
+
+
+def _joined(function: Function) -> dict[str, object]:
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, WrittenFields):
+        return {**function, "arguments": arguments.text}
+    return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 
+import datasets
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_jsonl
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
+from droplora_jax.data.data_file import local
 from droplora_jax.data.formats import FORMATS
 from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.load import load
@@ -98,7 +100,7 @@ def test_a_system_key_is_the_first_turn():
     assert sharegpt(*turns, system="").turns[0] == Turn("user", "a")
     assert sharegpt(said("system", "S"), *turns).turns[0] == Turn("system", "S")
     with pytest.raises(InputError, match="a second system message"):
-        sharegpt(said("system", "S"), *turns, system="S")
+        sharegpt(said("system", "S"), *turns, system="T")
 
 
 def test_content_in_parts_is_joined():
@@ -132,6 +134,171 @@ def test_a_weight_of_0_is_not_learnt(tmp_path):
         assert tokenizer.decode(row.ids[row.trained]) == "yes<|end|>"
 
 
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("no", [0, False])
+def test_the_keys_by_which_a_message_is_not_learnt(key, no):
+    turns = [user(**{key: None}), assistant("no", **{key: no}), user(), assistant(**{key: 1})]
+    example = messages(*turns)
+    assert [turn.learnt for turn in example.turns if turn.role == "assistant"] == [False, True]
+    assert not any(turn.keys for turn in example.turns)
+    names = {"user": "human", "assistant": "gpt"}
+    moved = [{**turn, "from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+    assert sharegpt(*moved).turns == example.turns
+    call = {"from": "function_call", "value": json.dumps(FUNCTION), key: no}
+    example = sharegpt(said("human", "a"), call, said("observation", "c"), said("gpt", "d"))
+    assert [turn.learnt for turn in example.turns if turn.role == "assistant"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (user(train=True), r"message 1: train=True of the user: only messages of the assistant"),
+        (user(training=1), r"message 1: training=1 of the user: only"),
+        (user(train_detail=[{"begin_offset": 0}]), r"train_detail=.*ignore_keys=\[train_detail\]"),
+        (user(loss_scale=0.5), r"message 1: loss_scale=0.5: a message is learnt as a whole or not"),
+        (user(images=["a.png"]), r"message 1: images=.*only text is trained"),
+        (user(loss="no"), r"message 1: loss='no': must be 0 or 1; data\.ignore_keys=\[loss\]"),
+    ],
+)
+def test_keys_of_messages_that_are_not_served(turn, message):
+    with pytest.raises(InputError, match=message):
+        messages(turn, assistant())
+    with pytest.raises(InputError, match=message):
+        sharegpt({**turn, "from": "human", "value": "a"}, said("gpt", "b"))
+
+
+def test_keys_of_messages_that_change_nothing_are_harmless():
+    assert messages(user(weight=1, loss=True), assistant(loss_scale=1.0, images=[])).turns[0] == (
+        Turn("user", "a")
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_messages_may_be_json(whole):
+    """As in the cells of a table, and in lists of the `datasets` library's JSON."""
+    turns = [user("[1] {"), assistant("{}")]
+    value = json.dumps(turns) if whole else [json.dumps(turn) for turn in turns]
+    assert FORMATS["messages"].convert({"messages": value}) == messages(*turns)
+
+
+def test_calls_in_messages_of_their_own():
+    call = {"role": "tool_call", "content": json.dumps(FUNCTION), "loss": False}
+    example = messages(user(), call, {"role": "tool_response", "content": "c"}, assistant())
+    assert example.turns[1:3] == (
+        Turn("assistant", None, (CALL,), learnt=False),
+        Turn("tool", "c"),
+    )
+    with pytest.raises(InputError, match="message 2: content must be JSON"):
+        messages(user(), {**call, "content": "find()"}, assistant())
+
+
+def test_neither_case_nor_space_makes_another_role():
+    turns = messages({**user(), "role": "User "}, {**assistant(), "role": "ASSISTANT"}).turns
+    assert turns == messages(user(), assistant()).turns
+    assert sharegpt(said("Human", "a"), said("GPT", "b")).turns == turns
+
+
+def test_a_system_key_beside_messages():
+    assert messages(user(), assistant(), system="S").turns[0] == Turn("system", "S")
+    own = {"role": "system", "content": "S"}
+    assert len(messages(own, user(), assistant(), system="S").turns) == 3
+    assert len(messages(own, user(), assistant(), system_prompt="T").turns) == 3
+
+
+def test_a_result_may_follow_a_call_in_words():
+    turns = [
+        said("human", "a"),
+        said("gpt", "<call>{}</call>"),
+        said("tool", "c"),
+        said("gpt", "d"),
+    ]
+    assert [turn.role for turn in sharegpt(*turns).turns] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    with pytest.raises(
+        InputError, match="message 3: the result of a tool without a call before it"
+    ):
+        messages(user(), assistant(), tool(tool_call_id="x"), assistant())
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+def test_a_call_without_arguments(arguments):
+    call = {"function": {"name": "now", "arguments": arguments}}
+    turn = messages(user(), assistant(None, tool_calls=[call])).turns[1]
+    assert turn.calls == ({"function": {"name": "now", "arguments": {}}},)
+
+
+def schema(name, properties):
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def test_nulls_of_a_table_are_no_arguments_and_no_part_of_a_tool(tmp_path):
+    """Nor those of the JSON that the `datasets` library writes of it."""
+    tools = [
+        schema("find", {"what": {"type": "string", "enum": ["a"]}}),
+        schema("sum", {"n": {"type": "integer"}}),
+    ]
+    calls = [{"name": "find", "arguments": {"what": "a"}}, {"name": "sum", "arguments": {"n": 1}}]
+    said = [assistant(None, tool_calls=[{"type": "function", "function": call}]) for call in calls]
+    records = [
+        {"messages": [user(), said[0], tool(tool_call_id="x"), assistant()], "tools": tools},
+        {"messages": [user(), said[1], tool(), assistant()], "tools": tools[1:]},
+    ]
+    wanted = [FORMATS["messages"].convert(record) for record in records]
+    table = datasets.Dataset.from_list(records)
+    table.to_json(tmp_path / "a.jsonl")
+    table.to_parquet(tmp_path / "a.parquet")
+    assert '"arguments":{"what":null,"n":1}' in (tmp_path / "a.jsonl").read_text()
+    for name in ("a.jsonl", "a.parquet"):
+        rows = [FORMATS["messages"].convert(row) for _, row in local(tmp_path / name).records()]
+        assert rows == wanted
+
+
+def test_null_for_an_argument_stays_where_it_may_mean_something():
+    call = {"function": {"name": "find", "arguments": {"what": None}}}
+    turns = user(), assistant(None, tool_calls=[call])
+    for tools in ([], [TOOL], [schema("find", {"what": {}})], [schema("sum", {"n": {}})]):
+        assert messages(*turns, tools=tools).turns[1].calls == (call,)
+    assert messages(*turns, tools=[schema("find", {"n": {}})]).turns[1].calls != (call,)
+
+
+# Both join the arguments with text: an object is refused, or comes out as Python writes it.
+JOINED = {
+    "plus": "'<call>' + c.function.name + ' ' + c.function.arguments",
+    "tilde": "'<call>' ~ c.function.name ~ ' ' ~ c.function.arguments",
+}
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("joined", JOINED)
+@pytest.mark.parametrize("arguments", ['{"what":"é", "n": null}', '{"it\'s": 1}', "{}"])
+def test_a_template_that_joins_arguments_gets_them_as_they_stand(
+    tmp_path, joined, arguments, marks
+):
+    begin, end = ("{% generation %}", "{% endgeneration %}") if marks else ("", "")
+    said = (
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ "
+        + JOINED[joined]
+        + " }}{% endfor %}"
+    )
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        f"{begin}{said}<|end|>{end}{{% else %}}{said}<|end|>{{% endif %}}\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    turns = [user(), assistant(None, tool_calls=[call]), tool(), assistant()]
+    tokenizer = make_tokenizer(chat_template=template)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    (row,), _ = load(path, tokenizer, DataConfig(path))
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(row.ids[row.trained]) == f"<call>find {arguments}<|end|>b<|end|>"
+
+
 @pytest.mark.parametrize("which", ["responses", "last", "all"])
 def test_what_is_trained_on(tmp_path, which):
     tokenizer = make_tokenizer(chat_template=WITH_TOOLS)
@@ -160,7 +327,7 @@ def test_all_of_one_exchange_is_all_but_bos(tmp_path):
     ("turns", "message"),
     [
         ([assistant()], "message 1: the first message is the assistant's"),
-        ([user()], "messages has no message of the assistant that is learnt"),
+        ([user()], "there is no message of the assistant that is learnt"),
         ([user(), assistant(weight=0)], "no message of the assistant that is learnt"),
         ([user(), tool()], "message 2: the result of a tool without a call before it"),
         (

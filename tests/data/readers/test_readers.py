@@ -11,7 +11,9 @@ import lzma
 import tracemalloc
 from functools import partial
 
+import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.feather
@@ -21,6 +23,7 @@ import pytest
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.data_file import UNPACKERS, File, local
 from droplora_jax.data.readers import READERS, json_list
+from droplora_jax.data.sources import files_of
 
 ROWS = [
     {"prompt": f'{i} "é, 日本" 🙂\n', "completion": "a\u2028b" + "\\ud83d" * (i % 3)}
@@ -151,7 +154,8 @@ def test_a_table_that_is_cut_short(tmp_path, name):
         (b"a,b\n1,2\n1,2,3\n", r"a.csv:3: 3 values, but the first line names 2 columns \(a, b\)"),
         (b'a,b\n"1\n1",2\n1\n', "a.csv:4: 1 values, but"),
         (b"a,a\n1,2\n", "a.csv:1: the first line must name the columns, each once, and holds 'a'"),
-        (b"a,\n1,2\n", "a.csv:1: the first line must name .* holds ''"),
+        (b",\n1,2\n", "a.csv:1: the first line must name .* holds ''"),
+        (b"a,b\n1,2\na, b\n", "a.csv:3: this row repeats the names of the columns"),
         (b'a,b\n1,2\n3,"4\n5,6\n', "a.csv:3: the row that begins here is broken"),
         (b"a,b\n1,\xff\n", "a.csv:2: not UTF-8 .byte 0xff."),
         (b"a,b\n", "a.csv: the file is empty"),
@@ -180,6 +184,7 @@ def test_a_long_value_of_a_table_leaves_the_limit_of_the_process_alone(tmp_path)
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": "', b'"}\n'),
         ("a.json", b'[{"text": "a"},\n{"text": "', b'"}]'),
+        ("a.json", b'\n{"data": [{"text": "', b'"}]}'),
         ("a.csv", b"text\na\n", b"\n"),
     ],
 )
@@ -264,3 +269,146 @@ def test_what_tells_files_apart(tmp_path):
     assert file.sha256() == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         File("none.jsonl", tmp_path / "none.jsonl").sha256()
+
+
+# --- files as other tools leave them --------------------------------------------------------------
+
+FEW = [
+    {"instruction": "Name a fruit.", "output": "An apple; or a pear,\na \u201cquince\u201d"},
+    {"instruction": "\U0001f642?", "output": 'a "b"\tc'},
+]
+LINES = [json.dumps(row, ensure_ascii=False) + "\n" for row in FEW]
+MARK = "\ufeff"
+
+
+def cells(delimiter: str, rows: list = FEW, index: bool = False) -> str:
+    frame = pd.DataFrame(rows, dtype=str)
+    return frame.to_csv(None, sep=delimiter, index=index, lineterminator="\r\n")
+
+
+def frame_json(**options) -> str:
+    return pd.DataFrame(FEW, dtype=str).to_json(None, force_ascii=False, **options)
+
+
+AS_LEFT = {
+    "a list called lines": ("a.jsonl", "\n" + json.dumps(FEW, indent=1)),
+    "lines called json": ("a.json", "".join(LINES)),
+    "lines of marked files, joined": ("a.jsonl", LINES[0] + MARK + LINES[1]),
+    "the same called json": ("a.json", LINES[0] + MARK + LINES[1]),
+    "objects over several lines": ("a.json", "\n".join(json.dumps(r, indent=1) for r in FEW)),
+    "rows under a key": ("a.json", json.dumps({"version": "1", "data": FEW})),
+    "rows under another": ("a.json", json.dumps({"type": "x", "instances": FEW})),
+    "columns": ("a.json", json.dumps({k: [r[k] for r in FEW] for k in FEW[0]})),
+    "pandas, columns": ("a.json", frame_json()),
+    "pandas, index": ("a.json", frame_json(orient="index")),
+    "pandas, table": ("a.json", frame_json(orient="table", index=False)),
+    "pandas, lines": ("a.json", frame_json(orient="records", lines=True)),
+    "semicolons": ("a.csv", cells(";")),
+    "tabs": ("a.csv", cells("\t")),
+    "bars": ("a.csv", cells("|")),
+    "commas": ("a.tsv", cells(",")),
+    "pandas' index": ("a.csv", cells(",", index=True)),
+    "pandas' index and semicolons": ("a.csv", cells(";", index=True)),
+    "a column without a name": ("a.csv", cells(",", [{**row, " ": ""} for row in FEW])),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", AS_LEFT)
+def test_rows_as_other_tools_leave_them(tmp_path, kind, encoding):
+    name, text = AS_LEFT[kind]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode(encoding), mtime=0))
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        assert [row for _, row in local(path).records()] == FEW
+
+
+@pytest.mark.parametrize("part", [3, 2**20])
+def test_lines_called_json_are_named_by_their_lines(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(json_list, "_PART", part)
+    path = tmp_path / "a.json"
+    path.write_text('\n{"a": 1}\n\n{"a": 2} {"a": 3}\n[4]\n')
+    places = [(where, row) for where, row in local(path).read() if isinstance(row, dict)]
+    assert places == [
+        (f"{path}:2", {"a": 1}),
+        (f"{path}:4", {"a": 2}),
+        (f"{path}:4", {"a": 3}),
+    ]
+    with pytest.raises(InputError, match="a.json:5: must be an object with keys, is a list"):
+        list(local(path).records())
+
+
+def test_one_conversation_called_json_is_a_row(tmp_path):
+    row = {"messages": [{"role": "user"}, {"role": "assistant"}], "tools": [{"a": 1}, {"b": 2}]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row))
+    assert list(local(path).records()) == [(f"{path}:1", row)]
+
+
+def test_text_that_is_not_what_its_first_bytes_say(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("".join(LINES).encode("utf-16")[:-1])
+    with pytest.raises(InputError, match=r"a\.jsonl: begins as UTF-16 and is not"):
+        list(local(path).records())
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "good"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": "\xff"}\n[2]\n{"a": 3}\n', 2),
+        ("a.json", b'[{"a": 1}, 7, {"a": 3}]', 2),
+        ("a.json", b'{"a": 1}\n7\n{"a": 3}', 2),
+        ("a.csv", b"a,b\n1,2\n1\n1,2,3\n3,4\n", 2),
+    ],
+)
+def test_what_follows_a_bad_row_is_read(tmp_path, name, raw, good):
+    path = tmp_path / name
+    path.write_bytes(raw)
+    rows = list(local(path).read())
+    assert [isinstance(row, InputError) for _, row in (rows[0], rows[-1])] == [False, False]
+    bad = [(where, row) for where, row in rows if isinstance(row, InputError)]
+    assert len(rows) - len(bad) == good
+    assert all(str(error).startswith(f"{where}: ") for where, error in bad)
+
+
+# --- columns of Arrow -----------------------------------------------------------------------------
+
+CALL = {"name": "find", "arguments": {"what": "a"}}
+OTHER = {"name": "sum", "arguments": {"n": [1, 2]}}
+ASKED = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "x", "calls": [CALL, OTHER]}]},
+    {"messages": [{"role": "user", "content": None, "n": [1, None]}]},
+]
+
+
+def test_fields_that_a_row_never_had_are_left_out(tmp_path):
+    """Also those of objects in lists in objects; nulls of lists and of columns remain."""
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([{**ASKED[0], "b": 1}, ASKED[1]]), path)
+    first, second = (row for _, row in local(path).records())
+    assert first == {**ASKED[0], "b": 1}
+    assert second == {"messages": [{"role": "user", "n": [1, None]}], "b": None}
+
+
+def test_json_of_the_datasets_library(tmp_path):
+    datasets.Dataset.from_list(ASKED, on_mixed_types="use_json").to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(ASKED, on_mixed_types="use_json").save_to_disk(tmp_path / "b")
+    kinds = datasets.Features({"messages": datasets.List(datasets.Json())})
+    datasets.Dataset.from_list(ASKED, features=kinds).to_parquet(tmp_path / "c.parquet")
+    for place in (tmp_path / "a.parquet", tmp_path / "b", tmp_path / "c.parquet"):
+        rows = [row for file in files_of(str(place)) for _, row in file.records()]
+        assert rows[0] == ASKED[0]
+
+
+@pytest.mark.parametrize(
+    "values", [pa.array([2**62, 1], pa.timestamp("us")), pa.array([10**9, 1], pa.date32())]
+)
+def test_a_column_that_nobody_reads_is_not_converted(tmp_path, values):
+    """Its values have no counterpart in Python; those in nanoseconds have one in pandas alone."""
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": ["a", "b"], "at": values}), path)
+    rows = [row for _, row in local(path).records()]
+    assert [row["text"] for row in rows] == ["a", "b"]
+    assert "at" in rows[0]
+    with pytest.raises(InputError, match=r"the column at of .* holds a value that can't be read"):
+        rows[0]["at"]
