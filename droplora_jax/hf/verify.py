@@ -19,8 +19,9 @@ from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import source
-from droplora_jax.hf.tensor_files import Each, open_folder
-from droplora_jax.hf.weight_loading import abstract_model
+from droplora_jax.hf.tensor_files import Each, TensorFiles, open_folder
+from droplora_jax.hf.weight_loading import abstract_model, check_tensors
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import Layer, run_layers
@@ -31,6 +32,7 @@ from droplora_jax.nn.mask_keys import DropShare, MaskKey
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
 SHAPE = (2, 32)  # rows and positions of the probe
+HEAD = "lm_head.weight"
 VOCAB_CHUNK = 16_384  # rows of the head that are float32 at a time
 
 
@@ -63,6 +65,8 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
     mesh = make_mesh(devices=jax.local_devices()[:1])
     plain = abstract_model(config, mesh=mesh, dtype=jnp.float32)
     stored = open_folder(folder)
+    check_tensors(stored, folder, plain)
+    _check_head(stored, folder, config)
 
     def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
         return stored.read(name, index, dtype=np.float32, transposed=transposed, each=each)
@@ -78,6 +82,23 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
             "it was kept. This is a defect, of the program or of the disk"
         )
     return difference
+
+
+def _check_head(stored: TensorFiles, folder: Path, config: ModelConfig) -> None:
+    """Raise InputError if a tied model is stored with a head that is not its embedding.
+
+    Some tools read the head where there is one, some the embedding: both have to be the same.
+    """
+    embedding = FAMILIES[config.family].tensor_names(config)["embed.embedding"].pattern
+    if not config.tie_embeddings or HEAD not in stored.files:
+        return
+    for first in range(0, config.vocab_size, VOCAB_CHUNK):
+        index = (slice(first, first + VOCAB_CHUNK),)
+        if not np.array_equal(stored.read(HEAD, index), stored.read(embedding, index)):
+            raise InputError(
+                f"{folder}: {HEAD} is not {embedding}, but config.json ties them: tools differ in "
+                "which they read. Nothing of it was kept. This is a defect of the program"
+            )
 
 
 def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:

@@ -319,7 +319,7 @@ BROKEN = {
         r"layers\.1\.self_attn\.q_proj\.lora_A\.weight holds NaN or infinity",
     ),
     "embedding": (
-        {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((3, 8), np.float32)},
+        {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((3, 64), np.float32)},
         {},
         r"lora_embedding_A is there.*does not name model\.embed_tokens in target_modules",
     ),
