@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.peft.folder import named_adapters
+from droplora_jax.hf.peft.folder import holds_model, named_adapters
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import CONFIG_FILE
@@ -35,6 +35,17 @@ def exported_model(
     if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
         return _restored(first, step)
     return _with_adapters(weights, base), None
+
+
+def source_notes(folders: Sequence[str]) -> Iterator[str]:
+    """What to know about the folders that are exported, in sentences."""
+    for folder in weights_of(folders):
+        if (folder / PEFT_FILE).exists() and holds_model(folder):
+            yield (
+                f"{folder} also holds a whole model: taken here is the adapter on its base. "
+                "transformers puts the adapter onto the model beside it, so that it counts twice "
+                "if it is merged there already: keep the two in folders of their own"
+            )
 
 
 def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:

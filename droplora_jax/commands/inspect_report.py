@@ -25,7 +25,8 @@ from droplora_jax.core.files import check_absent, read_json, write_file
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.companions import REPORT_FILE
-from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, vllm_limits
+from droplora_jax.hf.peft.config import PEFT_FILE, branch_of
+from droplora_jax.hf.peft.consumers import vllm_limits
 from droplora_jax.hf.peft.folder import OWN_FILE, AdapterFolder
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
 from droplora_jax.hf.tensor_files import TensorFiles, open_folder
@@ -126,6 +127,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         for key in tensors.files
         if split_key(key)[1] is None and not is_copy(key)
     ]
+    limits = vllm_limits(peft, tensors.files)
     return {
         "kind": "adapter",
         "adapter_kind": own.get("kind", "dora" if peft.get("use_dora") else "lora"),
@@ -135,7 +137,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
         **{key: own[key] for key in ("drop_rate", "granularity", "template") if key in own},
         **({"trained_whole": whole} if whole else {}),
         **_sizes(tensors),
-        "vllm": "serves it" if not (why := vllm_limits(peft)) else f"no: {', '.join(why)}",
+        "vllm": "serves it"
+        if not (why := vllm_limits(peft, tensors.files))
+        else f"no: {', '.join(why)}",
         "branches": _layers(peft, tensors, adapter.file),
     }
 

@@ -23,7 +23,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, read_json, write_json
 from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
-from droplora_jax.hf.source import source_of_model
+from droplora_jax.hf.source import base_vocabulary, source_of_model
 from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_source, turned
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.verify import HEAD, probe
@@ -165,12 +165,9 @@ def _from_adapter(model: Decoder) -> Iterator[str]:
     source = source_of_model(model)
     if source.tokenizer is not None:
         yield f"the tokenizer and its chat templates are the adapter's, from {source.tokenizer}"
-    base = read_json(source.folder / "config.json")
-    if model.config.vocab_size != base["vocab_size"]:
-        yield (
-            f"the vocabulary is the adapter's: {model.config.vocab_size} rows, where the base has "
-            f"{base['vocab_size']}"
-        )
+    rows, before = model.config.vocab_size, base_vocabulary(source)
+    if rows != before:
+        yield f"the vocabulary is the adapter's: {rows} rows, where the base has {before}"
     if any(other.name == HEAD and other.file is None for other in source.others):
         yield (
             "embedding and head were trained apart, though the base ties them: the merged model is "

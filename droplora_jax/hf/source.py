@@ -81,6 +81,11 @@ def source_folder(model: Decoder) -> Path:
     return source_of_model(model).folder
 
 
+def base_vocabulary(source: Source) -> int:
+    """The rows of the base's embedding, which an adapter may have changed."""
+    return int(read_json(source.folder / "config.json")["vocab_size"])
+
+
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, ModelConfig]:
     """The family and shape that a folder's `config.json` describes, every key accounted for."""
     file = folder / "config.json"

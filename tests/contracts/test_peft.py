@@ -264,6 +264,11 @@ APART = {
     "factors of the head": {"target_modules": [*ATTENTION, "lm_head"]},
     "factors of the embedding": {"target_modules": [*ATTENTION, "embed_tokens"]},
     "factors of both": {"target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
+    "DoRA": {
+        "target_modules": [*ATTENTION, "embed_tokens"],
+        "use_dora": True,
+        "ensure_weight_tying": True,
+    },
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from droplora_jax.hf.peft.config import (
     PeftFields,
     branch_of,
     peft_config,
-    vllm_limits,
 )
+from droplora_jax.hf.peft.consumers import misreadings, vllm_limits
 from droplora_jax.hf.peft.folder import OWN_FILE, WEIGHTS_FILE, AdapterFolder
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
 from droplora_jax.hf.peft.names import BaseNames
 from droplora_jax.hf.safetensors_file import is_finite
+from droplora_jax.hf.source import base_vocabulary
 from droplora_jax.hf.weight_loading import ENDS, with_ends
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
@@ -82,7 +83,7 @@ def save_adapter(
             if model.source is not None and model.source.tokenizer is not None:
                 copy_files(tokenizer_files(model.source.tokenizer), temporary)
     distributed.wait_for_all("the adapter is written")
-    return vllm_limits(peft)
+    return vllm_limits(peft, tensors, model.config.family)
 
 
 def export(
@@ -106,7 +107,16 @@ def export(
             f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged "
             "is for every tool"
         )
-    return text
+    return "\n".join([text, *_misreadings(model, read_json(folder / PEFT_FILE))])
+
+
+def _misreadings(model: Decoder, peft: PeftFields) -> Iterator[str]:
+    """What other tools get wrong with the adapter of a model."""
+    others = model.source.others if model.source is not None else ()
+    tied = model.config.tie_embeddings or any(other.file is None for other in others)
+    rows = model.config.vocab_size
+    resized = model.source is not None and base_vocabulary(model.source) != rows
+    return misreadings(peft, tied=tied, rows=rows if resized else None)
 
 
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.hf.peft.config import PEFT_FILE, PeftFields, branch_of, is_target
 from droplora_jax.hf.peft.ends import frozen_copies
 from droplora_jax.hf.peft.folder import AdapterFolder
-from droplora_jax.hf.peft.names import PREFIX, BaseNames, is_copy, split_key
+from droplora_jax.hf.peft.names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key
 from droplora_jax.hf.tensor_files import TensorFiles
 from droplora_jax.models.config import ModelConfig
 
@@ -63,7 +63,7 @@ def _branches(
                 f"linear layers of the base's {shape.layers} layers, embedding and head have. It "
                 "can't be represented, or was made for another base"
             )
-        if not is_target(peft, module):
+        if not _is_target(peft, module, names):
             raise InputError(
                 f"{file}: {key} is there, but {PEFT_FILE} does not name {module} in "
                 "target_modules, or leaves it out"
@@ -73,6 +73,12 @@ def _branches(
     if not branches:
         raise InputError(f"{file}: no lora_A and lora_B in it")
     return {path: dict(sorted(by_layer.items())) for path, by_layer in branches.items()}
+
+
+def _is_target(peft: PeftFields, module: str, names: BaseNames) -> bool:
+    """Whether PEFT adapts a module; with `ensure_weight_tying` it adapts the head as well."""
+    tied = module == HEAD.rpartition(".")[0] and bool(peft.get("ensure_weight_tying"))
+    return is_target(peft, module) or (tied and is_target(peft, names.module(EMBED, 0)))
 
 
 def _whole(
