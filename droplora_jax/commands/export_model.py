@@ -12,7 +12,12 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.peft.folder import holds_model, named_adapters
+from droplora_jax.hf.peft.folder import (
+    holds_model,
+    named_adapters,
+    record_of_quantization,
+    trained_over,
+)
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import CONFIG_FILE
@@ -34,7 +39,8 @@ def exported_model(
     first = next(iter(weights))
     if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
         return _restored(first, step)
-    return _with_adapters(weights, base), None
+    over = next(filter(None, map(trained_over, weights)), None)
+    return _with_adapters(weights, base), record_of_quantization(over)
 
 
 def source_notes(folders: Sequence[str]) -> Iterator[str]:

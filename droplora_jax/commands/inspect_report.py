@@ -137,9 +137,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         **{key: own[key] for key in ("drop_rate", "granularity", "template") if key in own},
         **({"trained_whole": whole} if whole else {}),
         **_sizes(tensors),
-        "vllm": "serves it"
-        if not (why := vllm_limits(peft, tensors.files))
-        else f"no: {', '.join(why)}",
+        "vllm": f"no: {', '.join(limits)}" if limits else "serves it",
         "branches": _layers(peft, tensors, adapter.file),
     }
 

@@ -22,13 +22,15 @@ from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, read_json, write_json
 from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
+from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
 from droplora_jax.hf.source import base_vocabulary, source_of_model
 from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_source, turned
 from droplora_jax.hf.tokenizer import load_tokenizer
-from droplora_jax.hf.verify import HEAD, probe
+from droplora_jax.hf.verify import HEAD, over_quantized, probe
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
+from droplora_jax.nn.options import Quantization
 
 WORST = 3  # tensors that are named
 
@@ -67,7 +69,11 @@ class MergeReport:
 
 
 def save_merged(
-    model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None
+    model: Decoder,
+    folder: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    trained_over: Quantization | None = None,
 ) -> MergeReport:
     """Write the merged model as a Hugging Face folder.
 
@@ -75,7 +81,8 @@ def save_merged(
     adapters but no base weights. The sum is made in float32 and cast once, to the base's stored
     dtype or to `dtype`. The folder appears under its name only when complete, read back bit for
     bit, and found to compute what base + adapter do (`probe`, which holds one layer in float32).
-    `droplora_merge.json` in it keeps the report.
+    `droplora_merge.json` in it keeps the report. If the adapter was `trained_over` a quantised
+    base, the report says what the full precision of this one changes.
 
     Raises:
       InputError: an output folder that holds something, a value that is not finite, no space;
@@ -109,7 +116,11 @@ def save_merged(
             merged=len(merged.merges),
             rounding=tuple(sorted(rounding.items(), key=lambda item: -item[1])),
             difference=probe(model, merged.reference, temporary, pool.map),
-            notes=(*_from_adapter(model), *_without_rows(model, temporary)),
+            notes=(
+                *_from_adapter(model),
+                *_without_rows(model, temporary),
+                *_over_quantized(model, merged, trained_over, temporary),
+            ),
         )
         write_json(temporary / REPORT_FILE, _as_json(report, model))
     return report
@@ -123,7 +134,8 @@ def export(
     record: Mapping[str, object] | None = None,
 ) -> str:
     """An `exporter.Exporter`: `save_merged`, which records nothing but its own report."""
-    return str(save_merged(model, folder, dtype=dtype))
+    trained_over = quantization_of_record(record or {})
+    return str(save_merged(model, folder, dtype=dtype, trained_over=trained_over))
 
 
 def _write_shards(merged: MergedBase, folder: Path) -> dict[str, float]:
@@ -173,6 +185,26 @@ def _from_adapter(model: Decoder) -> Iterator[str]:
             "embedding and head were trained apart, though the base ties them: the merged model is "
             "untied (tie_word_embeddings: false)"
         )
+
+
+def _over_quantized(
+    model: Decoder, merged: MergedBase, quantization: Quantization | None, folder: Path
+) -> Iterator[str]:
+    """What it changes that the base of the merge is not the quantised one of the training."""
+    if quantization is None or not quantization.kinds:
+        return
+    kinds = ", ".join(quantization.kinds)
+    try:
+        off = over_quantized(model, merged.stored, quantization, folder, merged.each)
+    except InputError as error:
+        yield f"the adapter was trained over a base in {kinds}; what that changes: {error}"
+        return
+    yield (
+        f"the adapter was trained over the base in {kinds}, and is merged into the base as it is "
+        f"stored: logits differ from those of the quantised base with the adapter by {off:.1e} "
+        "(relative, random tokens). Compare the two on your own data: droplora evaluate takes the "
+        "run or the adapter (--quantize) and the merged folder"
+    )
 
 
 def _without_rows(model: Decoder, folder: Path) -> Iterator[str]:
@@ -270,6 +302,12 @@ class MergedBase:
         self._check_finite(name, stored)
         lost = float(_rounding_loss(kernel, merged, stored))
         return (turned(stored, self.each) if merge.transposed else stored), lost
+
+    def stored(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray:
+        """A tensor of the base in float32."""
+        return self._read(name, index, transposed).astype(np.float32, copy=False)
 
     def reference(
         self, name: str, index: tuple[slice, ...] = (), transposed: bool = False

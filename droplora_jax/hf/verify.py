@@ -28,7 +28,10 @@ from droplora_jax.models.layer import Layer, run_layers
 from droplora_jax.models.parameter_table import TensorName
 from droplora_jax.nn import ops, rope
 from droplora_jax.nn.layer_paths import Path as ModulePath
+from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
+from droplora_jax.nn.options import Quantization
+from droplora_jax.nn.quantized_kernel import Quantized, dense, quantize
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
 SHAPE = (2, 32)  # rows and positions of the probe
@@ -82,6 +85,58 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
             "it was kept. This is a defect, of the program or of the disk"
         )
     return difference
+
+
+def over_quantized(
+    model: Decoder, base: Read, quantization: Quantization, folder: Path, each: Each = map
+) -> float:
+    """How far a merged folder is from its adapter on the quantised base that it was trained over.
+
+    Args:
+      model, folder: as `probe` has them.
+      base: the base's tensors.
+
+    Returns:
+      ||merged - quantised base with adapter|| / ||quantised base with adapter|| of the float32
+      logits on random tokens.
+
+    Raises:
+      InputError: Qwix is not installed, or a tile that does not divide a layer's inputs.
+    """
+    names = FAMILIES[model.config.family].tensor_names(model.config)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    shapes = abstract_model(model.config, mesh=mesh, dtype=jnp.float32, quantization=quantization)
+    kinds = {
+        names[dotted(path)].of_layer(layer): (value.kind, value.tile)
+        for path, parameter in nnx.to_flat_state(nnx.state(shapes))
+        if isinstance(value := parameter.get_value(), Quantized)
+        for layer in range(model.config.layers)
+    }
+
+    def quantized(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
+        if name not in kinds:
+            return base(name, index, transposed)
+        kernel_IO = base(name, transposed=True)
+        out = np.asarray(_rounded(kernel_IO, *kinds[name]))
+        return (out if transposed else out.T)[index]
+
+    stored = open_folder(folder)
+
+    def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
+        return stored.read(name, index, dtype=np.float32, transposed=transposed, each=each)
+
+    plain = abstract_model(model.config, mesh=mesh, dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, SHAPE)
+    trained = _logits(model, quantized, tokens)
+    return float(
+        np.linalg.norm(_logits(plain, exported, tokens) - trained) / np.linalg.norm(trained)
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _rounded(kernel_IO: jax.Array, kind: str, tile: int) -> jax.Array:
+    """A kernel as its quantised values have it."""
+    return dense(quantize(kernel_IO, kind, tile, jnp.float32))
 
 
 def _check_head(stored: TensorFiles, folder: Path, config: ModelConfig) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
 from droplora_jax.hf.peft.config import PEFT_FILE, PeftFields, check_fields
 from droplora_jax.hf.tensor_files import TensorFiles, open_file
+from droplora_jax.nn.options import Quantization
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 OWN_FILE = "droplora_config.json"
+QUANTIZATION = "quantization"  # a key of it
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")  # of a whole model
 
 
@@ -80,6 +84,36 @@ def named_adapters(path: Path) -> list[Path]:
 def holds_model(path: Path) -> bool:
     """Whether a folder has the weights of a whole model."""
     return any((path / name).exists() for name in MODEL_FILES)
+
+
+def trained_over(path: Path) -> Quantization | None:
+    """How the base of an adapter was stored in training, as far as its folder says.
+
+    This project records it; of other tools only the name of the base may tell.
+    """
+    if (path / OWN_FILE).exists():
+        return quantization_of_record(read_json(path / OWN_FILE))
+    name = str(read_json(path / PEFT_FILE).get("base_model_name_or_path") or "")
+    return Quantization("nf4") if re.search(r"bnb[-_]4bit|4bit|nf4", name, re.I) else None
+
+
+def quantization_of_record(record: Mapping[str, Any]) -> Quantization | None:
+    """What `record_of_quantization` has recorded."""
+    options = record.get(QUANTIZATION)
+    return None if options is None else Quantization(**options)
+
+
+def record_of_quantization(quantization: Quantization | None) -> dict[str, Any]:
+    """What to record beside an adapter; nothing if its base was in full precision."""
+    if quantization is None or not quantization.kinds:
+        return {}
+    return {
+        QUANTIZATION: {
+            "kind": quantization.kind,
+            "tile": quantization.tile,
+            "pattern": dict(quantization.pattern),
+        }
+    }
 
 
 def _weights(path: Path) -> Path:
