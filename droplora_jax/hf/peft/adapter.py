@@ -31,7 +31,7 @@ from droplora_jax.hf.peft.config import (
     branch_of,
     peft_config,
 )
-from droplora_jax.hf.peft.consumers import misreadings, vllm_limits
+from droplora_jax.hf.peft.consumers import misreadings, vllm_limits, vllm_options
 from droplora_jax.hf.peft.folder import OWN_FILE, WEIGHTS_FILE, AdapterFolder
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
@@ -107,7 +107,10 @@ def export(
             f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged "
             "is for every tool"
         )
-    return "\n".join([text, *_misreadings(model, read_json(folder / PEFT_FILE))])
+    peft = read_json(folder / PEFT_FILE)
+    if not limits and (options := vllm_options(peft)):
+        text += f"\n{options}"
+    return "\n".join([text, *_misreadings(model, peft)])
 
 
 def _misreadings(model: Decoder, peft: PeftFields) -> Iterator[str]:

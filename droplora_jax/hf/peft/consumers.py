@@ -13,6 +13,9 @@ from droplora_jax.hf.peft.names import is_copy, split_key
 
 # The families whose embedding and head vLLM adapts.
 VLLM_ENDS = ("llama", "qwen3")
+# The rank that it makes room for, and those that it can make room for.
+VLLM_RANK = 16
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_limits(
@@ -35,6 +38,17 @@ def vllm_limits(
         "copies of the embedding or the head": copies and not peft.get("modules_to_save"),
     }
     return [reason for reason, there in limits.items() if there]
+
+
+def vllm_options(peft: PeftFields) -> str | None:
+    """What vLLM has to be started with to serve an adapter that it does serve, in a sentence."""
+    rank = max([peft["r"], *(peft.get("rank_pattern") or {}).values()])
+    if rank <= VLLM_RANK:
+        return None
+    fitting = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if fitting is None:
+        return f"vLLM serves ranks up to {VLLM_RANKS[-1]}: --rank K truncates this one"
+    return f"vLLM serves it with --max-lora-rank {fitting} (its default is {VLLM_RANK})"
 
 
 def misreadings(peft: PeftFields, *, tied: bool, rows: int | None = None) -> Iterator[str]:

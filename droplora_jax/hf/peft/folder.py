@@ -131,14 +131,17 @@ def _weights(path: Path) -> Path:
 def _check_filled(tensors: TensorFiles, file: Path) -> None:
     """Raise InputError for tensors without a value."""
     empty = [name for name in tensors.files if 0 in tensors.shape(name)]
-    if empty or not tensors.files:
+    if tensors.files and not empty:
+        return
+    which = "it is empty, without any tensor"
+    if empty:
         which = f"{len(empty)} of {len(tensors.files)} tensors are empty, such as {empty[0]}"
-        raise InputError(
-            f"{file}: {which if empty else 'it is empty, without any tensor'}: a sharded run "
-            "(DeepSpeed ZeRO-3, FSDP) saved it from one process, which does not have the values. "
-            "Gather them when saving (stage3_gather_16bit_weights_on_model_save, or "
-            "zero_to_fp32.py from a checkpoint of the run) and export again"
-        )
+    raise InputError(
+        f"{file}: {which}: a sharded run "
+        "(DeepSpeed ZeRO-3, FSDP) saved it from one process, which does not have the values. "
+        "Gather them when saving (stage3_gather_16bit_weights_on_model_save, or "
+        "zero_to_fp32.py from a checkpoint of the run) and export again"
+    )
 
 
 def _stored_names(keys: Collection[str]) -> dict[str, str]:
