@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slo
 from droplora_jax.hf.peft.names import BaseNames
 from droplora_jax.hf.safetensors_file import is_finite
 from droplora_jax.hf.source import base_vocabulary
+from droplora_jax.hf.tensor_files import open_file
 from droplora_jax.hf.weight_loading import ENDS, with_ends
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
@@ -110,16 +111,17 @@ def export(
     peft = read_json(folder / PEFT_FILE)
     if not limits and (options := vllm_options(peft)):
         text += f"\n{options}"
-    return "\n".join([text, *_misreadings(model, peft)])
+    keys = open_file(folder / WEIGHTS_FILE).files
+    return "\n".join([text, *_misreadings(model, peft, keys)])
 
 
-def _misreadings(model: Decoder, peft: PeftFields) -> Iterator[str]:
+def _misreadings(model: Decoder, peft: PeftFields, keys: Collection[str]) -> Iterator[str]:
     """What other tools get wrong with the adapter of a model."""
     others = model.source.others if model.source is not None else ()
     tied = model.config.tie_embeddings or any(other.file is None for other in others)
     rows = model.config.vocab_size
     resized = model.source is not None and base_vocabulary(model.source) != rows
-    return misreadings(peft, tied=tied, rows=rows if resized else None)
+    return misreadings(peft, keys, tied=tied, rows=rows if resized else None)
 
 
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:

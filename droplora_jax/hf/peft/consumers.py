@@ -1,7 +1,8 @@
 """What other tools make of an adapter's folder, where it is not the function that was trained.
 
-Each sentence is a fact of a version that was tried or, for vLLM, read: transformers 5.24, PEFT 0.21
-(`tests/hf/peft/test_consumers.py` tries them again) and vLLM 0.33.0.
+Each sentence is a fact of a version that was tried (transformers 5.24, PEFT 0.21: the tests of this
+module try them again) or whose source was read (vLLM 0.33.0, llama.cpp's convert_lora_to_gguf.py at
+0b03adaa).
 """
 
 from __future__ import annotations
@@ -51,10 +52,28 @@ def vllm_options(peft: PeftFields) -> str | None:
     return f"vLLM serves it with --max-lora-rank {fitting} (its default is {VLLM_RANK})"
 
 
-def misreadings(peft: PeftFields, *, tied: bool, rows: int | None = None) -> Iterator[str]:
-    """What tools get wrong with an adapter that they do load, in sentences.
+def llama_cpp_limits(peft: PeftFields, keys: Collection[str]) -> list[str]:
+    """Why llama.cpp's converter of adapters would refuse one; empty if it does not.
 
     Args:
+      keys: the names of its tensors.
+    """
+    whole = [key for key in keys if split_key(key)[1] is None and not is_copy(key)]
+    limits = {
+        "DoRA (use_dora)": peft.get("use_dora"),
+        "trained biases (bias)": any(key.endswith(".bias") for key in whole),
+        "embedding or head as they are": any(map(_is_end, whole)),
+    }
+    return [reason for reason, there in limits.items() if there]
+
+
+def misreadings(
+    peft: PeftFields, keys: Collection[str], *, tied: bool, rows: int | None = None
+) -> Iterator[str]:
+    """What tools get wrong with an adapter, besides what vLLM does not serve, in sentences.
+
+    Args:
+      keys: the names of its tensors.
       tied: the base's head is its embedding.
       rows: of the adapter's vocabulary, where the base has others.
     """
@@ -80,6 +99,14 @@ def misreadings(peft: PeftFields, *, tied: bool, rows: int | None = None) -> Ite
             "vLLM serves ranks or alphas that differ (rank_pattern, alpha_pattern) in 0.33.0, but "
             "older versions take one of them for all layers, without a word: --rank K gives all "
             f"layers one, or {merged}"
+        )
+    if limits := llama_cpp_limits(peft, keys):
+        yield f"llama.cpp's convert_lora_to_gguf refuses it: it has {', '.join(limits)}; {merged}"
+    elif peft.get("use_rslora") or peft.get("alpha_pattern"):
+        yield (
+            "llama.cpp's convert_lora_to_gguf scales every layer by lora_alpha / rank, without a "
+            "word, but this adapter has another scale (use_rslora, alpha_pattern): convert the "
+            f"merged model; {merged}"
         )
 
 

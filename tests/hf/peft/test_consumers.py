@@ -120,6 +120,24 @@ def test_what_is_said_of_vllm_is_what_its_rules_make_of_the_folder(family, tmp_p
         assert vllm_takes(folder, base.config.family) == (not limits), options
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"rank_pattern": {"q_proj": 2}}, None),
+        ({"rank_stabilized": True}, "scales every layer by lora_alpha / rank"),
+        ({"alpha_pattern": {"q_proj": 2.0}}, "scales every layer by lora_alpha / rank"),
+        ({"train_whole": ("lm_head",)}, "refuses it: it has embedding or head"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_the_converter_of_llama_cpp(options, said, untied, tmp_path):
+    """It knows lora_alpha and the shapes of A and B, and takes norms besides."""
+    config = dl.DropLoRA(rank=4, targets=("q_proj", "v_proj"), **options)
+    text = export(dl.inject(load(untied), config, key=dl.root_key(0)), tmp_path / "out")
+    assert (said in text) if said else ("llama.cpp" not in text)
+
+
 def test_the_rank_that_vllm_has_to_make_room_for():
     assert vllm_options({"r": 16}) is None
     assert "--max-lora-rank 64" in vllm_options({"r": 8, "rank_pattern": {"q_proj": 33}})

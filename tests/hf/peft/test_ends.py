@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from oracles import TINY, Folder, relative, torch_logits
 from peft_models import ATTENTION
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_models import load
 from transformers import AutoModelForCausalLM
 
@@ -75,6 +75,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "tied, frozen": ("tied", MORE, {}),
+    "tied, fewer tokens": ("tied", FEWER, {}),
+    "tied, both trained apart": ("tied", MORE, {"modules_to_save": BOTH}),
     "tied, trained apart": ("tied", MORE, {"modules_to_save": ["lm_head"]}),
 }
 
@@ -119,3 +121,54 @@ def test_copies_of_the_base_are_passed_over_and_stay_frozen(untied, tmp_path):
     assert relative(forward(model, trained.tokens), trained.logits) < 1e-5
     assert list(wholes_of(model)) == [("lm_head", "kernel")]
     assert model.source == base.source
+
+
+def edit(folder: Path, **changes) -> None:
+    """Give tensors other names; None takes one out."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors):
+        for old, new in changes.items():
+            if old in name:
+                value = tensors.pop(name)
+                if new is not None:
+                    tensors[name.replace(old, new)] = value
+    save_file(tensors, file)
+
+
+def test_a_trained_module_under_the_name_that_older_versions_gave_it(untied, tmp_path):
+    trained = train_resized(untied.path, tmp_path / "theirs", modules_to_save=BOTH)
+    edit(trained.adapter, **{"embed_tokens": "embed_tokens.modules_to_save"})
+    model = dl.load_adapter(load(untied), trained.adapter)
+    assert relative(forward(model, trained.tokens), trained.logits) < 1e-5
+
+
+def test_factors_of_more_tokens_without_their_tables_are_refused(untied, tmp_path):
+    options = {"target_modules": [*ATTENTION, *BOTH]}
+    trained = train_resized(untied.path, tmp_path / "theirs", copies=False, **options)
+    with pytest.raises(dl.InputError, match=rf"is for {MORE} tokens.*save_embedding_layers=True"):
+        dl.load_adapter(load(untied), trained.adapter)
+
+
+def test_one_end_of_another_vocabulary_than_the_other_is_refused(untied, tmp_path):
+    trained = train_resized(untied.path, tmp_path / "theirs")
+    edit(trained.adapter, **{"lm_head.weight": None})
+    with pytest.raises(dl.InputError, match=r"lm_head\.weight of as many rows is not stored"):
+        dl.load_adapter(load(untied), trained.adapter)
+
+
+def test_copies_that_are_not_the_base_s_count_as_the_base(untied, tmp_path):
+    """As PEFT has it: rows of tokens that were in the table before, given other values."""
+    rows = TINY["vocab_size"]
+    trained = train_resized(untied.path, tmp_path / "theirs", rows, copies=True)
+    file = trained.adapter / "adapter_model.safetensors"
+    stored = load_file(file)
+    table = stored["base_model.model.model.embed_tokens.weight"]
+    table[-3:] = table[:3]
+    save_file(stored, file)
+    theirs = peft.PeftModel.from_pretrained(resized_base(untied.path, rows), trained.adapter)
+    model = dl.load_adapter(load(untied), trained.adapter)
+    expected = torch_logits(theirs.eval(), trained.tokens)
+    assert relative(expected, trained.logits) > 1e-3
+    assert relative(forward(model, trained.tokens), expected) < 1e-5
+    assert not wholes_of(model)
