@@ -45,11 +45,13 @@ class Export:
         from rich.console import Console
 
         from droplora_jax.adapters.truncate import truncated
-        from droplora_jax.commands.export_model import exported_model
+        from droplora_jax.commands.export_model import exported_model, source_notes
         from droplora_jax.core.console import say
         from droplora_jax.hf.exporter import exporter
 
         console = Console()
+        for note in source_notes(self.folders):
+            say(console, note)
         model, record = exported_model(self.folders, step=self.step, base=self.base)
         if self.rank is not None:
             model, truncation = truncated(model, self.rank)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,16 @@ import jax
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
+from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.config import PEFT_FILE
+from droplora_jax.hf.peft.folder import (
+    holds_model,
+    named_adapters,
+    record_of_quantization,
+    trained_over,
+)
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.runs import config_reader
-from droplora_jax.runs.config import BaseConfig
 from droplora_jax.runs.folder import CONFIG_FILE
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.open_model import base_of, load_adapters, restored, weights_of
@@ -33,7 +39,19 @@ def exported_model(
     first = next(iter(weights))
     if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
         return _restored(first, step)
-    return _with_adapters(weights, base), None
+    over = next(filter(None, map(trained_over, weights)), None)
+    return _with_adapters(weights, base), record_of_quantization(over)
+
+
+def source_notes(folders: Sequence[str]) -> Iterator[str]:
+    """What to know about the folders that are exported, in sentences."""
+    for folder in weights_of(folders):
+        if (folder / PEFT_FILE).exists() and holds_model(folder):
+            yield (
+                f"{folder} also holds a whole model: taken here is the adapter on its base. "
+                "transformers puts the adapter onto the model beside it, so that it counts twice "
+                "if it is merged there already: keep the two in folders of their own"
+            )
 
 
 def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
@@ -41,10 +59,16 @@ def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]
     if not (folder / CONFIG_FILE).exists():
         raise InputError(
             f"{folder}: no run of droplora in it (no {CONFIG_FILE}), "
-            f"and no adapter (no {PEFT_FILE})"
+            f"and no adapter (no {PEFT_FILE}){_below(folder)}"
         )
     config = config_reader.read(folder / CONFIG_FILE)
-    return restored(_abstract(config.model), config, folder, which)
+    return restored(_abstract(open_base(config.model)), config, folder, which)
+
+
+def _below(folder: Path) -> str:
+    """What to name instead of a folder with adapters in it, each in a folder of its own."""
+    named = ", ".join(map(str, named_adapters(folder)))
+    return f"; there are adapters in it, name one: {named}" if named else ""
 
 
 def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
@@ -58,12 +82,12 @@ def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
                 "of one base have a sum; if it is one under two names, say --base"
             )
     try:
-        model = _abstract(config)
+        opened = open_base(config)
     except InputError as error:
         raise InputError(f"{error} (the base of {first}; another place: --base)") from error
-    return load_adapters(model, adapters)
+    return load_adapters(_abstract(opened.under([*adapters])), adapters)
 
 
-def _abstract(config: BaseConfig) -> Decoder:
+def _abstract(base: Base) -> Decoder:
     """A base as shapes only, on one device."""
-    return open_base(config).abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
+    return base.abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")

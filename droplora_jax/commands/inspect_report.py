@@ -24,11 +24,12 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, read_json, write_file
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
-from droplora_jax.hf.merged import REPORT_FILE
-from droplora_jax.hf.peft.adapter import OWN_FILE, WEIGHTS_FILE
-from droplora_jax.hf.peft.config import PEFT_FILE, branch_of, check_fields, vllm_limits
+from droplora_jax.hf.companions import REPORT_FILE
+from droplora_jax.hf.peft.config import PEFT_FILE, branch_of
+from droplora_jax.hf.peft.consumers import vllm_limits
+from droplora_jax.hf.peft.folder import OWN_FILE, AdapterFolder
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
-from droplora_jax.hf.tensor_files import TensorFiles, open_file, open_folder
+from droplora_jax.hf.tensor_files import TensorFiles, open_folder
 from droplora_jax.hf.weight_loading import check_tensors
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import ADAPTER, CONFIG_FILE, progress
@@ -118,15 +119,15 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    peft = read_json(folder / PEFT_FILE)
-    check_fields(peft, folder / PEFT_FILE)
-    tensors = open_file(folder / WEIGHTS_FILE)
+    adapter = AdapterFolder.read(folder)
+    peft, tensors = adapter.fields, adapter.tensors
     own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
     whole = [
         key.removeprefix(PREFIX)
         for key in tensors.files
         if split_key(key)[1] is None and not is_copy(key)
     ]
+    limits = vllm_limits(peft, tensors.files)
     return {
         "kind": "adapter",
         "adapter_kind": own.get("kind", "dora" if peft.get("use_dora") else "lora"),
@@ -136,8 +137,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
         **{key: own[key] for key in ("drop_rate", "granularity", "template") if key in own},
         **({"trained_whole": whole} if whole else {}),
         **_sizes(tensors),
-        "vllm": "serves it" if not (why := vllm_limits(peft)) else f"no: {', '.join(why)}",
-        "branches": _layers(peft, tensors, folder / WEIGHTS_FILE),
+        "vllm": f"no: {', '.join(limits)}" if limits else "serves it",
+        "branches": _layers(peft, tensors, adapter.file),
     }
 
 

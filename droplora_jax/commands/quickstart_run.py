@@ -23,7 +23,8 @@ from droplora_jax.core.files import check_free, read_json
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.data.config import DataConfig
 from droplora_jax.hf.base import Base
-from droplora_jax.hf.merged import REPORT_FILE, save_merged
+from droplora_jax.hf.companions import REPORT_FILE
+from droplora_jax.hf.merged import save_merged
 from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.generator import Generator

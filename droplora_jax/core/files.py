@@ -150,7 +150,10 @@ def _finish(folder: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o777 & ~mask)
+            continue
         path.chmod(0o666 & ~mask)
         with path.open("rb") as file:
             os.fsync(file.fileno())

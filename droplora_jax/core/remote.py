@@ -42,9 +42,10 @@ def fetch(url: str, patterns: Sequence[str]) -> Path:
         files = _small_files(url, patterns) | {URL_FILE: url.encode()}
         folder.mkdir(exist_ok=True)
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, content)
-        for old in folder.iterdir():
-            if old.name not in files:
+        for old in folder.rglob("*"):
+            if old.is_file() and str(old.relative_to(folder)) not in files:
                 old.unlink()
     return folder
 
@@ -53,15 +54,21 @@ def _small_files(url: str, patterns: Sequence[str]) -> dict[str, bytes]:
     """The contents of the files in a folder whose names match a pattern."""
     fs, root = _filesystem(url)
     with _reading(url):
-        paths = {Path(path).name: path for path in fs.ls(root, detail=False)}
+        below = (str(path) for path in fs.find(root, maxdepth=2))
+        paths = {path.removeprefix(root).lstrip("/"): path for path in below}
         contents = {
             name: fs.cat_file(path)
             for name, path in paths.items()
-            if any(fnmatch(name, pattern) for pattern in patterns)
+            if any(_matches(name, pattern) for pattern in patterns)
         }
     if not contents:
         raise InputError(f"{url}: nothing of a model in it")
     return contents
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a file's name, relative to its folder, matches a pattern of as many parts."""
+    return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
 def tensors_url(folder: Path) -> str | None:

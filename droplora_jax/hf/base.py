@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 
 from droplora_jax.data.templates.base import Tokenizer
 from droplora_jax.hf import source
+from droplora_jax.hf.companions import adapter_tokenizer
+from droplora_jax.hf.peft import ends
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.weight_loading import abstract_model, read_weights
 from droplora_jax.models.config import ModelConfig, Source
@@ -59,10 +61,24 @@ class Base:
         family, shape = source.read_config(folder, ignore)
         return cls(folder, family, shape, source.source_of(path, folder))
 
+    def under(self, adapters: Sequence[Path]) -> Base:
+        """The base as adapters in PEFT's format have it: with the ends and the tokenizer of theirs.
+
+        Raises:
+          InputError: an adapter that was made for another base, or several that differ in this.
+        """
+        shape, source = ends.under(self.shape, self.source, adapters)
+        return replace(self, shape=shape, source=source)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The Hugging Face tokenizer, loaded when it is first asked for."""
-        return load_tokenizer(self.folder)
+        adapter = self.source.tokenizer
+        return (
+            load_tokenizer(self.folder)
+            if adapter is None
+            else adapter_tokenizer(self.folder, adapter)
+        )
 
     def abstract(
         self, mesh: Mesh, *, dtype: DTypeLike, quantization: Quantization | None = None
@@ -83,5 +99,5 @@ class Base:
         if quantization is not None and quantization.kinds:
             qwix()  # before anything is read
         return read_weights(
-            self.folder, self.abstract(mesh, dtype=dtype, quantization=quantization)
+            self.source, self.abstract(mesh, dtype=dtype, quantization=quantization)
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +20,18 @@ from droplora_jax.adapters.fully_trained import wholes_of
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.files import atomic_folder, check_free, check_links, read_json, write_json
+from droplora_jax.core.files import atomic_folder, check_free, read_json, write_json
+from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
+from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
-from droplora_jax.hf.source import source_folder
-from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_folder, turned
-from droplora_jax.hf.verify import probe
+from droplora_jax.hf.source import base_vocabulary, source_of_model
+from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_source, turned
+from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.hf.verify import HEAD, over_quantized, probe
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
+from droplora_jax.nn.options import Quantization
 
-# What is carried over from the base beside the weights.
-CARRIED = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*")
-REPORT_FILE = "droplora_merge.json"  # what the folder is, and what was verified
 WORST = 3  # tensors that are named
 
 
@@ -43,6 +43,7 @@ class MergeReport:
       tensors: number of tensors in the folder; `merged` of them hold an adapter.
       rounding: per merged tensor, ||stored delta - delta|| / ||delta||, largest first.
       difference: of the folder's float32 logits from base + adapter's, relative (see `probe`).
+      notes: what the folder has from the adapter and not from the base, in sentences.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class MergeReport:
     merged: int
     rounding: tuple[tuple[str, float], ...]
     difference: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = (
@@ -63,11 +65,15 @@ class MergeReport:
                 f"\nrounding to the stored dtype took {median:.1e} of the adapter (relative, "
                 f"median of the tensors), at most: {', '.join(worst)}"
             )
-        return text
+        return "\n".join([text, *self.notes])
 
 
 def save_merged(
-    model: Decoder, folder: str | Path, *, dtype: DTypeLike | None = None
+    model: Decoder,
+    folder: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    trained_over: Quantization | None = None,
 ) -> MergeReport:
     """Write the merged model as a Hugging Face folder.
 
@@ -75,7 +81,8 @@ def save_merged(
     adapters but no base weights. The sum is made in float32 and cast once, to the base's stored
     dtype or to `dtype`. The folder appears under its name only when complete, read back bit for
     bit, and found to compute what base + adapter do (`probe`, which holds one layer in float32).
-    `droplora_merge.json` in it keeps the report.
+    `droplora_merge.json` in it keeps the report. If the adapter was `trained_over` a quantised
+    base, the report says what the full precision of this one changes.
 
     Raises:
       InputError: an output folder that holds something, a value that is not finite, no space;
@@ -95,12 +102,13 @@ def save_merged(
             "`droplora export` anywhere"
         )
     check_free(folder)
-    base_folder = source_folder(model)
+    source = source_of_model(model)
     with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_folder(folder) as temporary:
-        merged = MergedBase(open_folder(base_folder), merges_by_tensor(model), dtype, pool.map)
+        merged = MergedBase(open_source(source), merges_by_tensor(model), dtype, pool.map)
         rounding = _write_shards(merged, temporary)
-        _carry_over(base_folder, temporary, dtype)
-        if (base_folder / INDEX_FILE).exists():
+        copy_files(companions(source.folder, source.tokenizer), temporary)
+        _update_config(temporary / "config.json", model, dtype)
+        if (source.folder / INDEX_FILE).exists():
             write_json(temporary / INDEX_FILE, _index(merged))
         report = MergeReport(
             folder=folder,
@@ -108,6 +116,11 @@ def save_merged(
             merged=len(merged.merges),
             rounding=tuple(sorted(rounding.items(), key=lambda item: -item[1])),
             difference=probe(model, merged.reference, temporary, pool.map),
+            notes=(
+                *_from_adapter(model),
+                *_without_rows(model, temporary),
+                *_over_quantized(model, merged, trained_over, temporary),
+            ),
         )
         write_json(temporary / REPORT_FILE, _as_json(report, model))
     return report
@@ -121,7 +134,8 @@ def export(
     record: Mapping[str, object] | None = None,
 ) -> str:
     """An `exporter.Exporter`: `save_merged`, which records nothing but its own report."""
-    return str(save_merged(model, folder, dtype=dtype))
+    trained_over = quantization_of_record(record or {})
+    return str(save_merged(model, folder, dtype=dtype, trained_over=trained_over))
 
 
 def _write_shards(merged: MergedBase, folder: Path) -> dict[str, float]:
@@ -141,8 +155,8 @@ def _write_shards(merged: MergedBase, folder: Path) -> dict[str, float]:
 def _index(merged: MergedBase) -> dict[str, object]:
     """The index of the shards, whose sizes `dtype` may have changed."""
     base = merged.base
-    size = sum(math.prod(base.shape(name)) * merged.dtype_of(name).itemsize for name in base.files)
-    weight_map = {name: Path(file).name for name, file in base.files.items()}
+    weight_map = {name: shard for shard, names in base.shards().items() for name in names}
+    size = sum(math.prod(base.shape(name)) * merged.dtype_of(name).itemsize for name in weight_map)
     return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
@@ -154,7 +168,62 @@ def _as_json(report: MergeReport, model: Decoder) -> dict[str, object]:
         "base_revision": source.revision if source else None,
         "logits_difference": report.difference,
         "rounding": dict(report.rounding),
+        "notes": list(report.notes),
     }
+
+
+def _from_adapter(model: Decoder) -> Iterator[str]:
+    """What a merged folder has from the adapter, besides the sums."""
+    source = source_of_model(model)
+    if source.tokenizer is not None:
+        yield f"the tokenizer and its chat templates are the adapter's, from {source.tokenizer}"
+    rows, before = model.config.vocab_size, base_vocabulary(source)
+    if rows != before:
+        yield f"the vocabulary is the adapter's: {rows} rows, where the base has {before}"
+    if any(other.name == HEAD and other.file is None for other in source.others):
+        yield (
+            "embedding and head were trained apart, though the base ties them: the merged model is "
+            "untied (tie_word_embeddings: false)"
+        )
+
+
+def _over_quantized(
+    model: Decoder, merged: MergedBase, quantization: Quantization | None, folder: Path
+) -> Iterator[str]:
+    """What it changes that the base of the merge is not the quantised one of the training."""
+    if quantization is None or not quantization.kinds:
+        return
+    kinds = ", ".join(quantization.kinds)
+    try:
+        off = over_quantized(model, merged.stored, quantization, folder, merged.each)
+    except InputError as error:
+        yield f"the adapter was trained over a base in {kinds}; what that changes: {error}"
+        return
+    yield (
+        f"the adapter was trained over the base in {kinds}, and is merged into the base as it is "
+        f"stored: logits differ from those of the quantised base with the adapter by {off:.1e} "
+        "(relative, random tokens). Compare the two on your own data: droplora evaluate takes the "
+        "run or the adapter (--quantize) and the merged folder"
+    )
+
+
+def _without_rows(model: Decoder, folder: Path) -> Iterator[str]:
+    """Tokens of the folder's tokenizer that the embedding has no row for."""
+    if model.source is None or not has_vocabulary(folder):
+        return
+    try:
+        tokens: dict[str, int] = load_tokenizer(folder).get_vocab()
+    except InputError as error:
+        yield str(error).replace(str(folder), "the merged folder")
+        return
+    rows = model.config.vocab_size
+    if outside := sorted((i, token) for token, i in tokens.items() if i >= rows):
+        yield (
+            f"the tokenizer has {len(outside)} tokens, such as {outside[0][1]!r} (id "
+            f"{outside[0][0]}), that the model's {rows} rows have no place for: a prompt with one "
+            "fails, and llama.cpp's converter refuses such a folder. Take them out of the "
+            "tokenizer, or train on a base whose embedding was resized"
+        )
 
 
 @dataclass(frozen=True)
@@ -234,6 +303,12 @@ class MergedBase:
         lost = float(_rounding_loss(kernel, merged, stored))
         return (turned(stored, self.each) if merge.transposed else stored), lost
 
+    def stored(
+        self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
+    ) -> np.ndarray:
+        """A tensor of the base in float32."""
+        return self._read(name, index, transposed).astype(np.float32, copy=False)
+
     def reference(
         self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
     ) -> np.ndarray:
@@ -289,15 +364,16 @@ def _less_rounding(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.
     return kernel.astype(jnp.float32) + (out.astype(jnp.float32) - merged)
 
 
-def _carry_over(source: Path, target: Path, dtype: DTypeLike | None) -> None:
-    check_links(source, CARRIED)
-    for pattern in CARRIED:
-        for file in source.glob(pattern):
-            # Neither an index nor an old merge report is copied: both describe the source folder.
-            of_source = file.name.endswith(".index.json") or file.name == REPORT_FILE
-            if file.is_file() and not of_source:
-                shutil.copyfile(file, target / file.name)
+def _update_config(file: Path, model: Decoder, dtype: DTypeLike | None) -> None:
+    """Let the base's `config.json` say what an adapter or `dtype` has changed."""
+    config = read_json(file)
+    changed: dict[str, object] = {}
+    if model.config.vocab_size != config["vocab_size"]:
+        changed["vocab_size"] = model.config.vocab_size
+    if model.config.tie_embeddings != bool(config.get("tie_word_embeddings", False)):
+        changed["tie_word_embeddings"] = model.config.tie_embeddings
     if dtype is not None:
-        config = read_json(target / "config.json")
         config.pop("torch_dtype", None)
-        write_json(target / "config.json", {**config, "dtype": np.dtype(dtype).name})
+        changed["dtype"] = np.dtype(dtype).name
+    if changed:
+        write_json(file, {**config, **changed})

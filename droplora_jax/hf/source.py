@@ -14,7 +14,16 @@ from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.families.base import Family
 
 # The files of a hub repository that are fetched: no pickles, no other frameworks' weights.
-SMALL_PATTERNS = ["*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
+SMALL_PATTERNS = [
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.txt",
+    "LICENSE*",
+    "USE_POLICY*",
+]
 HUB_PATTERNS = ["*.safetensors", *SMALL_PATTERNS]
 
 
@@ -60,16 +69,28 @@ def source_of(path: str | Path, folder: Path) -> Source:
     return Source(str(path), folder, revision=folder.name)  # a snapshot is named for its commit
 
 
-def source_folder(model: Decoder) -> Path:
-    """The folder that a loaded model's weights came from."""
+def source_of_model(model: Decoder) -> Source:
+    """Where a loaded model's weights came from."""
     if model.source is None:
         raise InputError("the model was not loaded from a folder, so there is no base to export")
-    return model.source.folder
+    return model.source
+
+
+def source_folder(model: Decoder) -> Path:
+    """The folder that a loaded model's weights came from."""
+    return source_of_model(model).folder
+
+
+def base_vocabulary(source: Source) -> int:
+    """The rows of the base's embedding, which an adapter may have changed."""
+    return int(read_json(source.folder / "config.json")["vocab_size"])
 
 
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, ModelConfig]:
     """The family and shape that a folder's `config.json` describes, every key accounted for."""
     file = folder / "config.json"
+    if not file.exists():
+        raise InputError(f"{file}: missing{_adapter_hint(folder)}")
     hf = read_json(file)
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
@@ -84,3 +105,16 @@ def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, Model
         raise InputError(f"{file}: lacks the key {error.args[0]!r}") from error
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def _adapter_hint(folder: Path) -> str:
+    """What to do with an adapter that is named where a base is expected."""
+    peft = folder / "adapter_config.json"
+    if not peft.exists():
+        return ""
+    base = read_json(peft).get("base_model_name_or_path") or "its base"
+    return (
+        f"; the folder holds an adapter for {base}: name {folder} itself where an adapter is "
+        f"expected (generate, evaluate and export take it as it is; in a run model.path={base} "
+        f"and model.adapter={folder})"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -12,6 +13,7 @@ from droplora_jax.core import remote
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
 from droplora_jax.hf.safetensors_file import MappedFile, TensorFile, is_finite
+from droplora_jax.models.config import Source
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -41,6 +43,24 @@ def open_folder(folder: Path) -> TensorFiles:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it")
+
+
+def open_source(source: Source) -> TensorFiles:
+    """The tensors of a model, also those that do not come from its folder.
+
+    Raises:
+      InputError: see `open_folder`; or a file that lacks one of `source.others`.
+    """
+    tensors = open_folder(source.folder)
+    files = {other.file for other in source.others if other.file is not None}
+    opened = {file: open_file(file) for file in sorted(files)}
+    others = {}
+    for other in source.others:
+        holder = tensors if other.file is None else opened[other.file]
+        if other.stored_as not in holder.files:
+            raise InputError(f"{other.file or source.folder}: lacks {other.stored_as}")
+        others[other.name] = (holder, other.stored_as)
+    return tensors.with_others(others)
 
 
 def open_file(file: Path | str) -> TensorFiles:
@@ -87,23 +107,54 @@ def _open(file: Path | str) -> TensorFile:
 
 
 class TensorFiles:
-    """Tensors by name, each in a file of its own or with others, read slice by slice."""
+    """Tensors by name, each in a file of its own or with others, read slice by slice.
+
+    Attributes:
+      files: where each tensor is stored, by its name.
+    """
 
     def __init__(
-        self, files: Mapping[str, Path | str], opened: Mapping[Path | str, TensorFile]
+        self,
+        files: Mapping[str, Path | str],
+        opened: Mapping[Path | str, TensorFile],
+        others: Mapping[str, tuple[TensorFiles, str]] = MappingProxyType({}),
     ) -> None:
-        self.files = dict(files)
-        self._opened = opened
+        self._opened, self._others = opened, others
+        elsewhere = {name: holder.files[stored] for name, (holder, stored) in others.items()}
+        self.files = {**files, **elsewhere}
+
+    def with_others(self, others: Mapping[str, tuple[TensorFiles, str]]) -> TensorFiles:
+        """With further tensors, or others in place of those of the same name.
+
+        Args:
+          others: for each name, the files that hold the tensor, and its name there.
+        """
+        own = {name: file for name, file in self.files.items() if name not in self._others}
+        return TensorFiles(own, self._opened, {**self._others, **others})
+
+    def renamed(self, names: Mapping[str, str]) -> TensorFiles:
+        """The tensors of these names, each under the other name that it is given."""
+        return TensorFiles({}, {}, {new: (self, stored) for stored, new in names.items()})
 
     def shards(self) -> dict[str, list[str]]:
-        """The files' names, each with its tensors in the order that they lie in it."""
-        return {Path(file).name: list(opened.entries) for file, opened in self._opened.items()}
+        """The files' names, each with its tensors in the order that they lie in it.
+
+        A tensor from elsewhere is where the one of its name was, or at the end of the last file.
+        """
+        shards = {Path(file).name: list(opened.entries) for file, opened in self._opened.items()}
+        present = {name for names in shards.values() for name in names}
+        if further := [name for name in self._others if name not in present]:
+            last = max(shards)
+            shards[last] += further
+        return shards
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).entries[name].shape
+        file, stored = self._place(name)
+        return file.entries[stored].shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._file(name).dtype(name)
+        file, stored = self._place(name)
+        return file.dtype(stored)
 
     def read(
         self,
@@ -140,14 +191,14 @@ class TensorFiles:
         Raises:
           InputError: a value that is not finite.
         """
-        file, shape = self._file(name), self.shape(name)
+        (file, stored), shape = self._place(name), self.shape(name)
         rows = range(*(index[0] if index else slice(None)).indices(shape[0]))
         stored_row = self.dtype(name).itemsize * int(np.prod(shape[1:], dtype=np.int64))
         step = max(1, BLOCK_BYTES // max(1, stored_row))
 
         def copy(first: int) -> None:
             last = min(first + step, rows.stop)
-            block = np.array(file.rows(name, first, last)[(slice(None), *index[1:])])
+            block = np.array(file.rows(stored, first, last)[(slice(None), *index[1:])])
             if not is_finite(block):
                 raise InputError(
                     f"{self.files[name]}: {name} holds NaN or infinity; download or convert it "
@@ -160,16 +211,20 @@ class TensorFiles:
                 _turn(block, out[:, at])
             else:
                 out[at] = block
-            file.release(name, first, last)
+            file.release(stored, first, last)
 
         for _ in each(copy, range(rows.start, rows.stop, step)):
             pass
 
-    def _file(self, name: str) -> TensorFile:
+    def _place(self, name: str) -> tuple[TensorFile, str]:
+        """The file that holds a tensor, and the tensor's name in it."""
+        if name in self._others:
+            holder, stored = self._others[name]
+            return holder._place(stored)
         opened = self._opened[self.files[name]]
         if name not in opened.entries:
             raise InputError(f"{opened.name}: does not hold {name}; download it again")
-        return opened
+        return opened, name
 
 
 def turned(x: np.ndarray, each: Each = map) -> np.ndarray:

@@ -19,18 +19,23 @@ from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf import source
-from droplora_jax.hf.tensor_files import Each, open_folder
-from droplora_jax.hf.weight_loading import abstract_model
+from droplora_jax.hf.tensor_files import Each, TensorFiles, open_folder
+from droplora_jax.hf.weight_loading import abstract_model, check_tensors
+from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.models.layer import Layer, run_layers
 from droplora_jax.models.parameter_table import TensorName
 from droplora_jax.nn import ops, rope
 from droplora_jax.nn.layer_paths import Path as ModulePath
+from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.mask_keys import DropShare, MaskKey
+from droplora_jax.nn.options import Quantization
+from droplora_jax.nn.quantized_kernel import Quantized, dense, quantize
 
 TOLERANCE = 1e-4  # relative, of float32 logits; what was seen is around 1e-6
 SHAPE = (2, 32)  # rows and positions of the probe
+HEAD = "lm_head.weight"
 VOCAB_CHUNK = 16_384  # rows of the head that are float32 at a time
 
 
@@ -63,6 +68,8 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
     mesh = make_mesh(devices=jax.local_devices()[:1])
     plain = abstract_model(config, mesh=mesh, dtype=jnp.float32)
     stored = open_folder(folder)
+    check_tensors(stored, folder, plain)
+    _check_head(stored, folder, config)
 
     def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
         return stored.read(name, index, dtype=np.float32, transposed=transposed, each=each)
@@ -78,6 +85,75 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
             "it was kept. This is a defect, of the program or of the disk"
         )
     return difference
+
+
+def over_quantized(
+    model: Decoder, base: Read, quantization: Quantization, folder: Path, each: Each = map
+) -> float:
+    """How far a merged folder is from its adapter on the quantised base that it was trained over.
+
+    Args:
+      model, folder: as `probe` has them.
+      base: the base's tensors.
+
+    Returns:
+      ||merged - quantised base with adapter|| / ||quantised base with adapter|| of the float32
+      logits on random tokens.
+
+    Raises:
+      InputError: Qwix is not installed, or a tile that does not divide a layer's inputs.
+    """
+    names = FAMILIES[model.config.family].tensor_names(model.config)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    shapes = abstract_model(model.config, mesh=mesh, dtype=jnp.float32, quantization=quantization)
+    kinds = {
+        names[dotted(path)].of_layer(layer): (value.kind, value.tile)
+        for path, parameter in nnx.to_flat_state(nnx.state(shapes))
+        if isinstance(value := parameter.get_value(), Quantized)
+        for layer in range(model.config.layers)
+    }
+
+    def quantized(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
+        if name not in kinds:
+            return base(name, index, transposed)
+        kernel_IO = base(name, transposed=True)
+        out = np.asarray(_rounded(kernel_IO, *kinds[name]))
+        return (out if transposed else out.T)[index]
+
+    stored = open_folder(folder)
+
+    def exported(name: str, index: tuple[slice, ...] = (), transposed: bool = False) -> np.ndarray:
+        return stored.read(name, index, dtype=np.float32, transposed=transposed, each=each)
+
+    plain = abstract_model(model.config, mesh=mesh, dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, SHAPE)
+    trained = _logits(model, quantized, tokens)
+    return float(
+        np.linalg.norm(_logits(plain, exported, tokens) - trained) / np.linalg.norm(trained)
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _rounded(kernel_IO: jax.Array, kind: str, tile: int) -> jax.Array:
+    """A kernel as its quantised values have it."""
+    return dense(quantize(kernel_IO, kind, tile, jnp.float32))
+
+
+def _check_head(stored: TensorFiles, folder: Path, config: ModelConfig) -> None:
+    """Raise InputError if a tied model is stored with a head that is not its embedding.
+
+    Some tools read the head where there is one, some the embedding: both have to be the same.
+    """
+    embedding = FAMILIES[config.family].tensor_names(config)["embed.embedding"].pattern
+    if not config.tie_embeddings or HEAD not in stored.files:
+        return
+    for first in range(0, config.vocab_size, VOCAB_CHUNK):
+        index = (slice(first, first + VOCAB_CHUNK),)
+        if not np.array_equal(stored.read(HEAD, index), stored.read(embedding, index)):
+            raise InputError(
+                f"{folder}: {HEAD} is not {embedding}, but config.json ties them: tools differ in "
+                "which they read. Nothing of it was kept. This is a defect of the program"
+            )
 
 
 def _logits(model: Decoder, read: Read, tokens_BT: np.ndarray) -> np.ndarray:

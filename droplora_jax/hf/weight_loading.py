@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jax.typing import DTypeLike
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
-from droplora_jax.hf.tensor_files import Each, TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import Each, TensorFiles, open_source
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
@@ -27,6 +29,10 @@ from droplora_jax.nn.layer_paths import Path as ModulePath
 from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.options import Quantization
 from droplora_jax.nn.quantized_kernel import Quantized, with_layer
+
+ENDS = ("embed", "lm_head")  # of a decoder, whose sizes depend on the vocabulary
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def abstract_model(
@@ -66,22 +72,56 @@ def _without_width(path: ModulePath, stack: Quantized) -> NamedSharding:
     return NamedSharding(stack.sharding.mesh, PartitionSpec(*entries))
 
 
-def read_weights(folder: Path, model: Decoder) -> Decoder:
-    """An abstract model with the weights of a folder, each read onto its devices.
+def read_weights(source: Source, model: Decoder) -> Decoder:
+    """An abstract model with the weights of its source, each read onto its devices.
 
     Raises:
-      InputError: the folder's tensors are not the model's, or one of them is not finite.
+      InputError: the source's tensors are not the model's, or one of them is not finite.
     """
-    weights = open_folder(folder)
-    check_tensors(weights, folder, model)
+    weights = open_source(source)
+    check_tensors(weights, source.folder, model)
     names = FAMILIES[model.config.family].tensor_names(model.config)
-    graphdef, state = nnx.split(model)
+    return _filled(model, "", names, weights)
+
+
+def with_ends(model: Decoder, config: ModelConfig, source: Source) -> Decoder:
+    """A view of a model with the ends that it has in another shape, read from another source.
+
+    The ends are the embedding and the head. Where they are shapes only, they stay shapes.
+
+    Args:
+      config: of the same layers.
+    """
+    if (model.config, model.source) == (config, source):
+        return model
+    assert model.mesh is not None
+    other = abstract_model(config, mesh=model.mesh, dtype=model.dtype, source=source)
+    if not isinstance(model.embed.embedding.get_value(), jax.ShapeDtypeStruct):
+        names, weights = FAMILIES[config.family].tensor_names(config), open_source(source)
+        for name in ENDS:
+            if hasattr(other, name):
+                setattr(other, name, _filled(getattr(other, name), f"{name}.", names, weights))
+    model = nnx.merge(*nnx.split(model))
+    model.config, model.source = config, source
+    for name in ENDS:
+        if hasattr(other, name):
+            setattr(model, name, getattr(other, name))
+        elif hasattr(model, name):
+            delattr(model, name)
+    return model
+
+
+def _filled(
+    module: Module, prefix: str, names: Mapping[str, TensorName], weights: TensorFiles
+) -> Module:
+    """An abstract module with its weights; `prefix` is its path in the model, and a dot."""
+    graphdef, state = nnx.split(module)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def read(path: ModulePath, parameter: nnx.Variable) -> nnx.Variable:
-            leaf = parameter.get_value()
+            leaf, name = parameter.get_value(), names[prefix + dotted(path)]
             of_kind = _read_quantized if isinstance(leaf, Quantized) else _read_sharded
-            return parameter.replace(of_kind(weights, names[dotted(path)], leaf, pool.map))
+            return parameter.replace(of_kind(weights, name, leaf, pool.map))
 
         return nnx.merge(graphdef, nnx.map_state(read, state))
 

@@ -14,6 +14,21 @@ SEES_ALL = 2**30  # a window wider than any row
 
 
 @dataclass(frozen=True)
+class OtherTensor:
+    """A tensor of a model that is not where its name says.
+
+    Attributes:
+      name: what it is in the model.
+      stored_as: its name where it is stored.
+      file: the safetensors file that it is in; None: one of the model's own folder.
+    """
+
+    name: str
+    stored_as: str
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from.
 
@@ -21,11 +36,16 @@ class Source:
       path: a folder, the URL of one on a bucket, or a hub id.
       folder: the local folder that it was resolved to.
       revision: the commit of a hub id.
+      others: tensors in place of the folder's, or beside them: those of an adapter that was trained
+        on a base with other ends.
+      tokenizer: the folder of an adapter that brings files of a tokenizer.
     """
 
     path: str
     folder: Path
     revision: str | None = None
+    others: tuple[OtherTensor, ...] = ()
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from droplora_jax.core import files
 from droplora_jax.core.errors import InputError
+from droplora_jax.hf.peft.folder import record_of_quantization
+from droplora_jax.nn.options import Quantization
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
 from droplora_jax.training.checkpoint import Checkpoints, Record
@@ -97,4 +99,12 @@ def changed_keys(new: object, old: object, path: str = "") -> list[str]:
 
 def adapter_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """What `droplora_config.json` says beside the adapter's own options."""
-    return {"template": record["template"], "seed": record["config"]["seed"]}
+    model = record["config"]["model"]
+    quantization = Quantization(
+        model["quantize"], model["quantize_tile"], model["quantize_pattern"]
+    )
+    return {
+        "template": record["template"],
+        "seed": record["config"]["seed"],
+        **record_of_quantization(quantization),
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf.base import Base
 from droplora_jax.runs.config import BaseConfig
@@ -10,12 +12,20 @@ from droplora_jax.runs.config import BaseConfig
 def open_base(config: BaseConfig) -> Base:
     """Open the base of a run; a command does it once and passes the base on.
 
+    The base of a run that trains on from an adapter has the adapter's ends and tokenizer.
+
     Raises:
       InputError: as `Base.open`, in the words of the run's file.
     """
     try:
-        return Base.open(config.path, config.revision, config.ignore_config_keys)
+        base = Base.open(config.path, config.revision, config.ignore_config_keys)
     except InputError as error:
         if str(error).startswith("path="):
             raise error.within("model") from error
         raise  # it names a file of the base
+    if config.adapter is None:
+        return base
+    try:
+        return base.under([Path(config.adapter).expanduser()])
+    except InputError as error:
+        raise InputError(f"{error} (model.adapter={config.adapter!r})") from error

@@ -22,8 +22,9 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
 from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
-from droplora_jax.hf.peft.adapter import OWN_FILE, load_adapter
+from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
+from droplora_jax.hf.peft.folder import OWN_FILE, check_adapter
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import QuantizedKind
@@ -187,16 +188,22 @@ def find_model(
         raise InputError(f"step {step}: only a run has several, and {path} is none")
     if trained == CONFIG_FILE:
         run = config_reader.read(folder / CONFIG_FILE)
-        base = open_base(run.model)
         if step == "last" and _only_adapter(folder):
-            return ModelFiles(folder, run.model, base, {folder / ADAPTER: 1.0})
-        return ModelFiles(folder, run.model, base, run=run, step=step)
+            config = replace(run.model, adapter=None)  # the run's adapter holds all of that one
+            return _with_adapters(folder, config, {folder / ADAPTER: 1.0})
+        return ModelFiles(folder, run.model, open_base(run.model), run=run, step=step)
     if trained == PEFT_FILE:
-        config = base_of(folder)
-        return ModelFiles(folder, config, open_base(config), {folder: 1.0})
+        return _with_adapters(folder, base_of(folder), {folder: 1.0})
     config = BaseConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
-    weights, base = weights_of(adapters), open_base(config)
-    return ModelFiles(base.folder, config, base, weights)
+    return _with_adapters(None, config, weights_of(adapters))
+
+
+def _with_adapters(
+    folder: Path | None, config: BaseConfig, weights: Mapping[Path, float]
+) -> ModelFiles:
+    """A base with adapters; `folder` is what was named, if it is not the base."""
+    base = open_base(config)
+    return ModelFiles(folder or base.folder, config, base.under([*weights]), weights)
 
 
 def weights_of(adapters: Sequence[str]) -> dict[Path, float]:
@@ -255,10 +262,17 @@ def restored(
 
 def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
     """The base that an adapter in PEFT's format is for, or the one to take instead."""
+    check_adapter(adapter)
     named = read_json(adapter / PEFT_FILE)
     path = instead or named.get("base_model_name_or_path")
     if not path:
         raise InputError(f"{adapter}: does not say which base: give --base, or --adapter to a base")
+    if Path(path).expanduser().resolve() == adapter.resolve():
+        raise InputError(
+            f"{adapter}: names itself as its base (base_model_name_or_path): if the model beside "
+            "the adapter has it merged, it would count twice. Name the base, or copy the model's "
+            "files to a folder of their own"
+        )
     return BaseConfig(path, revision=None if instead else named.get("revision"))
 
 

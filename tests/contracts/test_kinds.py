@@ -38,7 +38,8 @@ from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.low_rank_layer import Initial
 from droplora_jax.adapters.surgery import adapters_of, initial_of
 from droplora_jax.core.config import MeshConfig
-from droplora_jax.hf.peft.adapter import OWN_FILE, adapter_config, load_adapter
+from droplora_jax.hf.peft.adapter import adapter_config, load_adapter
+from droplora_jax.hf.peft.folder import OWN_FILE
 from droplora_jax.nn.layer_paths import layer_names
 from droplora_jax.nn.mask_keys import MaskKey
 from droplora_jax.training.checkpoint import Checkpoints

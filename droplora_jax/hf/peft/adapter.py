@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,25 @@ from droplora_jax.adapters.surgery import adapters_of, inject, view
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, read_json, write_json
+from droplora_jax.hf.companions import copy_files, tokenizer_files
+from droplora_jax.hf.peft import ends
 from droplora_jax.hf.peft.config import (
     PEFT_FILE,
     PeftFields,
     branch_of,
-    check_fields,
     peft_config,
-    vllm_limits,
 )
+from droplora_jax.hf.peft.consumers import misreadings, vllm_limits, vllm_options
+from droplora_jax.hf.peft.folder import OWN_FILE, WEIGHTS_FILE, AdapterFolder
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
 from droplora_jax.hf.peft.names import BaseNames
 from droplora_jax.hf.safetensors_file import is_finite
-from droplora_jax.hf.tensor_files import TensorFiles, open_file
+from droplora_jax.hf.source import base_vocabulary
+from droplora_jax.hf.tensor_files import open_file
+from droplora_jax.hf.weight_loading import ENDS, with_ends
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-OWN_FILE = "droplora_config.json"
 
 
 def save_adapter(
@@ -80,8 +81,10 @@ def save_adapter(
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             write_json(temporary / PEFT_FILE, peft)
             write_json(temporary / OWN_FILE, own)
+            if model.source is not None and model.source.tokenizer is not None:
+                copy_files(tokenizer_files(model.source.tokenizer), temporary)
     distributed.wait_for_all("the adapter is written")
-    return vllm_limits(peft)
+    return vllm_limits(peft, tensors, model.config.family)
 
 
 def export(
@@ -105,7 +108,20 @@ def export(
             f"\nvLLM does not serve it as an adapter: it has {', '.join(limits)}. --format merged "
             "is for every tool"
         )
-    return text
+    peft = read_json(folder / PEFT_FILE)
+    if not limits and (options := vllm_options(peft)):
+        text += f"\n{options}"
+    keys = open_file(folder / WEIGHTS_FILE).files
+    return "\n".join([text, *_misreadings(model, peft, keys)])
+
+
+def _misreadings(model: Decoder, peft: PeftFields, keys: Collection[str]) -> Iterator[str]:
+    """What other tools get wrong with the adapter of a model."""
+    others = model.source.others if model.source is not None else ()
+    tied = model.config.tie_embeddings or any(other.file is None for other in others)
+    rows = model.config.vocab_size
+    resized = model.source is not None and base_vocabulary(model.source) != rows
+    return misreadings(peft, keys, tied=tied, rows=rows if resized else None)
 
 
 def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
@@ -119,7 +135,19 @@ def adapter_tensors(model: Decoder) -> dict[str, np.ndarray]:
     for where, whole in wholes_of(model).items():
         slot = slot_of_whole(where, model)
         tensors |= slot.stored(distributed.to_host(whole.get_value()))
-    return tensors
+    return tensors | _copies(model)
+
+
+def _copies(model: Decoder) -> dict[str, np.ndarray]:
+    """The ends of the model that are not the base's, where they are not trained as they are."""
+    table, adapters = BaseNames(model.config).table, _adapters(model)
+    adapted = {
+        name.pattern: path.rpartition(".")[0] in adapters
+        for path, name in table.items()
+        if path.rpartition(".")[0] in ENDS
+    }
+    trained = [table[base_path(where)].pattern for where in wholes_of(model)]
+    return ends.copies_to_store(model.source, adapted, trained)
 
 
 def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None = None) -> Decoder:
@@ -142,28 +170,30 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
     >>> dl.load_adapter(base, "adapter").layers.q_proj.rank
     2
     """
-    folder = Path(folder)
-    peft, tensors = _read(folder)
+    adapter = AdapterFolder.read(Path(folder))
+    tensors, file = adapter.tensors, adapter.file
     if adapters_of(model):
         model = view(model)
     else:
-        model = inject(model, config or adapter_config(model.config, folder), key="later")
-    _check_scales(model, peft, folder)
+        model = inject(
+            _under(model, adapter), config or adapter_config(model.config, folder), key="later"
+        )
+    _check_scales(model, adapter.fields, adapter.path)
     used: set[str] = set()
 
     def filled(
         slot: Slot, like: jax.Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
     ) -> jax.Array:
         used.update(slot.places)
-        out = slot.filled(like.shape, tensors, folder / WEIGHTS_FILE)
+        out = slot.filled(like.shape, tensors, file)
         return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])
 
-    for path, adapter in _adapters(model).items():
-        slots = slots_of(path, adapter, BaseNames(model.config))
-        stored = jax.eval_shape(adapter.stored)
-        adapter.fill(
+    for path, layer in _adapters(model).items():
+        slots = slots_of(path, layer, BaseNames(model.config))
+        stored = jax.eval_shape(layer.stored)
+        layer.fill(
             {
-                name: filled(slots[name], like, getattr(adapter, name).get_value().sharding)
+                name: filled(slots[name], like, getattr(layer, name).get_value().sharding)
                 for name, like in stored.items()
             }
         )
@@ -171,13 +201,23 @@ def load_adapter(model: Decoder, folder: str | Path, *, config: LowRank | None =
         value = whole.get_value()
         trained = filled(slot_of_whole(where, model), value, value.sharding)
         set_at(model, where, whole.replace(trained))
-    used |= checked_copies(model, _adapters(model), tensors, folder / WEIGHTS_FILE)
+    used |= checked_copies(model, _adapters(model), adapter)
     if extra := set(tensors.files) - used:
         raise InputError(
-            f"{folder / WEIGHTS_FILE}: {sorted(extra)[0]} has no place in the model "
+            f"{file}: {sorted(extra)[0]} has no place in the model "
             f"({len(extra)} such tensors): the adapter's targets are not the model's"
         )
     return model
+
+
+def _under(model: Decoder, adapter: AdapterFolder) -> Decoder:
+    """A model with the ends and the tokenizer that an adapter was trained with.
+
+    A model that comes from no folder stays as it is; it has to have these ends already.
+    """
+    if model.source is None:
+        return model
+    return with_ends(model, *ends.under(model.config, model.source, [adapter.path]))
 
 
 def adapter_config(shape: ModelConfig, folder: str | Path) -> LowRank:
@@ -189,9 +229,9 @@ def adapter_config(shape: ModelConfig, folder: str | Path) -> LowRank:
     Raises:
       InputError: a field or a tensor that can't be represented.
     """
-    folder = Path(folder)
-    peft, tensors = _read(folder)
-    return _own_config(folder) or config_of_peft(shape, peft, tensors, folder / WEIGHTS_FILE)
+    adapter = AdapterFolder.read(Path(folder))
+    shape = ends.shape_under(shape, adapter)
+    return _own_config(adapter.path) or config_of_peft(shape, adapter)
 
 
 def _check_scales(model: Decoder, peft: PeftFields, folder: Path) -> None:
@@ -258,12 +298,6 @@ def _whole_fields(model: Decoder) -> dict[str, Any]:
     modules = [names.table[path] for path in sorted(paths - trained)]
     ends = [name.module.rsplit(".", 1)[-1] if name.stacked else name.module for name in modules]
     return {"bias": bias, "modules_to_save": ends or None}
-
-
-def _read(folder: Path) -> tuple[PeftFields, TensorFiles]:
-    peft = read_json(folder / PEFT_FILE)
-    check_fields(peft, folder / PEFT_FILE)
-    return peft, open_file(folder / WEIGHTS_FILE)
 
 
 def _own_config(folder: Path) -> LowRank | None:

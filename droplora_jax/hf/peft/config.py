@@ -181,19 +181,3 @@ def peft_config(
 
 def _number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def vllm_limits(peft: PeftFields) -> list[str]:
-    """Why vLLM would not serve the adapter as it is: it knows one rank and alpha, A and B only."""
-    targets = peft.get("target_modules") or ()
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
-    ends = [end for end in sorted(ENDS) if any(name.endswith(end) for name in names)]
-    limits = {
-        f"adapters of {' and '.join(ends)} (target_modules)": ends,
-        "ranks that differ (rank_pattern)": peft.get("rank_pattern"),
-        "alphas that differ (alpha_pattern)": peft.get("alpha_pattern"),
-        "DoRA (use_dora)": peft.get("use_dora"),
-        "modules trained whole (modules_to_save)": peft.get("modules_to_save"),
-        "trained biases (bias)": peft.get("bias", "none") != "none",
-    }
-    return [reason for reason, there in limits.items() if there]

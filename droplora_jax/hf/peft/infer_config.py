@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ from droplora_jax.adapters import ADAPTERS
 from droplora_jax.adapters.config import Branch, LowRank
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf.peft.config import PEFT_FILE, PeftFields, branch_of, is_target
+from droplora_jax.hf.peft.ends import frozen_copies
+from droplora_jax.hf.peft.folder import AdapterFolder
 from droplora_jax.hf.peft.names import EMBED, HEAD, PREFIX, BaseNames, is_copy, split_key
 from droplora_jax.hf.tensor_files import TensorFiles
 from droplora_jax.models.config import ModelConfig
 
 
-def config_of_peft(
-    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path
-) -> LowRank:
-    """The LoRA or DoRA (`drop_rate=0`) that the tensors of `file` are, on a base of this shape.
+def config_of_peft(shape: ModelConfig, adapter: AdapterFolder) -> LowRank:
+    """The LoRA or DoRA (`drop_rate=0`) that an adapter's tensors are.
+
+    Args:
+      shape: of the base as the adapter has it (`ends.shape_under`).
 
     Raises:
       InputError: a tensor that can't be represented, or that `adapter_config.json` does not name.
     """
+    peft, tensors, file = adapter.fields, adapter.tensors, adapter.file
     branches = _branches(shape, peft, tensors, file)
     kind: Any = ADAPTERS["dora" if peft.get("use_dora") else "droplora"]
     rank, alpha = peft["r"], float(peft["lora_alpha"])
@@ -38,7 +42,7 @@ def config_of_peft(
         rank_stabilized=bool(peft.get("use_rslora")),
         rank_pattern={pattern: own for pattern, own in ranks if own != rank},
         alpha_pattern={pattern: own for pattern, own in alphas if own != alpha},
-        train_whole=_whole(shape, peft, tensors, file),
+        train_whole=_whole(shape, peft, tensors, file, frozen_copies(shape, adapter)),
     )
 
 
@@ -47,26 +51,19 @@ def _branches(
 ) -> dict[str, dict[int, Branch]]:
     """The branches that the file holds, by path and layer."""
     names = BaseNames(shape)
-    modules, tied = names.modules, bool(peft.get("ensure_weight_tying"))
-    head, embedding = HEAD.rpartition(".")[0], names.module(EMBED, 0)
+    modules = names.modules
     branches: dict[str, dict[int, Branch]] = {}
     for key in tensors.files:
         module, part = split_key(key)
-        if part is None or (tied and key in names.tied_factors):
+        if part is None or key in names.tied_factors:
             continue
-        if shape.tie_embeddings and (module == head or (module == embedding and not tied)):
-            raise InputError(
-                f"{file}: {key} adapts the head or the embedding apart from the other, but this "
-                "base ties them (ensure_weight_tying is off, or use_dora on): that can't be "
-                "represented"
-            )
         if module not in modules:
             raise InputError(
                 f"{file}: {key} adapts a module that has no adapter here (target_modules): only "
                 f"linear layers of the base's {shape.layers} layers, embedding and head have. It "
                 "can't be represented, or was made for another base"
             )
-        if not is_target(peft, module):
+        if not _is_target(peft, module, names):
             raise InputError(
                 f"{file}: {key} is there, but {PEFT_FILE} does not name {module} in "
                 "target_modules, or leaves it out"
@@ -78,15 +75,21 @@ def _branches(
     return {path: dict(sorted(by_layer.items())) for path, by_layer in branches.items()}
 
 
+def _is_target(peft: PeftFields, module: str, names: BaseNames) -> bool:
+    """Whether PEFT adapts a module; with `ensure_weight_tying` it adapts the head as well."""
+    tied = module == HEAD.rpartition(".")[0] and bool(peft.get("ensure_weight_tying"))
+    return is_target(peft, module) or (tied and is_target(peft, names.module(EMBED, 0)))
+
+
 def _whole(
-    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path
+    shape: ModelConfig, peft: PeftFields, tensors: TensorFiles, file: Path, frozen: Collection[str]
 ) -> tuple[str, ...]:
-    """Patterns of the parameters that are trained whole."""
+    """Patterns of the parameters that are trained whole; `frozen` are tensors that are not."""
     names = BaseNames(shape)
     layers: dict[str, set[int]] = {}
     for key in tensors.files:
         tensor, part = split_key(key)
-        if part is not None or is_copy(key):
+        if part is not None or is_copy(key) or key in frozen:
             continue
         if not key.startswith(PREFIX) or tensor not in names.tensors:
             raise InputError(f"{file}: {key} {_why_not(key)}")
@@ -107,15 +110,16 @@ def _whole(
                 f"{file.with_name(PEFT_FILE)}: modules_to_save={peft['modules_to_save']!r}, but "
                 f"{file.name} has no tensor of {name!r}"
             )
-    if "embed.embedding" in layers and shape.tie_embeddings and not peft.get("ensure_weight_tying"):
-        raise InputError(
-            f"{file}: modules_to_save holds the embedding or the head ({HEAD}) apart from the "
-            "other, but this base ties them (ensure_weight_tying is off): that can't be represented"
-        )
     return tuple(f"^{re.escape(path)}$" for path in layers)
 
 
 def _why_not(key: str) -> str:
+    if ".default." in key:
+        return (
+            "has the name of PEFT's adapter in it ('default'): a state_dict was saved as it is, "
+            "which PEFT would not read either. Save it with save_pretrained, or take '.default' "
+            "out of the names"
+        )
     if "lora_" in key:
         return "is of a kind (target_modules, lora_bias) that can't be represented"
     return "has no place in the model: the adapter was made for another base"

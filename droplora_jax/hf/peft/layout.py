@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from droplora_jax.adapters.base import Adapter, base_path
@@ -15,7 +14,8 @@ from droplora_jax.adapters.low_rank_layer import LowRankLinear
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
-from droplora_jax.hf import source
+from droplora_jax.hf.peft.ends import frozen_copies
+from droplora_jax.hf.peft.folder import AdapterFolder
 from droplora_jax.hf.peft.names import (
     EMBEDDING,
     HEAD,
@@ -27,7 +27,7 @@ from droplora_jax.hf.peft.names import (
     split_key,
     whole_key,
 )
-from droplora_jax.hf.tensor_files import TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import TensorFiles, open_source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.layer_paths import Path as ModulePath
 
@@ -112,40 +112,47 @@ def tied_factors(names: BaseNames, tensors: Mapping[str, np.ndarray]) -> dict[st
 
 
 def checked_copies(
-    model: Decoder, adapters: Mapping[str, Adapter], tensors: TensorFiles, file: Path
+    model: Decoder, adapters: Mapping[str, Adapter], adapter: AdapterFolder
 ) -> set[str]:
     """The names of the redundant tensors, checked to equal their originals.
 
-    They are the head's factors where the head is tied to the embedding, and the base weight of an
-    embedding or a head with an adapter.
+    They are the head's factors where the head is tied to the embedding, the base weight of a module
+    with an adapter, and ends that were not trained. (`ends.under` has made the base's ends those of
+    the adapter.)
 
     Raises:
       InputError: a tensor differs from its original.
     """
-    names = BaseNames(model.config)
+    names, tensors = BaseNames(model.config), adapter.tensors
     copies = set()
     for key, original in names.tied_factors.items():
         if key in tensors.files and original in tensors.files:
             copies.add(key)
             if not np.array_equal(tensors.read(key).T, tensors.read(original)):
                 raise InputError(
-                    f"{file}: {key} is not {original}, transposed: the head was trained apart from "
-                    "the embedding, but this base ties them. That can't be represented"
+                    f"{adapter.file}: {key} is not {original}, transposed: the head was trained "
+                    "apart from the embedding, but ensure_weight_tying is on. That can't be "
+                    "represented"
                 )
-    for key in filter(is_copy, tensors.files):
+    frozen = frozen_copies(model.config, adapter)
+    for key in tensors.files:
         path, _ = names.tensors.get(split_key(key)[0], ("", 0))
-        if (adapter := adapters.get(path.rpartition(".")[0])) is not None:
+        if key in frozen or (is_copy(key) and path.rpartition(".")[0] in adapters):
             copies.add(key)
-            _check_same(key, tensors, _base_value(model, adapter, path), file)
+            _check_same(key, tensors, _base_value(model, split_key(key)[0], path), adapter.file)
     return copies
 
 
-def _base_value(model: Decoder, adapter: Adapter, path: str) -> np.ndarray:
-    """The base's tensor beside an adapter: the model's, or that of its folder if it has shapes."""
-    name, value = BaseNames(model.config).table[path], adapter.base_kernel.get_value()
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return open_folder(source.source_folder(model)).read(name.pattern)
-    kernel = distributed.to_host(value)
+def _base_value(model: Decoder, tensor: str, path: str) -> np.ndarray:
+    """A tensor of the base: as its source has it, or of the model if it comes from no folder."""
+    name = BaseNames(model.config).table[path]
+    if model.source is not None:
+        base = open_source(model.source)
+        return base.read(tensor if tensor in base.files else name.pattern)
+    owner, _, attribute = path.rpartition(".")
+    layer = adapters_of(model).get(owner)
+    value = getattr(getattr(model, owner), attribute) if layer is None else layer.base_kernel
+    kernel = distributed.to_host(value.get_value())
     return kernel.T if name.transposed else kernel
 
 
@@ -156,5 +163,5 @@ def _check_same(key: str, tensors: TensorFiles, base: np.ndarray, file: Path) ->
     if theirs.shape != base.shape or (theirs.astype(coarser) != base.astype(coarser)).any():
         raise InputError(
             f"{file}: {key} is not what this base has there: the adapter was made for another "
-            "base, or for more tokens. That can't be represented"
+            "base. That can't be represented"
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from droplora_jax.adapters.interop.stored_factors import LINEAR, MAGNITUDE, A, B
 from droplora_jax.models.config import ModelConfig
@@ -79,6 +81,11 @@ def split_key(key: str) -> tuple[str, str | None]:
         if name.endswith(part):
             return name.removesuffix(part), part
     return name.replace(".base_layer.", "."), None
+
+
+def saved_module(peft: Mapping[str, Any], module: str) -> bool:
+    """Whether a module is one of PEFT's `modules_to_save`: trained as it is, without factors."""
+    return any(module.endswith(name) for name in peft.get("modules_to_save") or ())
 
 
 def is_copy(key: str) -> bool:

@@ -28,7 +28,7 @@ from small_models import load
 import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core.config import MeshConfig
-from droplora_jax.hf.peft.config import vllm_limits
+from droplora_jax.hf.peft.consumers import vllm_limits
 
 KEY = dl.root_key(0)
 OPTIONS = {"rank": 4, "alpha": 6.0}
@@ -170,16 +170,16 @@ def test_no_adapters_nothing_to_save(base, tmp_path):
     [
         ({}, []),
         ({"rank_stabilized": True}, []),
-        ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern"]),
-        ({"alpha_pattern": {r"layers\.0\.q_proj": 2.0}}, ["alpha_pattern"]),
+        ({"rank_pattern": {"q_proj": 2}}, []),
+        ({"targets": ("q_proj", "embed")}, ["embed_tokens"]),
         ({"train_whole": ("lm_head",)}, ["modules_to_save"]),
         ({"train_whole": ("bias$",)}, ["bias"]),
     ],
     ids=str,
 )
 def test_what_vllm_does_not_serve_is_said(options, reasons, qwen2, tmp_path):
-    """vLLM knows A and B of linear layers, with one rank and one alpha."""
-    config = dl.DropLoRA(rank=4, targets="q_proj", **options)
+    """vLLM knows A and B of linear layers, and of the ends in some families."""
+    config = dl.DropLoRA(**{"rank": 4, "targets": "q_proj", **options})
     model = dl.inject(qwen2, config, key=KEY)
     limits = dl.save_adapter(model, tmp_path / "out")
     assert len(limits) == len(reasons)
@@ -319,7 +319,7 @@ BROKEN = {
         r"layers\.1\.self_attn\.q_proj\.lora_A\.weight holds NaN or infinity",
     ),
     "embedding": (
-        {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((3, 8), np.float32)},
+        {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((3, 64), np.float32)},
         {},
         r"lora_embedding_A is there.*does not name model\.embed_tokens in target_modules",
     ),
