@@ -25,7 +25,7 @@ def quantized_shapes(model: Model, quantization: Quantization) -> Model:
         dotted(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Linear)
     }
     names = {(path,): [(path,)] for path in layers}
-    check_patterns({"model.quantize_pattern": tuple(quantization.pattern)}, names)
+    check_patterns({"pattern": tuple(quantization.pattern)}, names)
     for path, layer in layers.items():
         kind = quantization.of(path)
         if kind != "none":
@@ -38,8 +38,8 @@ def _shapes(path: str, kernel: jax.ShapeDtypeStruct, kind: str, tile: int) -> Qu
     width_in = kernel.shape[-2]
     if width_in % tile:
         raise InputError(
-            f"model.quantize_tile={tile}: must divide the {width_in} inputs of {path}; "
+            f"tile={tile}: must divide the {width_in} inputs of {path}; "
             f"take another tile, or leave the layer as it is: "
-            f"model.quantize_pattern.{path.rpartition('.')[2]}=none"
+            f"pattern.{path.rpartition('.')[2]}=none"
         )
     return shapes(kernel, kind, tile)

@@ -233,6 +233,6 @@ def qwix() -> Any:
         import qwix
     except ImportError as error:
         raise InputError(
-            "model.quantize: needs Qwix: pip install 'droplora-jax[quantized]'"
+            "a quantised base needs Qwix: pip install 'droplora-jax[quantized]'"
         ) from error
     return qwix

@@ -22,7 +22,7 @@ from droplora_jax.hf.base import Base
 from droplora_jax.models.decoder import Decoder, with_noise
 from droplora_jax.nn.attention.dispatch import Choice, choose
 from droplora_jax.nn.options import Remat, StepOptions
-from droplora_jax.runs.config import RunConfig
+from droplora_jax.runs.config import RunConfig, quantize_keys
 from droplora_jax.runs.memory import GIB, compiled
 from droplora_jax.training.compiled_step import CompiledStep
 from droplora_jax.training.optimizer import Optimizer
@@ -80,12 +80,11 @@ def attention_kernel(config: RunConfig, base: Base, mesh: Mesh) -> Choice:
     Raises:
       InputError: the devices can't run the kernel that `model.attention` names.
     """
-    return choose(
-        config.model.attention,
-        mesh=mesh,
-        dtype=config.model.dtype_on(mesh.devices.flat[0].platform),
-        head_dim=base.shape.head_dim,
-    )
+    dtype = config.model.dtype_on(mesh.devices.flat[0].platform)
+    try:
+        return choose(config.model.attention, mesh=mesh, dtype=dtype, head_dim=base.shape.head_dim)
+    except InputError as error:
+        raise error.within("model") from error
 
 
 def abstract_step(
@@ -97,11 +96,9 @@ def abstract_step(
       InputError: an adapter that does not fit the base, or options of the optimizer that match
         nothing that is trained.
     """
-    model = base.abstract(
-        mesh,
-        dtype=config.model.dtype_on(mesh.devices.flat[0].platform),
-        quantization=config.model.quantization(),
-    )
+    dtype = config.model.dtype_on(mesh.devices.flat[0].platform)
+    with quantize_keys("model."):
+        model = base.abstract(mesh, dtype=dtype, quantization=config.model.quantization())
     model = with_noise(model, config.train.neftune_alpha)
     graphdef, adapters, mask_keys, frozen = split(inject(model, config.adapter, key=None))
     state = jax.tree.map(

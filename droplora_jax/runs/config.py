@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -20,6 +22,19 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.data.config import DataConfig
 from droplora_jax.nn.options import Kernel, Quantization, QuantizedKind
 from droplora_jax.training.config import OptimConfig, TrainConfig
+
+
+@contextmanager
+def quantize_keys(section: str = "") -> Iterator[None]:
+    """Name the fields of `Quantization` in an error by the keys of `BaseConfig`."""
+    try:
+        yield
+    except InputError as error:
+        problems = (re.sub(r"^kind\b", f"{section}quantize", p) for p in error.problems)
+        key = rf"{section}quantize_\1"
+        raise InputError(
+            *(re.sub(r"\b(tile|pattern)(?=[=.])", key, p) for p in problems)
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,8 @@ class BaseConfig:
     quantize_pattern: Mapping[str, QuantizedKind] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
+        with quantize_keys():
             self.quantization()
-        except InputError as error:
-            keys = (problem.removeprefix("kind") for problem in error.problems)
-            raise InputError(
-                *("quantize" + key if key.startswith("=") else f"quantize_{key}" for key in keys)
-            ) from error
 
     def quantization(self) -> Quantization:
         return Quantization(self.quantize, self.quantize_tile, self.quantize_pattern)

@@ -185,7 +185,7 @@ def find_model(
             "base, and every adapter"
         )
     if step != "last" and trained != CONFIG_FILE:
-        raise InputError(f"--step {step}: only a run has several, and {path} is none")
+        raise InputError(f"step {step}: only a run has several, and {path} is none")
     if trained == CONFIG_FILE:
         run = config_reader.read(folder / CONFIG_FILE)
         if step == "last" and _only_adapter(folder):

@@ -110,13 +110,13 @@ class Checkpoints:
         if which == "best":
             if self.best is None:
                 raise InputError(
-                    f"{self.folder}: --step best, but no checkpoint was evaluated (data.valid or "
-                    "train.eval_tasks choose on what); use --step last"
+                    f"{self.folder}: step best: no checkpoint was evaluated, which needs examples "
+                    "or tasks to evaluate on; take step last"
                 )
             return self.best
         if which not in map(str, steps):
             raise InputError(
-                f"{self.folder}: --step {which}: there are last, best, {', '.join(map(str, steps))}"
+                f"{self.folder}: step {which}: there are last, best, {', '.join(map(str, steps))}"
             )
         return int(which)
 

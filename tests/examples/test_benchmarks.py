@@ -262,4 +262,4 @@ def test_a_kernel_that_can_not_be_had_is_skipped(tmp_path: Path):
     ran = suite("gpu-packed", "--shape", "tiny", "--batch", "2", "--output", str(tmp_path))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for kernel in ("cudnn", "tokamax"):
-        assert f"{kernel}: skipped: model.attention='{kernel}': it is made for cuda" in ran.stdout
+        assert f"{kernel}: skipped: attention='{kernel}': it is made for cuda" in ran.stdout

@@ -154,8 +154,8 @@ def test_an_export_may_be_loaded_as_a_model_and_an_adapter(folder, base, droplor
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step", "5"], "--step 5: there are last, best, 4, 8, 12"),
-        (["--step", "first"], "--step first: there are last, best, 4, 8, 12"),
+        (["--step", "5"], "step 5: there are last, best, 4, 8, 12"),
+        (["--step", "first"], "step first: there are last, best, 4, 8, 12"),
         (["--format", "peft", "--dtype", "bfloat16"], "--dtype bfloat16: only for --format merged"),
     ],
 )

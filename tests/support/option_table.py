@@ -344,6 +344,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, bool]] = {
     "tokamax is a kernel for GPUs": ({"model.attention": "tokamax"}, "model.attention", False),
     "cudnn is a kernel for GPUs": ({"model.attention": "cudnn"}, "model.attention", False),
     "a CPU has nothing to offload": ({"train.remat": "offload"}, "train.remat", False),
+    "a tile has to divide a layer's inputs": (
+        {"model.quantize": "int8", "model.quantize_tile": 6},
+        "model.quantize_tile=6",
+        False,
+    ),
     "a hub id needs the network": ({"model.path": "nobody/nothing"}, "model.path", False),
     "the others need an address": (
         {"distributed.num_processes": 2, "distributed.process_id": 1},

@@ -88,7 +88,7 @@ def test_the_newest_and_the_best_are_kept(checkpoints, state):
 def test_a_score_that_is_not_finite_is_never_the_best(checkpoints, state, score):
     save(checkpoints, state, 1, score)
     assert (checkpoints.best, checkpoints.best_score) == (None, None)
-    with pytest.raises(InputError, match="--step best, but no checkpoint was evaluated"):
+    with pytest.raises(InputError, match="step best: no checkpoint was evaluated"):
         checkpoints.choose("best")
     for step, other in [(2, -2.0), (3, score), (4, -3.0), (5, score)]:
         save(checkpoints, state, step, other)
@@ -226,13 +226,13 @@ def test_choose(checkpoints, state):
 @pytest.mark.parametrize("which", ["15", "0", "-10", "first", "1e1", "", "²"])
 def test_choosing_what_is_not_there(checkpoints, state, which):
     save(checkpoints, state, 10, 1.0)
-    with pytest.raises(InputError, match=r"checkpoints: --step .*there are last, best, 10"):
+    with pytest.raises(InputError, match=r"checkpoints: step .*there are last, best, 10"):
         checkpoints.choose(which)
 
 
 def test_choosing_the_best_where_none_was_evaluated(checkpoints, state):
     save(checkpoints, state, 10)
-    with pytest.raises(InputError, match=r"--step best, but no checkpoint was evaluated.* last"):
+    with pytest.raises(InputError, match=r"step best: no checkpoint was evaluated.* last"):
         checkpoints.choose("best")
 
 

@@ -63,14 +63,14 @@ def choose(kernel: Kernel, *, mesh: Mesh | None, dtype: DTypeLike, head_dim: int
       InputError: the devices can't run the kernel that is named.
     """
     if kernel not in (known := get_args(Kernel)):
-        raise InputError(f"model.attention={kernel!r}: must be one of {', '.join(known)}")
+        raise InputError(f"attention={kernel!r}: must be one of {', '.join(known)}")
     if kernel == "blockwise":
         return Choice(kernel, "asked for")
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     context = 1 if mesh is None else mesh.shape["context"]
     if kernel != "auto":
         if (reason := _refusal(KERNELS[kernel], device, context, dtype, head_dim)) is not None:
-            raise InputError(f"model.attention={kernel!r}: {reason}; use auto, or blockwise")
+            raise InputError(f"attention={kernel!r}: {reason}; use auto, or blockwise")
         return Choice(kernel, "asked for")
     platform, refusals = _platform(device), []
     for name, candidate in KERNELS.items():
@@ -91,7 +91,7 @@ def _refusal(
     if kernel.platform != platform:
         return f"it is made for {kernel.platform}, and the devices are {platform}"
     if context > 1:
-        return f"it takes whole rows, and positions are split over mesh.context={context}"
+        return f"it takes whole rows, and positions are split over context={context} devices"
     return kernel.refusal(device, dtype, head_dim)
 
 

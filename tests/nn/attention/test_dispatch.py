@@ -107,7 +107,7 @@ def fake_mesh(platform: str, context: int = 1) -> Mesh:
         ),
         ("auto", "rocm", "bfloat16", 1, "blockwise", "auto: no other is made for rocm"),
         ("auto", "cpu", "float32", 1, "blockwise", "auto: no other is made for cpu"),
-        ("auto", "tpu", "bfloat16", 4, "blockwise", "auto: not splash.*over mesh.context=4"),
+        ("auto", "tpu", "bfloat16", 4, "blockwise", "auto: not splash.*over context=4"),
         ("blockwise", "tpu", "bfloat16", 1, "blockwise", "asked for"),
         ("splash", "tpu", "float32", 1, "splash", "asked for"),
     ],
@@ -125,11 +125,11 @@ def test_the_choice_and_why(name, platform, dtype, context, kernel, why):
         ("splash", "cuda", "bfloat16", 1, "it is made for tpu, and the devices are cuda"),
         ("cudnn", "rocm", "bfloat16", 1, "it is made for cuda, and the devices are rocm"),
         ("cudnn", "cuda", "float32", 1, "it takes bfloat16 and float16, not float32"),
-        ("splash", "tpu", "bfloat16", 2, "positions are split over mesh.context=2"),
+        ("splash", "tpu", "bfloat16", 2, "positions are split over context=2"),
     ],
 )
 def test_a_kernel_that_can_not_run_is_an_error(name, platform, dtype, context, reason):
-    words = rf"model.attention='{name}': .*{reason}; use auto, or blockwise"
+    words = rf"attention='{name}': .*{reason}; use auto, or blockwise"
     with pytest.raises(InputError, match=words):
         choose(name, mesh=fake_mesh(platform, context), dtype=dtype, head_dim=128)
 
