@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,25 @@ class Layer:
     spectrum: tuple[float, ...]
 
 
-def show(folder: Path, *, as_json: bool, picture: Path | None, console: Console) -> None:
+def show(
+    folder: Path,
+    *,
+    as_json: bool,
+    picture: Path | None,
+    console: Console,
+    ignore_config_keys: Sequence[str] = (),
+) -> None:
     """Print what a folder is; also draws its adapter's layers into the file `picture`.
+
+    Args:
+      ignore_config_keys: keys of a base's `config.json` known to change nothing.
 
     Raises:
       InputError: no folder of a kind that is known, or one that is broken.
     """
     if picture is not None:
         check_absent(picture)
-    description = describe(folder)
+    description = describe(folder, ignore_config_keys)
     layers = description.pop("branches", [])
     if picture is not None:
         if not layers:
@@ -88,7 +98,7 @@ def show(folder: Path, *, as_json: bool, picture: Path | None, console: Console)
         console.print(table(layers))
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, ignore_config_keys: Sequence[str] = ()) -> dict[str, Any]:
     """`kind` (`base`, `merged`, `adapter` or `run`), and what there is to say of such a one."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -97,7 +107,7 @@ def describe(folder: Path) -> dict[str, Any]:
     if (folder / PEFT_FILE).exists():
         return _adapter(folder)
     if (folder / "config.json").exists():
-        return _model(folder)
+        return _model(folder, ignore_config_keys)
     raise InputError(
         f"{folder}: no model (config.json), no adapter ({PEFT_FILE}), no run ({CONFIG_FILE}) in it"
     )
@@ -144,8 +154,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    base = Base.open(folder)
+def _model(folder: Path, ignore_config_keys: Sequence[str]) -> dict[str, Any]:
+    base = Base.open(folder, ignore=ignore_config_keys)
     shape, tensors = base.shape, open_folder(base.folder)
     model = base.abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
     check_tensors(tensors, folder, model)

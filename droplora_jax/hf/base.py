@@ -52,14 +52,17 @@ class Base:
           path: a folder with `config.json` and safetensors, the URL of one on a bucket (`gs://`,
             `s3://`), or a hub id.
           revision: branch, tag or commit of a hub id.
-          ignore: unknown keys of `config.json` known to change nothing.
+          ignore: keys of `config.json` known to change nothing, besides those that a merged folder
+            records.
 
         Raises:
           InputError: no such folder or hub id, or a key that is missing, unknown or not supported.
         """
         folder = source.resolve(path, revision)
-        family, shape = source.read_config(folder, ignore)
-        return cls(folder, family, shape, source.source_of(path, folder))
+        ignored = tuple(dict.fromkeys((*ignore, *source.ignored_config_keys(folder))))
+        family, shape = source.read_config(folder, ignored)
+        found = replace(source.source_of(path, folder), ignored_config_keys=ignored)
+        return cls(folder, family, shape, found)
 
     def under(self, adapters: Sequence[Path]) -> Base:
         """The base as adapters in PEFT's format have it: with the ends and the tokenizer of theirs.

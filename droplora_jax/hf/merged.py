@@ -154,6 +154,7 @@ def _as_json(report: MergeReport, model: Decoder) -> dict[str, object]:
         "format_version": 1,
         "base": source.path if source else None,
         "base_revision": source.revision if source else None,
+        "ignored_config_keys": list(source.ignored_config_keys) if source else [],
         "logits_difference": report.difference,
         "rounding": dict(report.rounding),
         "notes": list(report.notes),
