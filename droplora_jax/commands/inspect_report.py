@@ -29,7 +29,7 @@ from droplora_jax.hf.peft.config import PEFT_FILE, branch_of
 from droplora_jax.hf.peft.consumers import vllm_limits
 from droplora_jax.hf.peft.folder import OWN_FILE, AdapterFolder
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
-from droplora_jax.hf.tensor_files import TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import TensorFiles, open_source
 from droplora_jax.hf.weight_loading import check_tensors
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import ADAPTER, CONFIG_FILE, progress
@@ -147,16 +147,14 @@ def _adapter(folder: Path) -> dict[str, Any]:
         **{key: own[key] for key in ("drop_rate", "granularity", "template") if key in own},
         **({"trained_whole": whole} if whole else {}),
         **_sizes(tensors),
-        "vllm": "serves it"
-        if not (why := vllm_limits(peft, tensors.files))
-        else f"no: {', '.join(why)}",
+        "vllm": f"no: {', '.join(limits)}" if limits else "serves it",
         "branches": _layers(peft, tensors, adapter.file),
     }
 
 
 def _model(folder: Path, ignore_config_keys: Sequence[str]) -> dict[str, Any]:
     base = Base.open(folder, ignore=ignore_config_keys)
-    shape, tensors = base.shape, open_folder(base.folder)
+    shape, tensors = base.shape, open_source(base.source)
     model = base.abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
     check_tensors(tensors, folder, model)
     merged = (folder / REPORT_FILE).exists()
@@ -169,6 +167,7 @@ def _model(folder: Path, ignore_config_keys: Sequence[str]) -> dict[str, Any]:
         "heads": f"{shape.heads}, {shape.kv_heads} of keys and values",
         "vocabulary": shape.vocab_size,
         "positions": shape.max_positions,
+        "head": "the embedding" if shape.tie_embeddings else "its own",
         **_sizes(tensors),
         **({"merged_from": report.get("base")} if merged else {}),
         **({"logits_difference": report.get("logits_difference")} if merged else {}),

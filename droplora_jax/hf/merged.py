@@ -24,7 +24,14 @@ from droplora_jax.core.files import atomic_folder, check_free, read_json, write_
 from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
 from droplora_jax.hf.source import base_vocabulary, source_of_model
-from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_source, turned
+from droplora_jax.hf.tensor_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Each,
+    TensorFiles,
+    open_source,
+    turned,
+)
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.verify import HEAD, probe
 from droplora_jax.models.decoder import Decoder
@@ -101,12 +108,12 @@ def save_merged(
         rounding = _write_shards(merged, temporary)
         copy_files(companions(source.folder, source.tokenizer), temporary)
         _update_config(temporary / "config.json", model, dtype)
-        if (source.folder / INDEX_FILE).exists():
+        if list(merged.base.shards()) != [SINGLE_FILE]:
             write_json(temporary / INDEX_FILE, _index(merged))
         report = MergeReport(
             folder=folder,
             tensors=len(merged.base.files),
-            merged=len(merged.merges),
+            merged=len(merged.merges.keys() & merged.base.files.keys()),
             rounding=tuple(sorted(rounding.items(), key=lambda item: -item[1])),
             difference=probe(model, merged.reference, temporary, pool.map),
             notes=(*_from_adapter(model), *_without_rows(model, temporary)),
@@ -211,7 +218,7 @@ class Merge:
 
 
 def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
-    """The merge of every stored tensor that has an adapter."""
+    """The merge of every tensor that has an adapter, under each name that it may be stored as."""
     names = FAMILIES[model.config.family].tensor_names(model.config)
     merges: dict[str, Merge] = {}
     for path, adapter in adapters_of(model).items():
@@ -230,6 +237,9 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         for layer in range(model.config.layers if name.stacked else 1):
             replace = partial(_replacement, value[layer] if name.stacked else value)
             merges[name.of_layer(layer)] = Merge(replace, name.transposed, replaces=True)
+    embedding = merges.get(names["embed.embedding"].pattern)
+    if model.config.tie_embeddings and embedding is not None:
+        merges[HEAD] = embedding  # for files that hold a copy of it
     return merges
 
 
