@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flax import nnx
 from oracles import Folder, model_folder, randomized
 from safetensors.numpy import load_file, save_file
 from small_models import load
+from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax import cli
@@ -351,6 +353,49 @@ def test_a_link_that_leads_outside_the_folder(copy, tmp_path, name):
     (tmp_path / "elsewhere").rename(copy / "within")
     (copy / name).symlink_to(copy / "within")
     load(copy)
+
+
+def test_links_into_a_hub_cache_are_followed(copy, tmp_path):
+    """Some versions of huggingface_hub put them into a folder that was asked for."""
+    blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in shards(copy):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    assert load(copy)
+
+
+def one_file(folder: Path, **changed: np.ndarray) -> dict[str, np.ndarray]:
+    """All shards of a folder as `model.safetensors`, beside them."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in shards(folder):
+        tensors |= load_file(file)
+    tensors |= {name.replace("__", "."): value for name, value in changed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def test_an_index_without_its_shards_is_a_leftover(copy, tmp_path):
+    old = shards(copy)
+    one_file(copy, model__norm__weight=np.full(32, 2.0, np.float32))
+    for file in old:
+        file.unlink()
+    theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    model = load(copy)
+    np.testing.assert_array_equal(model.final_norm.scale[...], theirs.model.norm.weight.detach())
+    assert float(model.final_norm.scale[...][0]) == 2.0
+    dl.save_merged(adapted(model), tmp_path / "out")
+    assert [file.name for file in shards(tmp_path / "out")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_the_weights_of_two_models(copy):
+    first = shards(copy)[0]
+    one_file(copy)
+    os.utime(copy / "model.safetensors", (1, 1))
+    message = rf"model\.safetensors and the shards of .*such as {first.name}: two models \(model-0"
+    with pytest.raises(dl.InputError, match=message):
+        load(copy)
 
 
 # The hub, as its cache is on a machine that is offline, and buckets.
