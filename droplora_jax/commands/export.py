@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from droplora_jax.commands.options import ignored_keys, said_on_command_line
 from droplora_jax.commands.parser import option
 from droplora_jax.core.compile_cache import compile_cache
 from droplora_jax.core.errors import InputError
@@ -31,6 +32,7 @@ class Export:
     step: str = option("last|best|N", "of a run", default="last")
     rank: int | None = option("K", "truncate the adapter to this rank", default=None)
     base: str | None = option("DIR", "of an adapter, if it has moved", default=None)
+    ignore_config_keys: tuple[str, ...] = ignored_keys()
 
     def run(self) -> None:
         check_free(self.to)
@@ -52,7 +54,13 @@ class Export:
         console = Console()
         for note in source_notes(self.folders):
             say(console, note)
-        model, record = exported_model(self.folders, step=self.step, base=self.base)
+        with said_on_command_line():
+            model, record = exported_model(
+                self.folders,
+                step=self.step,
+                base=self.base,
+                ignore_config_keys=self.ignore_config_keys,
+            )
         if self.rank is not None:
             model, truncation = truncated(model, self.rank)
             say(console, str(truncation))

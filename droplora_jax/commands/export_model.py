@@ -19,14 +19,19 @@ from droplora_jax.hf.peft.folder import (
     trained_over,
 )
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.families.config_keys import UnfitConfigKeys
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import CONFIG_FILE
 from droplora_jax.runs.open_base import open_base
-from droplora_jax.runs.open_model import base_of, load_adapters, restored, weights_of
+from droplora_jax.runs.open_model import base_of, ignoring, load_adapters, restored, weights_of
 
 
 def exported_model(
-    folders: Sequence[str], *, step: str = "last", base: str | None = None
+    folders: Sequence[str],
+    *,
+    step: str = "last",
+    base: str | None = None,
+    ignore_config_keys: Sequence[str] = (),
 ) -> tuple[Decoder, dict[str, Any] | None]:
     """A model with trained adapters, its base as shapes only; and what to record with them.
 
@@ -34,13 +39,15 @@ def exported_model(
       folders: of one run; or of adapters, DIR or DIR=WEIGHT, whose sum it is.
       step: of a run: `last`, `best`, or the number of a checkpoint.
       base: of an adapter, if it is not where the adapter says.
+      ignore_config_keys: keys of the base's `config.json` known to change nothing, besides those
+        that are recorded.
     """
     weights = weights_of(folders)
     first = next(iter(weights))
     if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
-        return _restored(first, step)
+        return _restored(first, step, ignore_config_keys)
     over = next(filter(None, map(trained_over, weights)), None)
-    return _with_adapters(weights, base), record_of_quantization(over)
+    return _with_adapters(weights, base, ignore_config_keys), record_of_quantization(over)
 
 
 def source_notes(folders: Sequence[str]) -> Iterator[str]:
@@ -54,7 +61,9 @@ def source_notes(folders: Sequence[str]) -> Iterator[str]:
             )
 
 
-def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]:
+def _restored(
+    folder: Path, which: str, ignored: Sequence[str]
+) -> tuple[Decoder, dict[str, Any] | None]:
     """A run's model with the adapters of a checkpoint, the base as shapes only; what to record."""
     if not (folder / CONFIG_FILE).exists():
         raise InputError(
@@ -62,7 +71,8 @@ def _restored(folder: Path, which: str) -> tuple[Decoder, dict[str, Any] | None]
             f"and no adapter (no {PEFT_FILE}){_below(folder)}"
         )
     config = config_reader.read(folder / CONFIG_FILE)
-    return restored(_abstract(open_base(config.model)), config, folder, which)
+    base = open_base(ignoring(config.model, ignored))
+    return restored(_abstract(base), config, folder, which)
 
 
 def _below(folder: Path) -> str:
@@ -71,18 +81,23 @@ def _below(folder: Path) -> str:
     return f"; there are adapters in it, name one: {named}" if named else ""
 
 
-def _with_adapters(adapters: Mapping[Path, float], base: str | None) -> Decoder:
+def _with_adapters(
+    adapters: Mapping[Path, float], base: str | None, ignored: Sequence[str]
+) -> Decoder:
     """The model of adapters in PEFT's format, the base as shapes only."""
     config, *others = (base_of(folder, base) for folder in adapters)
     first, *folders = adapters
     for folder, other in zip(folders, others, strict=True):
-        if other != config:
+        config = ignoring(config, other.ignore_config_keys)
+        if (other.path, other.revision) != (config.path, config.revision):
             raise InputError(
                 f"{folder} is for the base {other.path}, {first} for {config.path}: only adapters "
                 "of one base have a sum; if it is one under two names, say --base"
             )
     try:
-        opened = open_base(config)
+        opened = open_base(ignoring(config, ignored))
+    except UnfitConfigKeys:
+        raise  # it names the file, and the way out
     except InputError as error:
         raise InputError(f"{error} (the base of {first}; another place: --base)") from error
     return load_adapters(_abstract(opened.under([*adapters])), adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from droplora_jax.commands.options import ignored_keys, said_on_command_line
 from droplora_jax.commands.parser import option
 
 
@@ -14,6 +15,7 @@ class Inspect:
 
     folder: Path = option("DIR")
     json: bool = option(help="everything, for programs", default=False)
+    ignore_config_keys: tuple[str, ...] = ignored_keys()
     png: Path | None = option("FILE", "draw a map of the layers", default=None)
 
     def run(self) -> None:
@@ -21,4 +23,11 @@ class Inspect:
 
         from droplora_jax.commands.inspect_report import show
 
-        show(self.folder, as_json=self.json, picture=self.png, console=Console())
+        with said_on_command_line():
+            show(
+                self.folder,
+                as_json=self.json,
+                picture=self.png,
+                console=Console(),
+                ignore_config_keys=self.ignore_config_keys,
+            )

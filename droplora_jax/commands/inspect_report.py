@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from droplora_jax.hf.peft.config import PEFT_FILE, branch_of
 from droplora_jax.hf.peft.consumers import vllm_limits
 from droplora_jax.hf.peft.folder import OWN_FILE, AdapterFolder
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
-from droplora_jax.hf.tensor_files import TensorFiles, open_folder
+from droplora_jax.hf.tensor_files import TensorFiles, open_source
 from droplora_jax.hf.weight_loading import check_tensors
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import ADAPTER, CONFIG_FILE, progress
@@ -62,15 +62,25 @@ class Layer:
     spectrum: tuple[float, ...]
 
 
-def show(folder: Path, *, as_json: bool, picture: Path | None, console: Console) -> None:
+def show(
+    folder: Path,
+    *,
+    as_json: bool,
+    picture: Path | None,
+    console: Console,
+    ignore_config_keys: Sequence[str] = (),
+) -> None:
     """Print what a folder is; also draws its adapter's layers into the file `picture`.
+
+    Args:
+      ignore_config_keys: keys of a base's `config.json` known to change nothing.
 
     Raises:
       InputError: no folder of a kind that is known, or one that is broken.
     """
     if picture is not None:
         check_absent(picture)
-    description = describe(folder)
+    description = describe(folder, ignore_config_keys)
     layers = description.pop("branches", [])
     if picture is not None:
         if not layers:
@@ -88,7 +98,7 @@ def show(folder: Path, *, as_json: bool, picture: Path | None, console: Console)
         console.print(table(layers))
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, ignore_config_keys: Sequence[str] = ()) -> dict[str, Any]:
     """`kind` (`base`, `merged`, `adapter` or `run`), and what there is to say of such a one."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -97,7 +107,7 @@ def describe(folder: Path) -> dict[str, Any]:
     if (folder / PEFT_FILE).exists():
         return _adapter(folder)
     if (folder / "config.json").exists():
-        return _model(folder)
+        return _model(folder, ignore_config_keys)
     raise InputError(
         f"{folder}: no model (config.json), no adapter ({PEFT_FILE}), no run ({CONFIG_FILE}) in it"
     )
@@ -142,9 +152,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(folder: Path) -> dict[str, Any]:
-    base = Base.open(folder)
-    shape, tensors = base.shape, open_folder(base.folder)
+def _model(folder: Path, ignore_config_keys: Sequence[str]) -> dict[str, Any]:
+    base = Base.open(folder, ignore=ignore_config_keys)
+    shape, tensors = base.shape, open_source(base.source)
     model = base.abstract(make_mesh(devices=jax.devices()[:1]), dtype="float32")
     check_tensors(tensors, folder, model)
     merged = (folder / REPORT_FILE).exists()
@@ -157,6 +167,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "heads": f"{shape.heads}, {shape.kv_heads} of keys and values",
         "vocabulary": shape.vocab_size,
         "positions": shape.max_positions,
+        "head": "the embedding" if shape.tie_embeddings else "its own",
         **_sizes(tensors),
         **({"merged_from": report.get("base")} if merged else {}),
         **({"logits_difference": report.get("logits_difference")} if merged else {}),

@@ -57,18 +57,21 @@ def check_absent(file: Path) -> None:
 def check_links(folder: Path, patterns: Sequence[str]) -> None:
     """Raise InputError for a matching file that is a link to a place outside `folder`.
 
-    Links into the `blobs` beside a snapshot are allowed: huggingface_hub's cache consists of them.
+    Links into the `blobs` of huggingface_hub's cache are allowed: its snapshots consist of them,
+    and some of its versions have put them into folders that a model was downloaded to.
     """
-    inside = [folder]
-    if folder.parent.name == "snapshots":
-        inside.append(folder.parent.parent / "blobs")
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         target = file.resolve()
-        if file.is_symlink() and not any(target.is_relative_to(place) for place in inside):
+        if file.is_symlink() and not (target.is_relative_to(folder) or _is_blob(target)):
             raise InputError(
                 f"{file}: a link to {target}, outside its folder; it is not followed. Copy the "
                 "file into the folder"
             )
+
+
+def _is_blob(path: Path) -> bool:
+    """Whether a file lies where huggingface_hub's cache keeps what it has downloaded."""
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith("models--")
 
 
 def cache_folder(name: str) -> Path:

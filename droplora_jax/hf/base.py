@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from droplora_jax.data.templates.base import Tokenizer
-from droplora_jax.hf import source
+from droplora_jax.hf import source, tied_head
 from droplora_jax.hf.companions import adapter_tokenizer
 from droplora_jax.hf.peft import ends
 from droplora_jax.hf.tokenizer import load_tokenizer
@@ -48,18 +48,24 @@ class Base:
     ) -> Base:
         """Find a base model and read its `config.json`.
 
+        Where that ties the head to the embedding, the tables of both are compared, if the files
+        hold both: two that differ are an untied model's.
+
         Args:
           path: a folder with `config.json` and safetensors, the URL of one on a bucket (`gs://`,
             `s3://`), or a hub id.
           revision: branch, tag or commit of a hub id.
-          ignore: unknown keys of `config.json` known to change nothing.
+          ignore: keys of `config.json` known to change nothing, besides those that a merged folder
+            records.
 
         Raises:
           InputError: no such folder or hub id, or a key that is missing, unknown or not supported.
         """
         folder = source.resolve(path, revision)
-        family, shape = source.read_config(folder, ignore)
-        return cls(folder, family, shape, source.source_of(path, folder))
+        ignored = tuple(dict.fromkeys((*ignore, *source.ignored_config_keys(folder))))
+        family, shape = source.read_config(folder, ignored)
+        found = replace(source.source_of(path, folder), ignored_config_keys=ignored)
+        return cls(folder, family, *tied_head.as_stored(shape, found))
 
     def under(self, adapters: Sequence[Path]) -> Base:
         """The base as adapters in PEFT's format have it: with the ends and the tokenizer of theirs.

@@ -33,7 +33,7 @@ def load(
       mesh: where the weights go; default: all local devices along `fsdp`.
       dtype: of the weights and the activations.
       revision: branch, tag or commit of a hub id.
-      ignore_config_keys: unknown keys of `config.json` known to change nothing.
+      ignore_config_keys: keys of `config.json` known to change nothing; exports record them.
       quantize: store the linear layers in fewer bits: `int8`, `int4`, `nf4`, or a `Quantization`.
 
     Raises:

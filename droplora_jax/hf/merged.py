@@ -25,7 +25,14 @@ from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_
 from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
 from droplora_jax.hf.source import base_vocabulary, source_of_model
-from droplora_jax.hf.tensor_files import INDEX_FILE, Each, TensorFiles, open_source, turned
+from droplora_jax.hf.tensor_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Each,
+    TensorFiles,
+    open_source,
+    turned,
+)
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.verify import HEAD, over_quantized, probe
 from droplora_jax.models.decoder import Decoder
@@ -108,12 +115,12 @@ def save_merged(
         rounding = _write_shards(merged, temporary)
         copy_files(companions(source.folder, source.tokenizer), temporary)
         _update_config(temporary / "config.json", model, dtype)
-        if (source.folder / INDEX_FILE).exists():
+        if list(merged.base.shards()) != [SINGLE_FILE]:
             write_json(temporary / INDEX_FILE, _index(merged))
         report = MergeReport(
             folder=folder,
             tensors=len(merged.base.files),
-            merged=len(merged.merges),
+            merged=len(merged.merges.keys() & merged.base.files.keys()),
             rounding=tuple(sorted(rounding.items(), key=lambda item: -item[1])),
             difference=probe(model, merged.reference, temporary, pool.map),
             notes=(
@@ -166,6 +173,7 @@ def _as_json(report: MergeReport, model: Decoder) -> dict[str, object]:
         "format_version": 1,
         "base": source.path if source else None,
         "base_revision": source.revision if source else None,
+        "ignored_config_keys": list(source.ignored_config_keys) if source else [],
         "logits_difference": report.difference,
         "rounding": dict(report.rounding),
         "notes": list(report.notes),
@@ -242,7 +250,7 @@ class Merge:
 
 
 def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
-    """The merge of every stored tensor that has an adapter."""
+    """The merge of every tensor that has an adapter, under each name that it may be stored as."""
     names = FAMILIES[model.config.family].tensor_names(model.config)
     merges: dict[str, Merge] = {}
     for path, adapter in adapters_of(model).items():
@@ -261,6 +269,9 @@ def merges_by_tensor(model: Decoder) -> dict[str, Merge]:
         for layer in range(model.config.layers if name.stacked else 1):
             replace = partial(_replacement, value[layer] if name.stacked else value)
             merges[name.of_layer(layer)] = Merge(replace, name.transposed, replaces=True)
+    embedding = merges.get(names["embed.embedding"].pattern)
+    if model.config.tie_embeddings and embedding is not None:
+        merges[HEAD] = embedding  # for files that hold a copy of it
     return merges
 
 

@@ -9,6 +9,7 @@ time. Without a map (`backend="pread"`) the same load took 24 times as long.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import mmap
@@ -99,6 +100,12 @@ class TensorFile:
         self.name = str(name)
         self._content = content
         self.entries = _read_header(content, self.name)
+
+    def with_names(self, names: Mapping[str, str]) -> TensorFile:
+        """The same file with other names for its tensors."""
+        renamed = copy.copy(self)
+        renamed.entries = {names[tensor]: entry for tensor, entry in self.entries.items()}
+        return renamed
 
     def dtype(self, tensor: str) -> np.dtype:
         stored = self.entries[tensor].stored

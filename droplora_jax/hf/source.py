@@ -8,6 +8,7 @@ from pathlib import Path
 from droplora_jax.core import remote
 from droplora_jax.core.errors import InputError, first_line
 from droplora_jax.core.files import check_links, read_json
+from droplora_jax.hf.companions import REPORT_FILE
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
@@ -74,6 +75,12 @@ def source_of_model(model: Decoder) -> Source:
     if model.source is None:
         raise InputError("the model was not loaded from a folder, so there is no base to export")
     return model.source
+
+
+def ignored_config_keys(folder: Path) -> tuple[str, ...]:
+    """The keys of its base's `config.json` that were ignored when a merged folder was made."""
+    report = folder / REPORT_FILE
+    return tuple(read_json(report).get("ignored_config_keys", ())) if report.exists() else ()
 
 
 def source_folder(model: Decoder) -> Path:

@@ -17,6 +17,7 @@ from droplora_jax.models.config import Source
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+PREFIX = "model."  # of the tensors of a decoder, within a model with a head
 
 BLOCK_BYTES = 2**21  # read, checked, cast and turned while it is in a core's cache
 TURNED = 256  # columns that are turned at a time
@@ -27,15 +28,21 @@ Each = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 def open_folder(folder: Path) -> TensorFiles:
     """The tensors of `model.safetensors`, or of the shards that its index lists.
 
+    An index without its shards beside `model.safetensors` is a leftover of an earlier save, and
+    transformers passes over it too. A decoder that was saved without its head lacks the prefix
+    `model.`; its tensors have it here.
+
     Raises:
-      InputError: no safetensors (pickled weights are not read), a broken index, or one that
-        does not say what its shards hold.
+      InputError: no safetensors (pickled weights are not read), a broken index, one that does not
+        say what its shards hold, or the weights of two models.
     """
     index, single = folder / INDEX_FILE, _beside(folder, SINGLE_FILE)
+    if _exists(single):
+        if index.exists():
+            _check_leftover(folder, index)
+        return _with_prefix(open_file(single))
     if index.exists():
-        return _of_index(folder, index)
-    if remote.exists(single) if isinstance(single, str) else single.exists():
-        return open_file(single)
+        return _with_prefix(_of_index(folder, index))
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise InputError(
             f"{folder}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
@@ -43,6 +50,11 @@ def open_folder(folder: Path) -> TensorFiles:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
         )
     raise InputError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors of a model."""
+    return (folder / INDEX_FILE).exists() or _exists(_beside(folder, SINGLE_FILE))
 
 
 def open_source(source: Source) -> TensorFiles:
@@ -69,13 +81,18 @@ def open_file(file: Path | str) -> TensorFiles:
     return TensorFiles(dict.fromkeys(opened.entries, file), {file: opened})
 
 
-def _of_index(folder: Path, index: Path) -> TensorFiles:
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index}: no 'weight_map' in it; download the index again")
     for file in weight_map.values():
         if not isinstance(file, str) or Path(file).name != file:
             raise InputError(f"{index}: names the file {file!r}, which is not one of its folder")
+    return weight_map
+
+
+def _of_index(folder: Path, index: Path) -> TensorFiles:
+    weight_map = _weight_map(index)
     opened = {file: _open(_beside(folder, file)) for file in sorted(set(weight_map.values()))}
     for file, shard in opened.items():
         for tensor in shard.entries:
@@ -89,6 +106,44 @@ def _of_index(folder: Path, index: Path) -> TensorFiles:
     return TensorFiles(
         {tensor: _beside(folder, file) for tensor, file in weight_map.items()}, of_paths
     )
+
+
+def _check_leftover(folder: Path, index: Path) -> None:
+    """Raise InputError if shards of an index lie beside `model.safetensors`."""
+    shards = sorted(_shards_of(index) - {SINGLE_FILE})
+    if present := [shard for shard in shards if _exists(_beside(folder, shard))]:
+        newer = ""
+        if not remote.tensors_url(folder):
+            times = {name: (folder / name).stat().st_mtime for name in (SINGLE_FILE, *present)}
+            newest = max(times, key=lambda name: times[name])
+            newer = f" ({newest} is the newest)"
+        raise InputError(
+            f"{folder}: holds {SINGLE_FILE} and the shards of {INDEX_FILE}, such as {present[0]}: "
+            f"two models{newer}. transformers reads {SINGLE_FILE}; move the files of the other "
+            "away"
+        )
+
+
+def _shards_of(index: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+      InputError: no table in it, or the name of a file that is not one of its folder.
+    """
+    return set(_weight_map(index).values())
+
+
+def _with_prefix(tensors: TensorFiles) -> TensorFiles:
+    """The tensors under the names that they have in a whole model."""
+    if any(name.startswith(PREFIX) for name in tensors.files):
+        return tensors
+    return tensors.with_names(
+        {name: name if name.startswith("lm_head.") else PREFIX + name for name in tensors.files}
+    )
+
+
+def _exists(file: Path | str) -> bool:
+    return remote.exists(file) if isinstance(file, str) else file.exists()
 
 
 def _beside(folder: Path, file: str) -> Path | str:
@@ -122,6 +177,12 @@ class TensorFiles:
         self._opened, self._others = opened, others
         elsewhere = {name: holder.files[stored] for name, (holder, stored) in others.items()}
         self.files = {**files, **elsewhere}
+
+    def with_names(self, names: Mapping[str, str]) -> TensorFiles:
+        """The same tensors in the same files, each under the other name that it is given."""
+        files = {names[name]: file for name, file in self.files.items()}
+        opened = {file: shard.with_names(names) for file, shard in self._opened.items()}
+        return TensorFiles(files, opened)
 
     def with_others(self, others: Mapping[str, tuple[TensorFiles, str]]) -> TensorFiles:
         """With further tensors, or others in place of those of the same name.

@@ -64,7 +64,8 @@ def probe(model: Decoder, reference: Read, folder: Path, each: Each = map) -> fl
     Raises:
       InputError: it is above `TOLERANCE`.
     """
-    _, config = source.read_config(folder)
+    ignored = model.source.ignored_config_keys if model.source else ()
+    _, config = source.read_config(folder, ignored)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     plain = abstract_model(config, mesh=mesh, dtype=jnp.float32)
     stored = open_folder(folder)

@@ -30,6 +30,7 @@ from droplora_jax.nn.layer_paths import dotted
 from droplora_jax.nn.options import Quantization
 from droplora_jax.nn.quantized_kernel import Quantized, with_layer
 
+TIED_HEAD = "lm_head.weight"  # a copy of the embedding, in the files of some tied models
 ENDS = ("embed", "lm_head")  # of a decoder, whose sizes depend on the vocabulary
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -140,9 +141,14 @@ def check_tensors(weights: TensorFiles, folder: Path, model: Decoder) -> None:
             expected[name.of_layer(layer)] = own_shape
     found = weights.files
     if missing := [name for name in expected if name not in found]:
+        tied = names["embed.embedding"].pattern in found and missing == [TIED_HEAD]
+        reason = (
+            'if the head is the embedding, config.json lacks "tie_word_embeddings": true'
+            if tied
+            else "config.json does not describe these weights, or a shard is missing"
+        )
         raise InputError(
-            f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; "
-            "config.json does not describe these weights, or a shard is missing"
+            f"{folder}: {len(missing)} tensor(s) missing, such as {missing[0]}; {reason}"
         )
     for tensor, shape in expected.items():
         if weights.shape(tensor) != shape:
@@ -150,9 +156,9 @@ def check_tensors(weights: TensorFiles, folder: Path, model: Decoder) -> None:
                 f"{found[tensor]}: {tensor} has shape {list(weights.shape(tensor))}, "
                 f"but config.json asks for {list(shape)}"
             )
-    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    copies = {TIED_HEAD} if model.config.tie_embeddings else set()
     for tensor in found:
-        if tensor not in expected and tensor not in tied and not tensor.endswith(family.buffers):
+        if tensor not in expected and tensor not in copies and not tensor.endswith(family.buffers):
             raise InputError(
                 f"{found[tensor]}: tensor {tensor} has no place in this model; config.json doesn't "
                 "describe these weights (biases, more layers, or another architecture?)"

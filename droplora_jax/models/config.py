@@ -39,6 +39,7 @@ class Source:
       others: tensors in place of the folder's, or beside them: those of an adapter that was trained
         on a base with other ends.
       tokenizer: the folder of an adapter that brings files of a tokenizer.
+      ignored_config_keys: keys of its `config.json` that a user knows to change nothing.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Source:
     revision: str | None = None
     others: tuple[OtherTensor, ...] = ()
     tokenizer: Path | None = None
+    ignored_config_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

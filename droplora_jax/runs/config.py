@@ -45,7 +45,8 @@ class BaseConfig:
       path: a folder with `config.json`, safetensors and tokenizer; a bucket's URL; or a hub id.
       dtype: `bfloat16`, `float32`, or `auto`: bfloat16 on accelerators, float32 on CPU.
       revision: branch, tag or commit of a hub id.
-      ignore_config_keys: unknown keys of `config.json` that are known to change nothing.
+      ignore_config_keys: keys of `config.json` that are known to change nothing; they are recorded
+        with the adapter and in a merged folder.
       adapter: an adapter in PEFT's format to train on from; its layers, ranks and scales stay, and
         the run's `adapter` says how its ranks are dropped.
       attention: the attention kernel: `splash` (TPU), `cudnn` (NVIDIA GPU), `tokamax` (NVIDIA GPU,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.hf.base import Base
+from droplora_jax.models.families.config_keys import UnfitConfigKeys
 from droplora_jax.runs.config import BaseConfig
 
 
@@ -19,6 +20,8 @@ def open_base(config: BaseConfig) -> Base:
     """
     try:
         base = Base.open(config.path, config.revision, config.ignore_config_keys)
+    except UnfitConfigKeys as error:
+        raise error.said_as(f"model.ignore_config_keys=[{','.join(error.keys)}]") from error
     except InputError as error:
         if str(error).startswith("path="):
             raise error.within("model") from error

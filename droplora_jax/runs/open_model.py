@@ -24,9 +24,10 @@ from droplora_jax.core.sharding import make_mesh
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.peft.folder import OWN_FILE, check_adapter
+from droplora_jax.hf.peft.folder import OWN_FILE, check_adapter, ignored_config_keys
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
+from droplora_jax.models.families.config_keys import UnfitConfigKeys
 from droplora_jax.nn.options import QuantizedKind
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import BaseConfig, RunConfig
@@ -144,7 +145,8 @@ def open_model(
       mesh: where it goes; default: all local devices, as many as can along `tensor`.
       revision: branch, tag or commit of a hub id.
       step: of a run: `last`, `best`, or the number of a checkpoint.
-      ignore_config_keys: unknown keys of `config.json` known to change nothing.
+      ignore_config_keys: keys of `config.json` known to change nothing, besides those that are
+        recorded with a run, an adapter or a merged folder.
       quantize: how the linear layers are stored; default: as a run was trained, else `none`.
 
     Raises:
@@ -176,6 +178,19 @@ def find_model(
     Raises:
       InputError: a folder that is none of these, or a part of it that is missing or broken.
     """
+    try:
+        return _find_model(path, adapter, revision, step, tuple(ignore_config_keys))
+    except UnfitConfigKeys as error:
+        raise error.said_as(f"ignore_config_keys={json.dumps(error.keys)}") from error
+
+
+def _find_model(
+    path: str,
+    adapter: str | Sequence[str],
+    revision: str | None,
+    step: str,
+    ignored: tuple[str, ...],
+) -> ModelFiles:
     folder = Path(path).expanduser()
     trained = next((f for f in (CONFIG_FILE, PEFT_FILE) if (folder / f).exists()), None)
     adapters = (adapter,) if isinstance(adapter, str) else adapter
@@ -188,13 +203,15 @@ def find_model(
         raise InputError(f"step {step}: only a run has several, and {path} is none")
     if trained == CONFIG_FILE:
         run = config_reader.read(folder / CONFIG_FILE)
+        config = ignoring(run.model, ignored)
         if step == "last" and _only_adapter(folder):
-            config = replace(run.model, adapter=None)  # the run's adapter holds all of that one
+            config = replace(config, adapter=None)  # the run's adapter holds all of that one
             return _with_adapters(folder, config, {folder / ADAPTER: 1.0})
-        return ModelFiles(folder, run.model, open_base(run.model), run=run, step=step)
+        return ModelFiles(folder, config, open_base(config), run=run, step=step)
     if trained == PEFT_FILE:
-        return _with_adapters(folder, base_of(folder), {folder: 1.0})
-    config = BaseConfig(path, revision=revision, ignore_config_keys=tuple(ignore_config_keys))
+        config = ignoring(base_of(folder), ignored)
+        return _with_adapters(folder, config, {folder: 1.0})
+    config = ignoring(BaseConfig(path, revision=revision), ignored)
     return _with_adapters(None, config, weights_of(adapters))
 
 
@@ -204,6 +221,12 @@ def _with_adapters(
     """A base with adapters; `folder` is what was named, if it is not the base."""
     base = open_base(config)
     return ModelFiles(folder or base.folder, config, base.under([*weights]), weights)
+
+
+def ignoring(config: BaseConfig, keys: Sequence[str]) -> BaseConfig:
+    """A base of whose `config.json` further keys are ignored."""
+    keys = tuple(dict.fromkeys((*config.ignore_config_keys, *keys)))
+    return replace(config, ignore_config_keys=keys)
 
 
 def weights_of(adapters: Sequence[str]) -> dict[Path, float]:
@@ -273,7 +296,8 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
             "the adapter has it merged, it would count twice. Name the base, or copy the model's "
             "files to a folder of their own"
         )
-    return BaseConfig(path, revision=None if instead else named.get("revision"))
+    config = BaseConfig(path, revision=None if instead else named.get("revision"))
+    return ignoring(config, ignored_config_keys(adapter))
 
 
 def _template(adapter: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flax import nnx
 from oracles import Folder, model_folder, randomized
 from safetensors.numpy import load_file, save_file
 from small_models import load
+from transformers import AutoModelForCausalLM
 
 import droplora_jax as dl
 from droplora_jax import cli
@@ -26,8 +28,9 @@ from droplora_jax.core.sharding import described, make_mesh
 from droplora_jax.hf import source
 from droplora_jax.models.config import Source
 from droplora_jax.models.families import FAMILIES
-from droplora_jax.models.families.base import Family, rope_config, windows
+from droplora_jax.models.families.base import Family, windows
 from droplora_jax.models.families.llama import FAMILY
+from droplora_jax.models.families.rotary import rope_config
 
 
 @pytest.fixture
@@ -184,7 +187,8 @@ def test_model_type(copy, model_type):
 def test_an_unknown_key_and_the_way_out(copy):
     edit_config(copy, attention_scaling=2.0)
     with pytest.raises(
-        dl.InputError, match=r"config\.json.*'attention_scaling'.*2\.0.*model\.ignore_config_keys"
+        dl.InputError,
+        match=r'config\.json.*attention_scaling.*2\.0.*ignore_config_keys=\["attention_scaling"\]',
     ):
         load(copy)
     assert load(copy, ignore_config_keys=["attention_scaling"])
@@ -351,6 +355,49 @@ def test_a_link_that_leads_outside_the_folder(copy, tmp_path, name):
     load(copy)
 
 
+def test_links_into_a_hub_cache_are_followed(copy, tmp_path):
+    """Some versions of huggingface_hub put them into a folder that was asked for."""
+    blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in shards(copy):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    assert load(copy)
+
+
+def one_file(folder: Path, **changed: np.ndarray) -> dict[str, np.ndarray]:
+    """All shards of a folder as `model.safetensors`, beside them."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in shards(folder):
+        tensors |= load_file(file)
+    tensors |= {name.replace("__", "."): value for name, value in changed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def test_an_index_without_its_shards_is_a_leftover(copy, tmp_path):
+    old = shards(copy)
+    one_file(copy, model__norm__weight=np.full(32, 2.0, np.float32))
+    for file in old:
+        file.unlink()
+    theirs = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)
+    model = load(copy)
+    np.testing.assert_array_equal(model.final_norm.scale[...], theirs.model.norm.weight.detach())
+    assert float(model.final_norm.scale[...][0]) == 2.0
+    dl.save_merged(adapted(model), tmp_path / "out")
+    assert [file.name for file in shards(tmp_path / "out")] == ["model.safetensors"]
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_the_weights_of_two_models(copy):
+    first = shards(copy)[0]
+    one_file(copy)
+    os.utime(copy / "model.safetensors", (1, 1))
+    message = rf"model\.safetensors and the shards of .*such as {first.name}: two models \(model-0"
+    with pytest.raises(dl.InputError, match=message):
+        load(copy)
+
+
 # The hub, as its cache is on a machine that is offline, and buckets.
 
 
@@ -498,5 +545,5 @@ def test_the_source_holds_in_any_working_directory(untied, monkeypatch):
 def test_every_family_accounts_for_its_keys_once():
     for family in FAMILIES.values():
         assert isinstance(family, Family)
-        groups = [family.read, family.harmless, frozenset(family.refused)]
+        groups = [family.read, family.harmless, frozenset(family.neutral)]
         assert sum(map(len, groups)) == len(frozenset().union(*groups))

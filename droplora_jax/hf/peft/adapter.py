@@ -32,7 +32,7 @@ from droplora_jax.hf.peft.config import (
     peft_config,
 )
 from droplora_jax.hf.peft.consumers import misreadings, vllm_limits, vllm_options
-from droplora_jax.hf.peft.folder import OWN_FILE, WEIGHTS_FILE, AdapterFolder
+from droplora_jax.hf.peft.folder import IGNORED, OWN_FILE, WEIGHTS_FILE, AdapterFolder
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
 from droplora_jax.hf.peft.names import BaseNames
@@ -75,7 +75,7 @@ def save_adapter(
     if bad:
         raise InputError(f"{bad[0]} is not finite ({len(bad)} tensors in all); nothing was written")
     peft = _peft_config(model, config)
-    own = {"format_version": 1, **dataclasses.asdict(config), **(extra or {})}
+    own = {"format_version": 1, **dataclasses.asdict(config), **_of_base(model), **(extra or {})}
     if distributed.first():
         with atomic_folder(Path(folder), replace=replace) as temporary:
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -256,6 +256,12 @@ def _adapters(model: Decoder) -> dict[str, LowRankLinear]:
     if not adapters:
         raise InputError("the model has no adapters: inject(model, DropLoRA(...), key=...) first")
     return adapters  # type: ignore[return-value]
+
+
+def _of_base(model: Decoder) -> dict[str, object]:
+    """What to record of the base, besides what PEFT does."""
+    ignored = model.source.ignored_config_keys if model.source else ()
+    return {IGNORED: list(ignored)} if ignored else {}
 
 
 def _peft_config(model: Decoder, config: LowRank) -> PeftFields:

@@ -19,6 +19,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 OWN_FILE = "droplora_config.json"
 QUANTIZATION = "quantization"  # a key of it
+IGNORED = "ignored_config_keys"  # a key of it
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")  # of a whole model
 
 
@@ -57,6 +58,12 @@ class AdapterFolder:
     def tensors(self) -> TensorFiles:
         names = {stored: name for name, stored in self.stored.items()}
         return open_file(self.file).renamed(names)
+
+
+def ignored_config_keys(path: Path) -> tuple[str, ...]:
+    """The keys of its base's `config.json` that were ignored when an adapter was trained."""
+    file = path / OWN_FILE
+    return tuple(read_json(file).get(IGNORED, ())) if file.exists() else ()
 
 
 def check_adapter(path: Path) -> None:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import (
-    HARMLESS,
-    READ,
-    REFUSED,
-    Family,
-    HFConfig,
-    decoder_config,
-)
+from droplora_jax.models.families.base import Family, decoder_config
+from droplora_jax.models.families.config_keys import HARMLESS, NEUTRAL, READ, HFConfig
 
 
 def model_config(hf: HFConfig) -> ModelConfig:
@@ -29,6 +23,6 @@ FAMILY = Family(
     model_config=model_config,
     read=READ | {"attention_bias", "mlp_bias"},
     harmless=HARMLESS,
-    refused=REFUSED,
+    neutral={**NEUTRAL, "sliding_window": (None,), "use_sliding_window": (False, None)},
     buffers=("rotary_emb.inv_freq",),
 )

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import (
-    HARMLESS,
-    READ,
-    REFUSED,
-    Family,
-    HFConfig,
-    decoder_config,
-    positive_int,
-)
+from droplora_jax.models.families.base import Family, decoder_config
+from droplora_jax.models.families.config_keys import HARMLESS, NEUTRAL, READ, HFConfig
+from droplora_jax.models.families.values import positive_int
 
 
 def model_config(hf: HFConfig) -> ModelConfig:
@@ -26,6 +20,6 @@ FAMILY = Family(
     model_config=model_config,
     read=READ | {"sliding_window"},
     harmless=HARMLESS,
-    refused=REFUSED,
+    neutral={**NEUTRAL, "attention_bias": (False, None), "mlp_bias": (False, None)},
     buffers=("rotary_emb.inv_freq",),
 )

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import (
-    HARMLESS,
-    READ,
-    REFUSED,
-    WINDOW_KEYS,
-    Family,
-    HFConfig,
-    decoder_config,
-    windows,
-)
+from droplora_jax.models.families.base import WINDOW_KEYS, Family, decoder_config, windows
+from droplora_jax.models.families.config_keys import HARMLESS, NEUTRAL, READ, HFConfig
 
 
 def model_config(hf: HFConfig) -> ModelConfig:
@@ -23,7 +15,7 @@ def model_config(hf: HFConfig) -> ModelConfig:
 FAMILY = Family(
     model_config=model_config,
     read=READ | WINDOW_KEYS,
-    harmless=HARMLESS,
-    refused={**REFUSED, "use_mrope": (False,)},
+    harmless=HARMLESS | {"attention_bias"},  # q, k and v have one, whatever it says
+    neutral={**NEUTRAL, "mlp_bias": (False, None), "use_mrope": (False, None)},
     buffers=("rotary_emb.inv_freq",),
 )

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from droplora_jax.models.config import ModelConfig
-from droplora_jax.models.families.base import (
-    HARMLESS,
-    READ,
-    REFUSED,
-    WINDOW_KEYS,
-    Family,
-    HFConfig,
-    decoder_config,
-    windows,
-)
+from droplora_jax.models.families.base import WINDOW_KEYS, Family, decoder_config, windows
+from droplora_jax.models.families.config_keys import HARMLESS, NEUTRAL, READ, HFConfig
 
 
 def model_config(hf: HFConfig) -> ModelConfig:
@@ -32,5 +24,5 @@ FAMILY = Family(
     model_config=model_config,
     read=READ | WINDOW_KEYS | {"attention_bias"},
     harmless=HARMLESS,
-    refused=REFUSED,
+    neutral={**NEUTRAL, "mlp_bias": (False, None)},
 )
