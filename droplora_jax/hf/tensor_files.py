@@ -176,7 +176,7 @@ class TensorFiles:
     ) -> None:
         self._opened, self._others = opened, others
         elsewhere = {name: holder.files[stored] for name, (holder, stored) in others.items()}
-        self.files = {**files, **elsewhere}
+        self.files: dict[str, Path | str] = {**files, **elsewhere}
 
     def with_names(self, names: Mapping[str, str]) -> TensorFiles:
         """The same tensors in the same files, each under the other name that it is given."""
