@@ -86,8 +86,9 @@ class Base:
         """What other tools make of the folder's tokenizer, where they split texts otherwise."""
         if self._loaded_tokenizer.is_transformers:
             return None
+        folder = self.source.tokenizer or self.folder
         return (
-            f"warning: {(self.source.tokenizer or self.folder) / 'tokenizer_config.json'}: the installed transformers reads "
+            f"warning: {folder / 'tokenizer_config.json'}: the installed transformers reads "
             "the tokenizer under the name of its tokenizer_class, which splits texts otherwise "
             "than tokenizer.json; here tokenizer.json counts. For other tools set tokenizer_class "
             "to 'PreTrainedTokenizerFast'"
