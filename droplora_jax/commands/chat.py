@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from droplora_jax.commands.completions import chosen_template, prompt_document
+from droplora_jax.commands.completions import chosen_template, generator_of, prompt_document
 from droplora_jax.commands.options import ModelRef
 from droplora_jax.core import signals
 from droplora_jax.core.console import say
@@ -25,8 +25,9 @@ def chat(source: ModelRef, template: str | None, sampling: Sampling, console: Co
     import readline  # noqa: F401 - lines can be edited, and come back
 
     opened = source.load(source.find())
-    generator = Generator(opened.model, opened.tokenizer, batch_size=1)
     template = _template(template, opened)
+    example = prompt_document([Turn(USER, "Hello")], template, opened.tokenizer)
+    generator = generator_of(opened, [example], batch_size=1)
     remembers = template == "chat"
     say(console, f"template: {template or 'none'}; {_help(remembers)}")
     turns: list[Turn] = []

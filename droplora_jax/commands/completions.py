@@ -17,8 +17,9 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_absent, write_file
 from droplora_jax.core.partial_output import Partial
 from droplora_jax.data.data_file import local
+from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.data.formats.base import ASSISTANT, USER, Example, Turn, text_of
-from droplora_jax.data.templates import TEMPLATES
+from droplora_jax.data.templates import PROMPTS, TEMPLATES
 from droplora_jax.data.templates.base import Document, Piece
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.config import Sampling
@@ -60,8 +61,9 @@ def complete_file(
     opened = source.load(files)
     if template is None and (hint := unused_template(opened.template, opened.tokenizer)):
         say(console, hint)
-    generator = Generator(opened.model, opened.tokenizer, batch_size=batch_size)
-    ids = _encoded(rows, chosen_template(template, opened), opened.tokenizer)
+    documents = _documents(rows, chosen_template(template, opened), opened.tokenizer)
+    generator = generator_of(opened, documents, batch_size=batch_size)
+    ids = encode_prompts(documents, opened.tokenizer)
     _check_all(generator, rows, ids, sampling)
     with progress(console, "prompt", total=len(rows), done=done) as advance:
         for first in range(done, len(rows), WINDOW * generator.batch_size):
@@ -86,16 +88,16 @@ def _read(file: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _encoded(
+def _documents(
     rows: Sequence[tuple[str, str]], template: str | None, tokenizer: Any
-) -> list[list[int]]:
+) -> list[Document]:
     documents = []
     for where, prompt in rows:
         try:
             documents.append(prompt_document([Turn(USER, prompt)], template, tokenizer))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-    return encode_prompts(documents, tokenizer)
+    return documents
 
 
 def _check_all(
@@ -142,7 +144,9 @@ def prompt_document(turns: Sequence[Turn], template: str | None, tokenizer: Any)
     """A conversation that the assistant is to go on with, as it was written out for training."""
     if template is None:
         return Document((Piece(turns[-1].content or "", False),))
-    # The template knows best where a response begins: `encode_prompts` takes what is before it.
+    if template in PROMPTS:
+        return PROMPTS[template](Example(tuple(turns)), tokenizer)
+    # `encode_prompts` takes what the template writes before the response.
     answered = Example((*turns, Turn(ASSISTANT, "answer")))
     return TEMPLATES[template](answered, tokenizer)
 
@@ -162,6 +166,17 @@ def unused_template(recorded: str | None, tokenizer: Any) -> str | None:
     else:
         return None
     return f"the prompts are taken as they are; {known}, which --template {name} puts around them"
+
+
+def generator_of(opened: Opened, documents: Sequence[Document], *, batch_size: int) -> Generator:
+    """A generator that stops at the markers of the adapter's training, and of these prompts."""
+    markers = (marker for document in documents for marker in document.end_markers)
+    return Generator(
+        opened.model,
+        opened.tokenizer,
+        batch_size=batch_size,
+        end_markers=opened.end_markers | EndMarkers.of(markers, opened.tokenizer),
+    )
 
 
 def check_template(name: str | None) -> None:

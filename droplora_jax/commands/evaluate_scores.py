@@ -160,7 +160,12 @@ def _opened(
 ) -> Complete:
     """The model, after a look at whether every first prompt and its completion fit into it."""
     opened = source.load(files)
-    generator = Generator(opened.model, opened.tokenizer, batch_size=options.batch_size)
+    generator = Generator(
+        opened.model,
+        opened.tokenizer,
+        batch_size=options.batch_size,
+        end_markers=opened.end_markers,
+    )
     for each in asked:
         sampling = sampling_of(each.task, options.max_new_tokens)
         prompts = [each.task.prompt(example, ()) for example in each.examples]

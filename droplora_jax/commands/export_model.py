@@ -10,6 +10,7 @@ import jax
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import make_mesh
+from droplora_jax.data.end_markers import RECORD_KEY
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.config import PEFT_FILE
 from droplora_jax.hf.peft.folder import (
@@ -23,7 +24,15 @@ from droplora_jax.models.families.config_keys import UnfitConfigKeys
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import CONFIG_FILE
 from droplora_jax.runs.open_base import open_base
-from droplora_jax.runs.open_model import base_of, ignoring, load_adapters, restored, weights_of
+from droplora_jax.runs.open_model import (
+    adapter_notes,
+    base_of,
+    end_markers_of,
+    ignoring,
+    load_adapters,
+    restored,
+    weights_of,
+)
 
 
 def exported_model(
@@ -47,7 +56,12 @@ def exported_model(
     if list(weights.values()) == [1.0] and not (first / PEFT_FILE).exists():
         return _restored(first, step, ignore_config_keys)
     over = next(filter(None, map(trained_over, weights)), None)
-    return _with_adapters(weights, base, ignore_config_keys), record_of_quantization(over)
+    end_markers = end_markers_of(*map(adapter_notes, weights))
+    record = {RECORD_KEY: end_markers.record()} if end_markers else {}
+    return (
+        _with_adapters(weights, base, ignore_config_keys),
+        {**record_of_quantization(over), **record},
+    )
 
 
 def source_notes(folders: Sequence[str]) -> Iterator[str]:

@@ -26,12 +26,15 @@ class Tally:
       empty: the places of the first records with an empty text.
       bad: the first rows that were left out because they are not as they should be: place and
         reason.
+      end_markers: the texts that end answers, and how many records have each; those without any
+        are counted under an empty text.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    end_markers: Counter[str] = field(default_factory=Counter)
 
     @property
     def read(self) -> int:
@@ -44,6 +47,7 @@ class Tally:
         self.lengths.update(other.lengths)
         self.empty = [*self.empty, *other.empty][:_NAMED]
         self.bad = [*self.bad, *other.bad][:_NAMED_BAD]
+        self.end_markers.update(other.end_markers)
 
     def report(self, rows: Rows, sources: tuple[Source, ...], limit: int) -> Report:
         """The report of the rows that are kept.
@@ -73,6 +77,9 @@ class Tally:
             tokens=int(rows.lengths.sum()),
             trained_tokens=rows.trained_tokens,
             lengths=tuple(sorted(self.lengths.items())),
+            end_markers=tuple(marker for marker in self.end_markers if marker),
+            unended=self.end_markers[""],
+            unprompted=counts["unprompted"],
         )
 
     def _none_left(self, sources: Sequence[Source], limit: int) -> str:

@@ -12,6 +12,7 @@ from droplora_jax.data.cache import Cache
 from droplora_jax.data.config import DataConfig, Place, parts_of
 from droplora_jax.data.data_file import File
 from droplora_jax.data.documents import Writer
+from droplora_jax.data.end_markers import markers_of
 from droplora_jax.data.formats.base import Empty
 from droplora_jax.data.length_limit import Tally, drop_bad, drop_empty, fit
 from droplora_jax.data.readers.base import Read
@@ -74,6 +75,9 @@ def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Token
     tally = Tally()
     for chunk in _chunks(_written(file.name, records, write, tally)):
         rows = encode([document for _, document in chunk], tokenizer, tally.counts)
+        for _, document in chunk:
+            tally.end_markers.update(markers_of(document, tokenizer) or [""])
+            tally.counts["unprompted"] += not document.prompted
         flat.add(
             fit(row, where, document.split, config, tally)
             for (where, document), row in zip(chunk, rows, strict=True)

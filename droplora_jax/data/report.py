@@ -44,6 +44,9 @@ class Report:
       tokens: tokens of all kept rows.
       trained_tokens: tokens of all kept rows that are targets.
       lengths: (tokens, number of records) by tokens, before records were cut, split or dropped.
+      end_markers: the texts that end answers.
+      unended: records in which the chat template writes nothing that ends an answer.
+      unprompted: records whose last answer does not follow the chat template's prompt for one.
     """
 
     sources: tuple[Source, ...]
@@ -64,6 +67,9 @@ class Report:
     tokens: int
     trained_tokens: int
     lengths: tuple[tuple[int, int], ...]
+    end_markers: tuple[str, ...] = ()
+    unended: int = 0
+    unprompted: int = 0
 
     @property
     def dropped(self) -> int:

@@ -31,7 +31,8 @@ class Info:
       format, template: the names of those that were used.
       rows, tokens: their numbers.
       trained_tokens, largest_id: see `Flat`.
-      counts, lengths, empty, bad: see `Tally`; places in the file are without its name.
+      counts, lengths, empty, bad, end_markers: see `Tally`; places in the file are without its
+        name.
     """
 
     format: str
@@ -44,12 +45,13 @@ class Info:
     lengths: list[list[int]]
     empty: list[str]
     bad: list[str]
+    end_markers: dict[str, int]
 
     def tally(self, name: str) -> Tally:
         """The tally of the file's records; the file may have another name by now."""
         lengths = Counter({length: count for length, count in self.lengths})
         empty, bad = ([name + place for place in places] for places in (self.empty, self.bad))
-        return Tally(Counter(self.counts), lengths, empty, bad)
+        return Tally(Counter(self.counts), lengths, empty, bad, Counter(self.end_markers))
 
 
 class FlatWriter:
@@ -91,6 +93,7 @@ class FlatWriter:
             lengths=[[length, count] for length, count in tally.lengths.items()],
             empty=[place.removeprefix(name) for place in tally.empty],
             bad=[place.removeprefix(name) for place in tally.bad],
+            end_markers=dict(tally.end_markers),
         )
         (self._folder / INFO).write_text(json.dumps(asdict(info)), encoding="utf-8")
 

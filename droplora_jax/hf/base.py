@@ -14,7 +14,7 @@ from droplora_jax.data.templates.base import Tokenizer
 from droplora_jax.hf import source, tied_head
 from droplora_jax.hf.companions import adapter_tokenizer
 from droplora_jax.hf.peft import ends
-from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.hf.tokenizer import Loaded, loaded
 from droplora_jax.hf.weight_loading import abstract_model, read_weights
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
@@ -79,12 +79,25 @@ class Base:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The Hugging Face tokenizer, loaded when it is first asked for."""
-        adapter = self.source.tokenizer
+        return self._loaded_tokenizer.tokenizer
+
+    @property
+    def tokenizer_warning(self) -> str | None:
+        """What other tools make of the folder's tokenizer, where they split texts otherwise."""
+        if self._loaded_tokenizer.is_transformers:
+            return None
+        folder = self.source.tokenizer or self.folder
         return (
-            load_tokenizer(self.folder)
-            if adapter is None
-            else adapter_tokenizer(self.folder, adapter)
+            f"warning: {folder / 'tokenizer_config.json'}: the installed transformers reads "
+            "the tokenizer under the name of its tokenizer_class, which splits texts otherwise "
+            "than tokenizer.json; here tokenizer.json counts. For other tools set tokenizer_class "
+            "to 'PreTrainedTokenizerFast'"
         )
+
+    @cached_property
+    def _loaded_tokenizer(self) -> Loaded:
+        adapter = self.source.tokenizer
+        return loaded(self.folder) if adapter is None else adapter_tokenizer(self.folder, adapter)
 
     def abstract(
         self, mesh: Mesh, *, dtype: DTypeLike, quantization: Quantization | None = None

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_links
-from droplora_jax.data.templates.base import Tokenizer
-from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.hf.tokenizer import Loaded, loaded
 
 Files = Mapping[str, Path]  # by the name, relative to the folder, that each is to have
 
@@ -80,7 +79,7 @@ def copy_files(files: Files, folder: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def adapter_tokenizer(base: Path, adapter: Path) -> Tokenizer:
+def adapter_tokenizer(base: Path, adapter: Path) -> Loaded:
     """The tokenizer of a base with an adapter that brings files of one.
 
     It is loaded as it would be from the merged folder.
@@ -92,7 +91,7 @@ def adapter_tokenizer(base: Path, adapter: Path) -> Tokenizer:
         wanted = {"config.json": base / "config.json", **companions(base, adapter)}
         copy_files(wanted, Path(folder))
         try:
-            return load_tokenizer(Path(folder))
+            return loaded(Path(folder))
         except InputError as error:
             reason = str(error).replace(folder, str(adapter))
             raise InputError(

@@ -21,7 +21,9 @@ from droplora_jax.adapters.surgery import adapters_of
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, read_json, write_json
+from droplora_jax.data.end_markers import RECORD_KEY, EndMarkers
 from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
+from droplora_jax.hf.generation_config import add_end_tokens
 from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
 from droplora_jax.hf.source import base_vocabulary, source_of_model
@@ -35,6 +37,7 @@ from droplora_jax.hf.tensor_files import (
 )
 from droplora_jax.hf.tokenizer import load_tokenizer
 from droplora_jax.hf.verify import HEAD, over_quantized, probe
+from droplora_jax.models.config import Source
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families import FAMILIES
 from droplora_jax.nn.options import Quantization
@@ -81,6 +84,7 @@ def save_merged(
     *,
     dtype: DTypeLike | None = None,
     trained_over: Quantization | None = None,
+    end_markers: EndMarkers = EndMarkers(),
 ) -> MergeReport:
     """Write the merged model as a Hugging Face folder.
 
@@ -89,7 +93,8 @@ def save_merged(
     dtype or to `dtype`. The folder appears under its name only when complete, read back bit for
     bit, and found to compute what base + adapter do (`probe`, which holds one layer in float32).
     `droplora_merge.json` in it keeps the report. If the adapter was `trained_over` a quantised
-    base, the report says what the full precision of this one changes.
+    base, the report says what the full precision of this one changes. The tokens of `end_markers`,
+    such as those of `open_model(...)`, join the EOS tokens in its `generation_config.json`.
 
     Raises:
       InputError: an output folder that holds something, a value that is not finite, no space;
@@ -115,6 +120,7 @@ def save_merged(
         rounding = _write_shards(merged, temporary)
         copy_files(companions(source.folder, source.tokenizer), temporary)
         _update_config(temporary / "config.json", model, dtype)
+        add_end_tokens(temporary, (*end_markers.token_ids, *_eos_of_adapter(source, temporary)))
         if list(merged.base.shards()) != [SINGLE_FILE]:
             write_json(temporary / INDEX_FILE, _index(merged))
         report = MergeReport(
@@ -140,9 +146,17 @@ def export(
     dtype: str | None = None,
     record: Mapping[str, object] | None = None,
 ) -> str:
-    """An `exporter.Exporter`: `save_merged`, which records nothing but its own report."""
-    trained_over = quantization_of_record(record or {})
-    return str(save_merged(model, folder, dtype=dtype, trained_over=trained_over))
+    """An `exporter.Exporter`: `save_merged`, which records its own report and the end markers."""
+    record = record or {}
+    return str(
+        save_merged(
+            model,
+            folder,
+            dtype=dtype,
+            trained_over=quantization_of_record(record),
+            end_markers=EndMarkers.of_record(record.get(RECORD_KEY)),
+        )
+    )
 
 
 def _write_shards(merged: MergedBase, folder: Path) -> dict[str, float]:
@@ -373,6 +387,17 @@ def _rounding_loss(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.
 @jax.jit
 def _less_rounding(kernel: jax.Array, merged: jax.Array, out: jax.Array) -> jax.Array:
     return kernel.astype(jnp.float32) + (out.astype(jnp.float32) - merged)
+
+
+def _eos_of_adapter(source: Source, folder: Path) -> tuple[int, ...]:
+    """The EOS token of a tokenizer that the adapter has brought into the folder."""
+    if source.tokenizer is None or not has_vocabulary(folder):
+        return ()
+    try:
+        eos = load_tokenizer(folder).eos_token_id
+    except InputError:
+        return ()  # which `_without_rows` says
+    return () if eos is None else (eos,)
 
 
 def _update_config(file: Path, model: Decoder, dtype: DTypeLike | None) -> None:

@@ -8,19 +8,20 @@ Letters: `B` batch, `P` position of a prompt, `N` new token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from flax import nnx
 
 from droplora_jax.core import distributed, prng
 from droplora_jax.core.errors import InputError
-from droplora_jax.core.files import read_json
 from droplora_jax.core.sharding import RULES, axis_size, put
+from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer, shared_prefix
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.hf import source
+from droplora_jax.hf.generation_config import eos_ids
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.decode import Decoding, apart, better_apart, decode, prefill
 from droplora_jax.models.config import ModelConfig
@@ -51,11 +52,14 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         batch_size: int = 8,
+        end_markers: EndMarkers = EndMarkers(),
         options: StepOptions = StepOptions(),
     ) -> None:
         """
         Args:
           batch_size: prompts at a time, rounded up to what the mesh splits evenly.
+          end_markers: what ends a completion beside the EOS tokens of the tokenizer and of the
+            model's folder, such as `open_model(...).end_markers`.
           options: `options.attention` is the kernel that reads the prompts.
         """
         if batch_size < 1:
@@ -63,7 +67,8 @@ class Generator:
         self.config, self.mesh, self.tokenizer = model.config, model.mesh, tokenizer
         groups = axis_size(model.mesh, RULES["batch"] or ()) if model.mesh else 1
         self.batch_size = -(-batch_size // groups) * groups
-        self.ends, self._options = ending_ids(model, tokenizer), options
+        self.ends = ending_ids(model, tokenizer) | frozenset(end_markers.token_ids)
+        self._end_texts, self._options = end_markers.texts, options
         self._graphdef, self._state = nnx.split(apart(model) if better_apart(model) else model)
 
     def __call__(
@@ -108,7 +113,7 @@ class Generator:
         shown = ""
         text = ""
         for (text,) in self._complete(self._encoded([prompt], sampling), [0], sampling, chunk=1):
-            ready = text[: _settled(text, sampling.stop)]
+            ready = text[: _settled(text, (*sampling.stop, *self._end_texts))]
             if len(ready) > len(shown):
                 yield ready[len(shown) :]
                 shown = ready
@@ -147,6 +152,7 @@ class Generator:
         chunk: int = CHUNK,
     ) -> Iterator[list[str]]:
         """The completions of one batch so far, every `chunk` steps, and at last whole."""
+        sampling = replace(sampling, stop=(*sampling.stop, *self._end_texts))
         added = self.tokenizer.get_added_vocab()
         ends = sorted(self.ends | {added[text] for text in sampling.stop if text in added})
         stopped_B = np.arange(self.batch_size) >= len(ids)
@@ -255,18 +261,8 @@ def ending_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
     """
     ids = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     if model.source is not None:
-        folder = source.source_folder(model)
-        for file in (folder / "generation_config.json", folder / "config.json"):
-            given = _eos_of(read_json(file)) if file.exists() else set()
-            ids |= given
-            if given:
-                break
+        ids |= set(eos_ids(source.source_folder(model)))
     return frozenset(ids)
-
-
-def _eos_of(config: Mapping[str, Any]) -> set[int]:
-    given = config.get("eos_token_id")
-    return set() if given is None else set(given) if isinstance(given, list) else {given}
 
 
 def bucket(length: int) -> int:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from droplora_jax.core.distributed import to_host
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import put
+from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.config import Sampling
@@ -51,11 +52,18 @@ T = TypeVar("T")
 class HarnessModel(TemplateLM):
     """A model as lm-evaluation-harness asks it: log-likelihoods, and completions."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 8,
+        end_markers: EndMarkers = EndMarkers(),
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length = model.config.max_positions
-        self.generator = Generator(model, tokenizer, batch_size=batch_size)
+        self.generator = Generator(model, tokenizer, batch_size=batch_size, end_markers=end_markers)
         self.batch_size = self.generator.batch_size
         self._mesh = model.mesh
         self._graphdef, self._state = nnx.split(model)

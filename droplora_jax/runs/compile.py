@@ -59,6 +59,12 @@ class AbstractStep:
     share: optax.Schedule | None
     arguments: Arguments
 
+    @property
+    def trained_modules(self) -> frozenset[str]:
+        """The model's own attributes, such as `layers`, in which something is trained."""
+        paths = dict(self.arguments.state.adapters.flat_state())
+        return frozenset(str(path[0]) for path in paths)
+
     def traced(self, options: StepOptions) -> Traced:
         """The step with these options, traced for the arguments."""
         adapters = self.arguments.state.adapters

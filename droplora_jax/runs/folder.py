@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from droplora_jax.core import files
 from droplora_jax.core.errors import InputError
+from droplora_jax.data.end_markers import RECORD_KEY
 from droplora_jax.hf.peft.folder import record_of_quantization
 from droplora_jax.nn.options import Quantization
 from droplora_jax.runs import config_reader
@@ -104,7 +105,7 @@ def adapter_record(record: Mapping[str, Any]) -> dict[str, Any]:
         model["quantize"], model["quantize_tile"], model["quantize_pattern"]
     )
     return {
-        "template": record["template"],
+        **{key: record[key] for key in ("template", RECORD_KEY) if key in record},
         "seed": record["config"]["seed"],
         **record_of_quantization(quantization),
     }

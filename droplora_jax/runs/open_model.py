@@ -7,6 +7,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from droplora_jax.core.config import MeshConfig
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
 from droplora_jax.core.sharding import make_mesh
+from droplora_jax.data.end_markers import RECORD_KEY, EndMarkers
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
@@ -46,7 +49,8 @@ MARKS = (
     "tokenizer*",
     "*.jinja",
     "*.model",
-    "adapter_config.json",
+    PEFT_FILE,
+    OWN_FILE,
     CONFIG_FILE,
     f"{ADAPTER}/*",
     f"{CHECKPOINTS}/*",
@@ -60,11 +64,13 @@ class Opened:
     Attributes:
       template: that its training data was written with, where that is recorded with its adapter;
         of several adapters, where it is one.
+      end_markers: what ends its answers, as recorded with its adapters.
     """
 
     model: Decoder
     tokenizer: Any
     template: str | None = None
+    end_markers: EndMarkers = EndMarkers()
 
 
 @dataclass(frozen=True)
@@ -115,12 +121,17 @@ class ModelFiles:
         )
         if self.run is not None:
             model, record = restored(model, self.run, self.folder, self.step)
-            return Opened(model, tokenizer, record["template"])
+            return Opened(model, tokenizer, record["template"], end_markers_of(record))
         if not self.adapters:
             return Opened(model, tokenizer)
-        templates = {_template(folder) for folder in self.adapters}
-        template = templates.pop() if len(templates) == 1 else None
-        return Opened(load_adapters(model, self.adapters), tokenizer, template)
+        records = [adapter_notes(folder) for folder in self.adapters]
+        templates = {record.get("template") for record in records}
+        return Opened(
+            load_adapters(model, self.adapters),
+            tokenizer,
+            templates.pop() if len(templates) == 1 else None,
+            end_markers_of(*records),
+        )
 
 
 def open_model(
@@ -300,9 +311,15 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
     return ignoring(config, ignored_config_keys(adapter))
 
 
-def _template(adapter: Path) -> str | None:
+def adapter_notes(adapter: Path) -> Mapping[str, Any]:
+    """What this project notes beside an adapter; empty for an adapter of another tool."""
     file = adapter / OWN_FILE
-    return read_json(file).get("template") if file.exists() else None
+    return read_json(file) if file.exists() else {}
+
+
+def end_markers_of(*records: Mapping[str, Any]) -> EndMarkers:
+    """The end markers that any of these records names."""
+    return reduce(or_, (EndMarkers.of_record(r.get(RECORD_KEY)) for r in records), EndMarkers())
 
 
 def decoding_mesh(shape: ModelConfig) -> Mesh:

@@ -25,6 +25,7 @@ from droplora_jax.runs.folder import check_settings, previous_config, progress
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.run_data import RunData
 from droplora_jax.runs.schedule_change import schedule_changes
+from droplora_jax.runs.special_tokens import check_special_tokens
 from droplora_jax.training import optimizer
 
 
@@ -77,6 +78,10 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
         before = run_data.steps_before(saved.record, config.train, data.train)
         for change in schedule_changes(config, saved.step, before, steps):
             say(console, change)
+    if not (saved.step or config.model.adapter):  # else nothing but a new run would help
+        targets, trained = config.adapter.targets, step.trained_modules
+        for warning in check_special_tokens(data.used_tokens, base, trained, targets):
+            say(console, warning)
     return Prepared(config, folder, base, mesh, data, step, steps, saved.step)
 
 

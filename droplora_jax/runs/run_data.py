@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,24 +18,34 @@ from droplora_jax.data import holdout
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.config import Place
 from droplora_jax.data.data_file import local
+from droplora_jax.data.end_markers import RECORD_KEY, EndMarkers
 from droplora_jax.data.load import load
 from droplora_jax.data.preview import preview
-from droplora_jax.data.report import Report
+from droplora_jax.data.report import Report, many
 from droplora_jax.data.rows import Rows
 from droplora_jax.hf.base import Base
 from droplora_jax.runs import config_reader
 from droplora_jax.runs.config import RunConfig
+from droplora_jax.runs.special_tokens import UsedTokens
 from droplora_jax.training.checkpoint import Record
 from droplora_jax.training.config import TrainConfig
 from droplora_jax.training.evaluation import Evaluation, best_key, check_prompts, tasks_of
 
 
 class RunData(NamedTuple):
-    """Training batches, what the run is evaluated on, and what its checkpoints record of it."""
+    """The data of a run, read.
+
+    Attributes:
+      train: its batches.
+      evaluation: what it is evaluated on.
+      record: what its checkpoints record of it.
+      used_tokens: the special tokens in it.
+    """
 
     train: Batches
     evaluation: Evaluation
     record: Record
+    used_tokens: UsedTokens
 
 
 def read(config: RunConfig, base: Base, console: Console) -> RunData:
@@ -59,16 +69,22 @@ def read(config: RunConfig, base: Base, console: Console) -> RunData:
     elif config.data.valid_fraction:
         rows, held_out = holdout.held_out(rows, config.data.valid_fraction, config.seed)
         say(console, f"{len(held_out):,} rows are held out for validation")
+    end_markers = EndMarkers.of(report.end_markers, base.tokenizer)
+    if base.tokenizer_warning:
+        say(console, base.tokenizer_warning)
+    for line in _ends(report, end_markers):
+        say(console, line)
     train = _batches(config, rows, True)
-    evaluation = _evaluation(config, held_out, base)
+    evaluation = _evaluation(config, held_out, base, end_markers)
     say(console, _outlook(config, train, int(rows.lengths.sum())))
     example(console, preview(rows[0], base.tokenizer))
     record = {
         "config": config_reader.as_tree(config),
         "template": report.sources[0].template,
+        RECORD_KEY: end_markers.record(),
         "data": _record(reports, list(config.train.eval_tasks.values())),
     }
-    return RunData(train, evaluation, record)
+    return RunData(train, evaluation, record, UsedTokens.of(rows, end_markers, base))
 
 
 def _rows(
@@ -87,7 +103,37 @@ def _rows(
     return rows, report
 
 
-def _evaluation(config: RunConfig, held_out: Rows | None, base: Base) -> Evaluation:
+def _ends(report: Report, end_markers: EndMarkers) -> Iterator[str]:
+    """What other tools would not stop at; answers that nothing ends, or that no prompt begins."""
+    if end_markers.texts:
+        yield (
+            f"warning: the chat template ends an answer with {_quoted(end_markers.texts)}, for "
+            "which the tokenizer has no token of its own: generation here stops at the text, other "
+            "tools go on; add it to the tokenizer as a special token, or take a chat template "
+            "that ends an answer with one"
+        )
+    if report.unended:
+        yield (
+            f"warning: the chat template writes nothing that ends an answer "
+            f"({many(report.unended, 'row')}), so the model does not learn where to stop; take "
+            "one that ends an answer with a special token, such as the tokenizer's EOS"
+        )
+    if report.unprompted:
+        yield (
+            f"warning: the chat template's prompt for an answer (add_generation_prompt) does not "
+            f"precede the last answer in {many(report.unprompted, 'row')}, so the model will be "
+            "asked otherwise than it is trained; take rows with what the prompt begins (such as "
+            "<think>), or a chat template whose prompt is how it writes an answer"
+        )
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    return ", ".join(map(repr, texts))
+
+
+def _evaluation(
+    config: RunConfig, held_out: Rows | None, base: Base, end_markers: EndMarkers
+) -> Evaluation:
     train = config.train
     tasks = tasks_of(train.eval_tasks, train.eval_examples, train.eval_run_code)
     check_prompts(tasks, base.tokenizer, base.shape)
@@ -95,6 +141,7 @@ def _evaluation(config: RunConfig, held_out: Rows | None, base: Base) -> Evaluat
         valid=None if held_out is None else _batches(config, held_out, False),
         tasks=tasks,
         tokenizer=base.tokenizer,
+        end_markers=end_markers,
         batch_size=train.rows_per_pass,
         run_code=train.eval_run_code,
         best=best_key(train.best, held_out is not None, tuple(train.eval_tasks)),

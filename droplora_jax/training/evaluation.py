@@ -18,6 +18,7 @@ from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import named_sharding
 from droplora_jax.data.batches import Batches
 from droplora_jax.data.device_feed import feed, once
+from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer
 from droplora_jax.data.tokenization import encode_prompts
 from droplora_jax.inference.generator import Generator, check_prompt
@@ -44,6 +45,7 @@ class Evaluation:
       valid: the validation examples, for the loss.
       tasks: each task with its examples.
       tokenizer: the model's, for the tasks.
+      end_markers: what ends an answer, as the run teaches it.
       batch_size: prompts that are completed at a time.
       run_code: whether a task may run what the model wrote.
       best: `eval_loss`, or the key of a task; None if there is nothing to evaluate.
@@ -52,6 +54,7 @@ class Evaluation:
     valid: Batches | None = None
     tasks: tuple[tuple[Task, Sequence[Example]], ...] = ()
     tokenizer: Any = None
+    end_markers: EndMarkers = EndMarkers()
     batch_size: int = 8
     run_code: bool = False
     best: str | None = None
@@ -89,7 +92,13 @@ class Evaluation:
         return evaluate_adapters
 
     def _accuracies(self, model: Decoder, options: StepOptions) -> dict[str, float]:
-        complete = Generator(model, self.tokenizer, batch_size=self.batch_size, options=options)
+        complete = Generator(
+            model,
+            self.tokenizer,
+            batch_size=self.batch_size,
+            end_markers=self.end_markers,
+            options=options,
+        )
         accuracies = {}
         for task, examples in self.tasks:
             result = evaluate(

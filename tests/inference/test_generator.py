@@ -22,6 +22,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import view
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import RULES
+from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.decode import apart
 from droplora_jax.inference.generator import Generator, bucket, ending_ids
@@ -241,6 +242,19 @@ def test_stop_strings_are_left_out_wherever_they_begin(generator):
     assert stop in whole[1]
     stopped = generator(PROMPTS, replace(sampling, stop=(stop, "never there")))
     assert stopped == [text.split(stop)[0] for text in whole]
+
+
+def test_what_training_taught_ends_a_row(model, tokenizer, generator, base_folder):
+    """Tokens as EOS does, and texts for which the tokenizer has no token."""
+    (greedy,) = their_ids(base_folder.torch, tokenizer, generator.ends, PROMPTS[1:2])
+    whole = generator(PROMPTS[1:2], Sampling(NEW))[0]
+    text = whole[3:6]
+    for markers in (EndMarkers((greedy[4],)), EndMarkers((), (text,))):
+        ended = Generator(model, tokenizer, batch_size=4, end_markers=markers)
+        by_token = tokenizer.decode(greedy[: greedy.index(greedy[4])], skip_special_tokens=True)
+        expected = by_token if markers.token_ids else whole.split(text)[0]
+        assert ended(PROMPTS[1:2], Sampling(NEW)) == [expected]
+        assert "".join(ended.stream(PROMPTS[1], Sampling(NEW))) == expected
 
 
 def test_a_special_token_can_stop(base_folder, model, tokenizer):

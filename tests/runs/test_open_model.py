@@ -13,6 +13,8 @@ from run_fixtures import write_run
 
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
+from droplora_jax.data.end_markers import EndMarkers
+from droplora_jax.hf.generation_config import eos_ids
 from droplora_jax.runs.open_model import decoding_mesh, open_model
 
 TOKENS = np.arange(1, 9, dtype=np.int32)[None]
@@ -49,6 +51,9 @@ def test_a_run_its_adapter_and_its_merge_are_one_model(base, run, tmp_path, drop
     droplora.good("export", run, "--to", tmp_path / "merged", "--format", "merged")
     of_run = open_model(str(run))
     assert of_run.template == "alpaca"
+    assert of_run.end_markers == EndMarkers((of_run.tokenizer.eos_token_id,))
+    assert open_model(str(run / "adapter")).end_markers == of_run.end_markers
+    assert set(of_run.end_markers.token_ids) <= set(eos_ids(tmp_path / "merged"))
     assert relative(logits(of_run.model), opened_logits(base)) > 1e-3
     for arguments in ((run / "adapter",), (base, run / "adapter"), (tmp_path / "merged",)):
         assert relative(opened_logits(*arguments), logits(of_run.model)) < 1e-5

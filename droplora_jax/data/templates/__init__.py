@@ -9,3 +9,6 @@ TEMPLATES: dict[str, Template] = {
     "chat": chat.render,
     "none": none.render,
 }
+
+# Templates that write a prompt otherwise than as what precedes the response of an example.
+PROMPTS: dict[str, Template] = {"chat": chat.prompt}

@@ -33,11 +33,15 @@ class Document:
         tokenizer adds one) and a trained EOS after the last. If false, the text contains all its
         special tokens and is tokenised at once.
       split: whether a text that is too long is split instead of cut.
+      end_markers: the texts that end the assistant's answers, where `add_special` is false.
+      prompted: whether every answer is preceded by the prompt that the template has for one.
     """
 
     pieces: tuple[Piece, ...]
     add_special: bool = True
     split: bool = False
+    end_markers: tuple[str, ...] = ()
+    prompted: bool = True
 
     def trained_on(self, which: str) -> Document:
         """The document with those pieces trained that `which`, one of `TRAIN_ON`, names."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats.base import ASSISTANT, Example, Turn
-from droplora_jax.data.templates import assistant_spans
+from droplora_jax.core.errors import InputError, raise_all
+from droplora_jax.data.formats.base import Example, Turn
+from droplora_jax.data.templates import assistant_spans, left_out
 from droplora_jax.data.templates.base import Document, Piece, Tokenizer
 from droplora_jax.data.templates.jinja import Fails, Renderer
 
@@ -27,17 +26,39 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
     turns = _turns(example)
     find = assistant_spans.marked if renderer.has_marks else assistant_spans.compared
     try:
-        text, spans = find(renderer, turns, example.first)
+        text, answers = find(renderer, turns, example.first)
+        raise_all(left_out.problems(renderer, turns, text, example.first))
     except Fails as error:
         raise InputError(_where_it_fails(renderer, turns, example.first, error)) from error
-    _check_written(example, text)
     pieces: list[Piece] = []
     done = 0
-    for start, end in spans:
+    for start, end, *_ in answers:
         pieces += Piece(text[done:start], False), Piece(text[start:end], True)
         done = end
     pieces.append(Piece(text[done:], False))
-    return Document(tuple(piece for piece in pieces if piece.text), add_special=False)
+    return Document(
+        tuple(piece for piece in pieces if piece.text),
+        add_special=False,
+        end_markers=tuple(dict.fromkeys(answer.marker for answer in answers if answer.marker)),
+        prompted=all(answer.prompted for answer in answers),
+    )
+
+
+def prompt(example: Example, tokenizer: Tokenizer) -> Document:
+    """A conversation that the assistant is to answer, with the template's prompt for generation.
+
+    Raises:
+      InputError: there is no chat template, it fails or leaves something out.
+    """
+    renderer = Renderer.of(tokenizer, example.tools)
+    turns = _turns(example)
+    try:
+        text = assistant_spans.header(renderer, turns)
+        marker = assistant_spans.end_marker(renderer, turns)
+        raise_all(left_out.problems(renderer, turns, text, example.first))
+    except Fails as error:
+        raise InputError(_where_it_fails(renderer, turns, example.first, error)) from error
+    return Document((Piece(text, False),), add_special=False, end_markers=(marker,) * bool(marker))
 
 
 def _turns(example: Example) -> tuple[Turn, ...]:
@@ -59,19 +80,3 @@ def _where_it_fails(renderer: Renderer, turns: Sequence[Turn], first: int, error
         roles = ", ".join(turn.role for turn in turns[: count + 1])
         return f"message {count + first}: {error}; the roles up to it are {roles}"
     return str(error)
-
-
-def _check_written(example: Example, text: str) -> None:
-    """Raise InputError for a tool, call or message that the template leaves out silently."""
-    names = [("tool", tool["function"]["name"]) for tool in example.tools]
-    for number, turn in enumerate(example.turns, example.first):
-        names += [(f"call in message {number}", call["function"]["name"]) for call in turn.calls]
-        if turn.role != ASSISTANT:
-            words = re.findall(r"\w+", turn.content or "", re.ASCII)
-            names += [(f"message {number} of the {turn.role}", max(words, key=len, default=""))]
-    for what, name in names:
-        if name not in text:
-            raise InputError(
-                f"data.template=chat: the chat template does not write the {what} ({name!r}); it "
-                "needs one that does, in the tokenizer's chat_template.jinja"
-            )

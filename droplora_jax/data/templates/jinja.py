@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from droplora_jax.core.errors import InputError
@@ -57,6 +58,13 @@ class Renderer:
     def has_marks(self) -> bool:
         """Whether the template marks what the assistant generates."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+
+    @cached_property
+    def marker_pattern(self) -> re.Pattern[str]:
+        """Matches a marker; the longest where several begin at one place."""
+        longest_first = sorted(filter(str.strip, self.markers), key=len, reverse=True)
+        # Without any marker: a pattern that matches nothing.
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def text(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         return self._rendered(turns, add_generation_prompt=add_generation_prompt)[0]
