@@ -119,6 +119,8 @@ NOT_SERVED = {
     "audio": _TEXT_ALONE,
     "audios": _TEXT_ALONE,
     "chat_template_kwargs": "every row is written by the chat template as it is",
+    "functions": "tools are read under the key tools: set data.columns={tools: functions}",
+    "tool_defs": "tools are read under the key tools: set data.columns={tools: tool_defs}",
     "kto_tag": "the row's answer is marked as not wanted, and would be trained",
     **dict.fromkeys(
         ("train_detail", "training_detail", "loss_scale"),
