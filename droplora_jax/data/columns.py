@@ -43,8 +43,6 @@ class Renamed(Mapping[str, object]):
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str) or key in self.ignored:
             return False
-        if key in self.columns.values() and key not in self.columns:
-            return False  # it has another name
         return self.columns.get(key, key) in self.record
 
     def __iter__(self) -> Iterator[str]:

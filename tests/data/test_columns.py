@@ -102,8 +102,8 @@ def test_keys_that_are_ignored(tmp_path):
 def test_renamed_keys_are_those_of_a_dictionary():
     record = {"q": 1, "text": 2, "input": 3}
     columns = {"prompt": "q", "input": "context", "text": "input"}
-    assert dict(renamed(record, columns)) == {"prompt": 1, "text": 3}
-    assert len(renamed(record, columns, ("prompt",))) == 1
+    assert dict(renamed(record, columns)) == {"prompt": 1, "text": 3, "q": 1}
+    assert len(renamed(record, columns, ("prompt",))) == 2
 
 
 def test_the_overrides_that_errors_name_are_taken(tmp_path):
