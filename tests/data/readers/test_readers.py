@@ -305,6 +305,7 @@ AS_LEFT = {
     "pandas, lines": ("a.json", frame_json(orient="records", lines=True)),
     "semicolons": ("a.csv", cells(";")),
     "tabs": ("a.csv", cells("\t")),
+    "a stated delimiter": ("a.csv", "sep=;\r\n" + cells(";")),
     "bars": ("a.csv", cells("|")),
     "commas": ("a.tsv", cells(",")),
     "pandas' index": ("a.csv", cells(",", index=True)),
