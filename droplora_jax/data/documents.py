@@ -54,7 +54,8 @@ class Writer:
         """
         format, columns = FORMATS[self.format], self.config.columns
         try:
-            example = format.example(renamed(record, columns, self.config.ignore_keys))
+            record = renamed(record, columns, self.config.ignore_keys)
+            example = format.example(record, columns.values())
         except Empty:
             raise
         except InputError as error:

@@ -102,8 +102,19 @@ def test_keys_that_are_ignored(tmp_path):
 def test_renamed_keys_are_those_of_a_dictionary():
     record = {"q": 1, "text": 2, "input": 3}
     columns = {"prompt": "q", "input": "context", "text": "input"}
-    assert dict(renamed(record, columns, ("q",))) == {"prompt": 1, "text": 3}
-    assert len(renamed(record, columns)) == 3
+    assert dict(renamed(record, columns)) == {"prompt": 1, "text": 3, "q": 1}
+    assert len(renamed(record, columns, ("prompt",))) == 2
+
+
+def test_the_overrides_that_errors_name_are_taken(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for keys in ({"functions": [{"name": "f"}]}, {"system_prompt": "S"}):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns, **keys}])
+        tokenizer = make_tokenizer(chat_template="{{ tools }}" + CHATML)
+        with pytest.raises(InputError) as info:
+            load(path, tokenizer, DataConfig(path))
+        (named,) = re.findall(r"data\.columns=\{(\w+): (\w+)\}", str(info.value))
+        load(path, tokenizer, DataConfig(path, columns=dict([named])))
 
 
 def test_a_value_that_is_not_read_is_not_looked_at():

@@ -83,14 +83,18 @@ class Format:
     optional: tuple[str, ...] = ()
     telling: Callable[[Fields], bool] = lambda record: True
 
-    def example(self, record: Fields) -> Example:
+    def example(self, record: Fields, mapped: Collection[str] = ()) -> Example:
         """The example of a record.
+
+        Args:
+          record: has the keys of the format.
+          mapped: keys of the record that are read under others.
 
         Raises:
           Empty, InputError: see `convert`; or the record has a key that means something which is
             not served.
         """
-        check_served(record, self.read)
+        check_served(record, (*self.read, *mapped))
         return self.convert(record)
 
     def matches(self, record: Fields) -> bool:
@@ -119,6 +123,8 @@ NOT_SERVED = {
     "audio": _TEXT_ALONE,
     "audios": _TEXT_ALONE,
     "chat_template_kwargs": "every row is written by the chat template as it is",
+    "functions": "tools are read under the key tools: set data.columns={tools: functions}",
+    "tool_defs": "tools are read under the key tools: set data.columns={tools: tool_defs}",
     "kto_tag": "the row's answer is marked as not wanted, and would be trained",
     **dict.fromkeys(
         ("train_detail", "training_detail", "loss_scale"),

@@ -36,6 +36,10 @@ def convert(record: Fields) -> Example:
 
 def message_turn(message: Fields) -> Turn:
     """The turn of a message."""
+    if "role" not in message and "from" in message:
+        raise InputError(
+            "role is missing, and there is a from: set data.columns={conversations: messages}"
+        )
     name, role = role_of(message, "role", _ROLES)
     if name in CALLS:
         calls = calls_of("content", text_of(message, "content"))

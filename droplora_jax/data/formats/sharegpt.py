@@ -1,4 +1,7 @@
-"""ShareGPT: `conversations` of `from` and `value`, with calls of tools and their results."""
+"""ShareGPT: `conversations` of `from` and `value`, with calls of tools and their results.
+
+Messages in OpenAI's form are read under this key, too.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from droplora_jax.data.formats.conversation import (
     messages_of,
     role_of,
 )
+from droplora_jax.data.formats.messages import message_turn
 from droplora_jax.data.formats.tools import calls_of
 from droplora_jax.data.record import Fields
 
@@ -48,9 +52,7 @@ def convert(record: Fields) -> Example:
 
 def _turn(message: Fields) -> Turn:
     if "from" not in message and "role" in message:
-        raise InputError(
-            "from is missing, and there is a role: set data.columns={messages: conversations}"
-        )
+        return message_turn(message)
     name, role = role_of(message, "from", ROLES)
     value = text_of(message, "value", may_be_empty=role != ASSISTANT)
     learnt = is_learnt(message, role)

@@ -13,6 +13,8 @@ from droplora_jax.data.readers.base import BATCH, Reader, Record
 if TYPE_CHECKING:
     import pyarrow
 
+# What Python and JSON raise for a value that has no counterpart in Python; Arrow has its own errors.
+_UNREADABLE = (ArithmeticError, ValueError, ImportError, RecursionError)
 _MAGIC = b"ARROW1"  # the first bytes of a file; a stream begins with the length of its schema
 
 
@@ -90,15 +92,15 @@ class Columns:
         if self.names.count(name) > 1:
             raise InputError(f"the table has {self.names.count(name)} columns of the name {name}")
         column = self._table.column(name)
+        finish = _finisher(column.type)
         try:
             values = column.to_pylist()
-        except (pyarrow.ArrowException, ArithmeticError, ValueError, ImportError) as error:
+            return [finish(value) for value in values] if finish else values
+        except (pyarrow.ArrowException, *_UNREADABLE) as error:
             raise InputError(
                 f"the column {name} of {column.type} holds a value that can't be read "
                 f"({first_line(error)})"
             ) from error
-        finish = _finisher(column.type)
-        return [finish(value) for value in values] if finish else values
 
 
 class Row(Mapping[str, object]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,12 +15,16 @@ from droplora_jax.data.readers.base import LONGEST, Read, Reader, decoded, lines
 
 _FIELD_SIZE_LIMIT = threading.Lock()  # held while csv's limit is another than the process's
 _DELIMITERS = ",;\t|"
+_STATED = re.compile(r'"?sep=(.)"?\s*')  # a first line that spreadsheets write
 
 
 def _records(stream: BufferedIOBase, name: str, *, delimiter: str) -> Iterator[Read]:
     texts = (decoded(line, name, number) for number, line in lines(stream, name))
     first = next(texts, "")
-    delimiter = _delimiter(first, delimiter)
+    if stated := _STATED.fullmatch(first):
+        delimiter, first = stated[1], ""  # an empty line is passed over
+    else:
+        delimiter = _delimiter(first, delimiter)
     rows = csv.reader(chain([first], texts), delimiter=delimiter, strict=True)
     begin, columns = 1, None
     while True:

@@ -198,6 +198,19 @@ def test_neither_case_nor_space_makes_another_role():
     assert sharegpt(said("Human", "a"), said("GPT", "b")).turns == turns
 
 
+def test_messages_under_the_other_key(tmp_path):
+    turns = [user(), assistant(None, tool_calls=[CALL]), tool(), assistant(weight=0), assistant()]
+    assert sharegpt(*turns).turns == messages(*turns).turns
+    moved = [said("human", "a"), said("gpt", "b")]
+    with pytest.raises(InputError, match=r"message 1: role .*data\.columns=\{conversations: messa"):
+        messages(*moved)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": moved}])
+    config = DataConfig(path, columns={"conversations": "messages"})
+    assert (
+        load(path, make_tokenizer(chat_template=CHATML), config)[1].sources[0].format == "sharegpt"
+    )
+
+
 def test_a_system_key_beside_messages():
     assert messages(user(), assistant(), system="S").turns[0] == Turn("system", "S")
     own = {"role": "system", "content": "S"}
@@ -397,7 +410,7 @@ def test_messages_that_do_not_fit(tmp_path, turns, message):
         ([said("human", "a"), said("observation", "b")], "message 2: the result of a tool without"),
         ([said("human", "a"), said("function_call", "find()")], "message 2: value must be JSON ("),
         ([said("human", "a"), {"from": "gpt"}], "message 2: value is missing"),
-        ([user()], "message 1: from is missing, and there is a role: set data.columns={messages: "),
+        ([{"value": "a"}], "message 1: from is missing"),
         ("hello", "conversations must be a list of objects"),
         (["hello"], "message 1 must be an object, is 'hello'"),
     ],

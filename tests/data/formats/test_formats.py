@@ -193,6 +193,7 @@ def test_a_template_without_a_place_for_them_says_so(tmp_path):
             r"data\.ignore_keys=\[chat_template_kw",
         ),
         ("sharegpt", {"videos": ["v"], "audios": ["a"]}, r"videos=.*; audios=.*"),
+        ("messages", {"functions": [{"name": "f"}]}, r"data\.columns=\{tools: functions\}"),
         ("sharegpt", {"kto_tag": False}, r"kto_tag=False: the row's answer is .* not wanted"),
         ("prompt_completion", {"label": False}, r"label=False: the completion is .* not wanted"),
         ("prompt_messages", {"label": False}, r"label=False: the completion is .* not wanted"),

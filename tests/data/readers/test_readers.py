@@ -305,6 +305,7 @@ AS_LEFT = {
     "pandas, lines": ("a.json", frame_json(orient="records", lines=True)),
     "semicolons": ("a.csv", cells(";")),
     "tabs": ("a.csv", cells("\t")),
+    "a stated delimiter": ("a.csv", "sep=;\r\n" + cells(";")),
     "bars": ("a.csv", cells("|")),
     "commas": ("a.tsv", cells(",")),
     "pandas' index": ("a.csv", cells(",", index=True)),
@@ -412,3 +413,13 @@ def test_a_column_that_nobody_reads_is_not_converted(tmp_path, values):
     assert "at" in rows[0]
     with pytest.raises(InputError, match=r"the column at of .* holds a value that can't be read"):
         rows[0]["at"]
+
+
+def test_a_column_of_json_that_is_broken(tmp_path):
+    table = pa.table({"text": ["a"], "more": pa.array(["{"], pa.json_())})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as out:
+        out.write_table(table)
+    ((_, row),) = local(tmp_path / "a.arrow").records()
+    assert row["text"] == "a"
+    with pytest.raises(InputError, match="the column more of extension<arrow.json> holds a value"):
+        row["more"]
