@@ -18,6 +18,7 @@ from droplora_jax.models.config import Source
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PREFIX = "model."  # of the tensors of a decoder, within a model with a head
+BARE = "embed_tokens.weight"  # the embedding of a decoder that was saved by itself
 
 BLOCK_BYTES = 2**21  # read, checked, cast and turned while it is in a core's cache
 TURNED = 256  # columns that are turned at a time
@@ -135,7 +136,7 @@ def _shards_of(index: Path) -> set[str]:
 
 def _with_prefix(tensors: TensorFiles) -> TensorFiles:
     """The tensors under the names that they have in a whole model."""
-    if any(name.startswith(PREFIX) for name in tensors.files):
+    if BARE not in tensors.files:
         return tensors
     return tensors.with_names(
         {name: name if name.startswith("lm_head.") else PREFIX + name for name in tensors.files}

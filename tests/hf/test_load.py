@@ -194,16 +194,9 @@ def test_an_unknown_key_and_the_way_out(copy):
     assert load(copy, ignore_config_keys=["attention_scaling"])
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hidden_act", "gelu"),
-        ("quantization_config", {"quant_method": "gptq"}),
-    ],
-)
-def test_a_refused_value(copy, key, value):
-    edit_config(copy, **{key: value})
-    with pytest.raises(dl.InputError, match=rf"config\.json: {key}=.*not supported; supported: "):
+def test_a_refused_value(copy):
+    edit_config(copy, hidden_act="gelu")
+    with pytest.raises(dl.InputError, match=r"config\.json: hidden_act='gelu'.*supported: 'silu'"):
         load(copy)
 
 
