@@ -8,6 +8,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from data_fixtures import CHATML, END
+from fake_step import use
 from oracles import relative
 from run_fixtures import write_run
 
@@ -15,7 +17,8 @@ import droplora_jax as dl
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.hf.generation_config import eos_ids
-from droplora_jax.runs.open_model import decoding_mesh, open_model
+from droplora_jax.hf.tokenizer import load_tokenizer
+from droplora_jax.runs.open_model import decoding_mesh, find_model, open_model
 
 TOKENS = np.arange(1, 9, dtype=np.int32)[None]
 
@@ -97,6 +100,73 @@ def test_several_adapters_are_their_weighted_sum(base, run, tmp_path, droplora):
     half = open_model(str(base), [f"{late}=0.5"]).model
     assert relative(logits(half), opened_logits(base, late)) > 1e-4
     assert relative(opened_logits(base, late), opened_logits(run)) < 1e-6
+
+
+def chat_tokenizer(base):
+    """The base's with ChatML, an added token and another EOS."""
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>", END]})
+    tokenizer.eos_token, tokenizer.chat_template = END, CHATML
+    return tokenizer
+
+
+def assert_same_tokenizer(folder, tokenizer) -> None:
+    loaded = load_tokenizer(folder)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert (loaded.eos_token, loaded.chat_template) == (END, CHATML)
+
+
+def test_an_adapter_s_own_tokenizer_is_used_wherever_the_adapter_is(
+    base, run, tmp_path, droplora, monkeypatch
+):
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    tokenizer = chat_tokenizer(base)
+    tokenizer.save_pretrained(adapter)
+    for files in (find_model(str(adapter)), find_model(str(base), str(adapter))):
+        assert files.base.tokenizer.get_vocab() == tokenizer.get_vocab()
+        assert files.base.tokenizer.chat_template == CHATML
+    said = droplora.good("export", adapter, "--to", tmp_path / "merged", "--format", "merged")
+    assert "the tokenizer and its chat templates are the adapter's" in said
+    assert_same_tokenizer(tmp_path / "merged", tokenizer)
+    droplora.good("export", adapter, "--to", tmp_path / "peft", "--format", "peft")
+    assert_same_tokenizer(tmp_path / "peft", tokenizer)
+
+    # Trained on from it: the data, the adapter that comes out, and all that is made of it.
+    use(monkeypatch)
+    (tmp_path / "later").mkdir()
+    later = {"model": {"adapter": str(adapter)}, "data": {"template": "chat"}}
+    file = write_run(base, tmp_path / "later", train={"steps": 4}, **later)
+    assert "<|start|>user" in droplora.good("train", file)
+    trained = tmp_path / "later" / "run"
+    assert_same_tokenizer(trained / "adapter", tokenizer)
+    shutil.rmtree(adapter)
+    assert find_model(str(trained / "adapter")).base.tokenizer.chat_template == CHATML
+    with pytest.raises(InputError, match=r"no such folder.*model\.adapter="):
+        find_model(str(trained))
+    shutil.rmtree(trained / "checkpoints")
+    assert find_model(str(trained)).base.tokenizer.chat_template == CHATML
+
+
+def test_tokenizers_of_several_adapters_have_to_be_one(base, run, tmp_path):
+    folders = [shutil.copytree(run / "adapter", tmp_path / name) for name in "ab"]
+    for folder in folders:
+        chat_tokenizer(base).save_pretrained(folder)
+    names = [str(folder) for folder in folders]
+    assert find_model(str(base), names).base.tokenizer.chat_template == CHATML
+    (folders[1] / "chat_template.jinja").write_text("another")
+    with pytest.raises(InputError, match="bring different tokenizers"):
+        find_model(str(base), names)
+
+
+def test_an_adapter_where_a_base_is_expected(base, run, tmp_path, droplora):
+    adapter = run / "adapter"
+    result = droplora("train", write_run(adapter, tmp_path))
+    assert result.code == 2
+    assert f"config.json: missing; the folder holds an adapter for {base}" in result.err
+    assert f"model.adapter={adapter}" in result.err
+    shutil.copytree(adapter, tmp_path / "above" / "one")
+    result = droplora("export", tmp_path / "above", "--to", tmp_path / "out", "--format", "merged")
+    assert f"name one: {tmp_path / 'above' / 'one'}" in result.err
 
 
 def test_what_adapters_can_not_be_added_is_said(base, run, tmp_path, droplora):

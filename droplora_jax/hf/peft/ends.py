@@ -144,6 +144,8 @@ def _with_ends(
                 "one of several adapters can. Merge one with its base first (--format merged)"
             )
         others[tensor] = OtherTensor(tensor, adapter.stored[key], adapter.file)
+    if new.tie_embeddings and HEAD in base.files and embedding in others:
+        others[HEAD] = replace(others[embedding], name=HEAD)  # the base's file has a copy
     if HEAD not in base.files and HEAD not in others and not new.tie_embeddings:
         others[HEAD] = OtherTensor(HEAD, embedding)
     _check_rows(new, shape, set(others), adapter)

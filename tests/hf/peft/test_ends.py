@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +103,24 @@ def test_an_adapter_of_a_resized_vocabulary(case, request, tmp_path):
     assert under.shape == model.config
     ours, theirs = (adapter_config(under.shape, tmp_path / name) for name in ("ours", "theirs"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_copy_of_a_tied_embedding_in_the_base_s_file_is_resized_too(trained, tied, tmp_path):
+    base = Path(shutil.copytree(tied.path, tmp_path / "base"))
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    name = index["weight_map"]["model.embed_tokens.weight"]
+    stored = load_file(base / name)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].copy()
+    save_file(stored, base / name, metadata={"format": "pt"})
+    index["weight_map"]["lm_head.weight"] = name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    ends = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if trained else {}
+    adapter = train_resized(base, tmp_path / "theirs", **ends)
+    model = dl.load_adapter(load(base), adapter.adapter)
+    dl.save_merged(model, tmp_path / "merged")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(torch_logits(theirs, adapter.tokens), adapter.logits) < 1e-5
 
 
 def test_copies_of_the_base_are_passed_over_and_stay_frozen(untied, tmp_path):
