@@ -103,23 +103,27 @@ def missing(asked: Asked, rows: Iterable[Row]) -> list[Example]:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One line a task, and the mean of several accuracies."""
+    """One line a task, and the mean of several accuracies.
+
+    `unread` counts the completions in which the task found no answer.
+    """
     shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("task", overflow="fold")
-    for column in ("examples", "right", "accuracy", "95% interval"):
+    for column in ("examples", "right", "unread", "accuracy", "95% interval"):
         shown.add_column(column, justify="right")
     for result in results:
         count = f"{len(result.rows):,}"
         if result.accuracy is None or result.interval is None:
-            shown.add_row(result.task, count, "", "", "for a judge")
+            shown.add_row(result.task, count, "", "", "", "for a judge")
             continue
         low, high = result.interval
         interval = f"{low:.2%} .. {high:.2%}"
-        shown.add_row(result.task, count, f"{result.right:,}", f"{result.accuracy:.2%}", interval)
+        right, unread = f"{result.right:,}", f"{result.unread:,}"
+        shown.add_row(result.task, count, right, unread, f"{result.accuracy:.2%}", interval)
     scores = [result.accuracy for result in results if result.accuracy is not None]
     if len(scores) > 1:
         shown.add_section()
-        shown.add_row("mean", "", "", f"{sum(scores) / len(scores):.2%}", "")
+        shown.add_row("mean", "", "", "", f"{sum(scores) / len(scores):.2%}", "")
     return shown
 
 
@@ -207,6 +211,7 @@ def _report(
             "sha256": each.sha256,
             "examples": len(result.rows),
             "right": result.right if result.accuracy is not None else None,
+            "unread": result.unread if result.accuracy is not None else None,
             "accuracy": result.accuracy,
             "interval_95": result.interval,
             "max_new_tokens": settings["max_new_tokens"] or each.task.max_new_tokens,

@@ -115,13 +115,20 @@ class Generator:
         if len(text) > len(shown):
             yield text[len(shown) :]
 
+    def room(self, prompts: Sequence[Prompt]) -> list[int]:
+        """How many new tokens there is room for behind each prompt; negative if it is too long."""
+        return [self.longest - len(ids) for ids in self._ids(prompts)]
+
     def _encoded(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
-        texts = [Document((Piece(prompt, False),)) for prompt in prompts if isinstance(prompt, str)]
-        of_texts = iter(encode_prompts(texts, self.tokenizer))
-        ids = [next(of_texts) if isinstance(p, str) else list(p) for p in prompts]
+        ids = self._ids(prompts)
         for i, own in enumerate(ids):
             self.check(f"prompt {i + 1}", own, sampling)
         return ids
+
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        texts = [Document((Piece(prompt, False),)) for prompt in prompts if isinstance(prompt, str)]
+        of_texts = iter(encode_prompts(texts, self.tokenizer))
+        return [next(of_texts) if isinstance(p, str) else list(p) for p in prompts]
 
     @property
     def longest(self) -> int:

@@ -95,9 +95,27 @@ class HarnessModel(TemplateLM):
             return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
         return encode_prompts([Document((Piece(string, False),))], self.tokenizer)[0]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The token ids of both, as the harness cuts them, but never none.
+
+        A token may span the end of the context and all of the continuation, which then has no
+        token of its own: it is encoded alone.
+        """
+        context_ids, continuation_ids = super()._encode_pair(context, continuation)
+        if not continuation_ids:
+            moved = context[len(context.rstrip()) :]  # spaces, which the harness moves
+            continuation_ids = self.tok_encode(moved + continuation, add_special_tokens=False)
+        return context_ids or [self.prefix_token_id], continuation_ids
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
     ) -> list[Scored]:
+        for texts, _, continuation in requests:
+            if not continuation:
+                raise InputError(
+                    f"the continuation of {texts!r:.200} has no tokens, so that it has no "
+                    "log-likelihood to compare (it would be 0, probability 1)"
+                )
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
             raise InputError(
@@ -129,11 +147,11 @@ class HarnessModel(TemplateLM):
             groups[_sampling(request.args[1])].append(i)
         completions = [""] * len(requests)
         for sampling, places in groups.items():
-            room = self.max_length - sampling.max_new_tokens
+            room = self.generator.longest - sampling.max_new_tokens
             if room < 1:
                 raise InputError(
                     f"the task asks for {sampling.max_new_tokens} new tokens, and the model is "
-                    f"made for {self.max_length} in all (gen_kwargs: max_gen_toks)"
+                    f"made for {self.generator.longest} in all (gen_kwargs: max_gen_toks)"
                 )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in places]
             for i, text in zip(places, self.generator(prompts, sampling), strict=True):

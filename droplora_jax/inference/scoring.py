@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.inference.config import Sampling
@@ -18,6 +18,13 @@ from droplora_jax.inference.task import Example, Task
 
 Complete = Callable[[Sequence[str], Sampling], Sequence[str]]
 Row = dict[str, Any]  # `id`, `prompt`, `completion`, `extracted`, `right`; `note`, `turns`
+
+
+@runtime_checkable
+class HasRoom(Protocol):
+    """Completes prompts, and says how many new tokens it has room for behind each of them."""
+
+    def room(self, prompts: Sequence[str]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,11 @@ class Result:
         """The share of right answers; None where a judge scores them."""
         judged = not self.rows or any(row["right"] is None for row in self.rows)
         return None if judged else self.right / len(self.rows)
+
+    @property
+    def unread(self) -> int:
+        """How many completions had no answer that could be read; they are not right."""
+        return sum(row["right"] is False and row["extracted"] is None for row in self.rows)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -91,7 +103,11 @@ def ask(
     max_new_tokens: int | None = None,
     run_code: bool = False,
 ) -> Iterator[Row]:
-    """A row for every example as soon as it is known, the longest prompts first."""
+    """A row for every example as soon as it is known, the longest prompts first.
+
+    The first turn has to fit with all the tokens that are asked for. A later one, which stands
+    behind answers of any length, gets the room that is left, and the row has a note.
+    """
     check_code(task, run_code)
     sampling = sampling_of(task, max_new_tokens)
     ordered = sorted(examples, key=lambda example: -len(task.prompt(example, ())))
@@ -99,12 +115,16 @@ def ask(
     with ThreadPoolExecutor(os.cpu_count() if task.runs_code else 1) as pool:
         for first in range(0, len(ordered), batch_size):
             batch = ordered[first : first + batch_size]
-            said: list[tuple[str, ...]] = [()] * len(batch)
-            for _ in range(task.turns):
+            prompts = [task.prompt(example, ()) for example in batch]
+            said = [(completion,) for completion in complete(prompts, sampling)]
+            notes: list[tuple[str, ...]] = [()] * len(batch)
+            for turn in range(2, task.turns + 1):
                 prompts = [task.prompt(e, s) for e, s in zip(batch, said, strict=True)]
-                completions = complete(prompts, sampling)
+                rooms = _rooms(complete, prompts, sampling)
+                completions = _in_rooms(complete, prompts, sampling, rooms)
                 said = [(*s, c) for s, c in zip(said, completions, strict=True)]
-            yield from pool.map(lambda *asked: _row(task, *asked), batch, prompts, said)
+                notes = [(*n, *_note(turn, r, sampling)) for n, r in zip(notes, rooms, strict=True)]
+            yield from pool.map(lambda *asked: _row(task, *asked), batch, prompts, said, notes)
 
 
 def sampling_of(task: Task, max_new_tokens: int | None = None) -> Sampling:
@@ -128,7 +148,39 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return float(found.low), float(found.high)
 
 
-def _row(task: Task, example: Example, prompt: str, said: Sequence[str]) -> Row:
+def _rooms(complete: Complete, prompts: Sequence[str], sampling: Sampling) -> list[int]:
+    """How many new tokens each prompt gets: those that are asked for, or all that there are."""
+    asked = sampling.max_new_tokens
+    if not isinstance(complete, HasRoom):
+        return [asked] * len(prompts)
+    return [min(max(room, 0), asked) for room in complete.room(prompts)]
+
+
+def _in_rooms(
+    complete: Complete, prompts: Sequence[str], sampling: Sampling, rooms: Sequence[int]
+) -> list[str]:
+    """Completions of the prompts, each within its own number of new tokens."""
+    completions = [""] * len(prompts)
+    for room in sorted(set(rooms) - {0}, reverse=True):
+        places = [i for i, own in enumerate(rooms) if own == room]
+        limited = replace(sampling, max_new_tokens=room)
+        texts = complete([prompts[i] for i in places], limited)
+        for i, text in zip(places, texts, strict=True):
+            completions[i] = text
+    return completions
+
+
+def _note(turn: int, room: int, sampling: Sampling) -> tuple[str, ...]:
+    """What a row says of a turn that got less room than the task asks for."""
+    asked = sampling.max_new_tokens
+    if room == asked:
+        return ()
+    return (f"turn {turn}: room for {room} of {asked} new tokens was left behind the turns before",)
+
+
+def _row(
+    task: Task, example: Example, prompt: str, said: Sequence[str], notes: Sequence[str]
+) -> Row:
     outcome = task.score(example, said[-1])
     row = {
         "id": example["id"],
@@ -139,8 +191,8 @@ def _row(task: Task, example: Example, prompt: str, said: Sequence[str]) -> Row:
     }
     if "answer" in example:
         row["answer"] = example["answer"]
-    if outcome.note:
-        row["note"] = outcome.note
+    if note := "; ".join(filter(None, (outcome.note, *notes))):
+        row["note"] = note
     if task.turns > 1:
         row["turns"] = list(said)
     return row

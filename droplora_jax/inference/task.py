@@ -11,7 +11,6 @@ from droplora_jax.data.data_file import local
 
 # A model that goes on to the next instruction has ended its response.
 NEXT_INSTRUCTION = "### Instruction:"
-ANSWER = "The answer is:"
 
 Record = Mapping[str, Any]  # a row of a task's file
 Example = Mapping[str, Any]  # what a task made of a row; its `id` says which it is
@@ -95,9 +94,3 @@ class Task:
         if not examples:
             raise InputError(f"{path}: holds no row of {self.name}'s test set")
         return examples
-
-
-def after_last(marker: str, text: str) -> str | None:
-    """What follows the last `marker`, stripped: a model may correct itself. None without one."""
-    _, found, rest = text.rpartition(marker)
-    return rest.strip() if found else None

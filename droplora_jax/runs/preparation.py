@@ -13,6 +13,7 @@ from rich.console import Console
 
 from droplora_jax.adapters.config import LowRank
 from droplora_jax.adapters.droplora import DropLoRA
+from droplora_jax.core.console import say
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.sharding import RULES, axis_size, make_mesh
 from droplora_jax.hf.base import Base
@@ -23,6 +24,7 @@ from droplora_jax.runs.config import RunConfig
 from droplora_jax.runs.folder import check_settings, previous_config, progress
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.run_data import RunData
+from droplora_jax.runs.schedule_change import schedule_changes
 from droplora_jax.training import optimizer
 
 
@@ -71,6 +73,10 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
     run_data.check_same(saved.record, data.record["data"], folder)
     steps = run_data.total_steps(config.train, data.train)
     step = prepared_step(config, base, mesh, steps)
+    if saved.record is not None:
+        before = run_data.steps_before(saved.record, config.train, data.train)
+        for change in schedule_changes(config, saved.step, before, steps):
+            say(console, change)
     return Prepared(config, folder, base, mesh, data, step, steps, saved.step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +116,12 @@ def _batches(config: RunConfig, rows: Rows, training: bool) -> Batches:
 def total_steps(config: TrainConfig, batches: Batches) -> int:
     """The optimizer steps of a whole run."""
     return config.steps or batches.steps(config.epochs or 3.0)
+
+
+def steps_before(saved: Record, config: TrainConfig, batches: Batches) -> int:
+    """The optimizer steps that the whole run had when a checkpoint with this record was saved."""
+    train = saved["config"]["train"]
+    return total_steps(replace(config, steps=train["steps"], epochs=train["epochs"]), batches)
 
 
 def _outlook(config: RunConfig, batches: Batches, tokens: int) -> str:

@@ -27,7 +27,7 @@ from droplora_jax.inference.tasks import TASKS
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.nn.options import StepOptions
-from droplora_jax.training.metrics_log import ACCURACY
+from droplora_jax.training.metrics_log import ACCURACY, UNREAD
 from droplora_jax.training.step import eval_step
 
 LOSS = "eval_loss"
@@ -97,6 +97,7 @@ class Evaluation:
             )
             assert result.accuracy is not None  # `tasks_of` takes no others
             accuracies[key(task.name)] = result.accuracy
+            accuracies[f"{UNREAD}{task.name}"] = float(result.unread)
         return accuracies
 
     def score(self, numbers: Mapping[str, float]) -> float:

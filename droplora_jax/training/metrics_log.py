@@ -10,7 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from droplora_jax.core.files import Row, read_jsonl, write_file
 
-ACCURACY = "accuracy/"  # before the name of a task
+# Before the name of a task:
+ACCURACY = "accuracy/"
+UNREAD = "unread/"  # how many completions had no answer that could be read
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from droplora_jax.core.console import progress as console_progress
 from droplora_jax.core.console import say
-from droplora_jax.training.metrics_log import ACCURACY
+from droplora_jax.training.metrics_log import ACCURACY, UNREAD
 
 Show = Callable[[int, Mapping[str, Any] | None], None]
 
@@ -38,11 +38,11 @@ def _line(row: Mapping[str, Any]) -> str:
     parts = []
     if "eval_loss" in row:
         parts.append(f"evaluation loss {row['eval_loss']:.4f}")
-    parts += [
-        f"{name.removeprefix(ACCURACY)} {value:.1%}"
-        for name, value in row.items()
-        if name.startswith(ACCURACY)
-    ]
+    for name, value in row.items():
+        if name.startswith(ACCURACY):
+            task = name.removeprefix(ACCURACY)
+            unread = row.get(f"{UNREAD}{task}")
+            parts.append(f"{task} {value:.1%}" + (f" ({unread:.0f} unread)" if unread else ""))
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     if "tokens_per_second" in row:

@@ -76,6 +76,7 @@ def test_the_file_holds_scores_and_every_row(monkeypatch, tmp_path, base, boolq)
     found = report["tasks"]["boolq"]
     # 1, 3, 5 are found, 7 and 9 are not, and the six even ones are right.
     assert (found["examples"], found["right"], found["accuracy"]) == (11, 9, 9 / 11)
+    assert found["unread"] == 0
     low, high = found["interval_95"]
     assert 0 < low < 9 / 11 < high < 1
     assert found["max_new_tokens"] == 32
@@ -176,18 +177,18 @@ def test_mt_bench_is_written_for_a_judge(monkeypatch, tmp_path, base):
 
 
 def test_the_table(capsys):
-    def row(right):
-        return {"id": "1", "right": right}
+    def row(right, extracted="1"):
+        return {"id": "1", "right": right, "extracted": extracted}
 
     results = [
         Result("boolq", tuple(map(row, [True, True, False, True]))),
-        Result("gsm8k", tuple(map(row, [False] * 4))),
+        Result("gsm8k", (row(False), *(row(False, None) for _ in range(3)))),
         Result("mt_bench", (row(None),)),
     ]
     Console(width=80).print(table(results))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["boolq", "4", "3", "75.00%", "30.06%", "..", "95.44%"] in lines
-    assert ["gsm8k", "4", "0", "0.00%", "0.00%", "..", "48.99%"] in lines
+    assert ["boolq", "4", "3", "0", "75.00%", "30.06%", "..", "95.44%"] in lines
+    assert ["gsm8k", "4", "0", "3", "0.00%", "0.00%", "..", "48.99%"] in lines
     assert ["mt_bench", "1", "for", "a", "judge"] in lines
     assert ["mean", "37.50%"] in lines
 

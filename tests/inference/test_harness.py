@@ -30,6 +30,7 @@ PAIRS = [
     ("", "the answer"),
     ("Write a response " * 40, "that appropriately completes the request."),  # too long: cut
     ("request.", " the answer is" * 25),  # a continuation of most positions
+    ("Café, 你好:", " 🙂"),  # tokens of bytes
 ]
 TEXTS = ["the answer is true", "x", "Below is an instruction that describes a task. " * 30]
 
@@ -82,6 +83,30 @@ def test_log_likelihoods_are_those_of_the_harness_own_model(ours, theirs):
     found, expected = (model.loglikelihood(requests(*PAIRS)) for model in (ours, theirs))
     np.testing.assert_allclose(*([v for v, _ in each] for each in (found, expected)), rtol=1e-4)
     assert [g for _, g in found] == [g for _, g in expected]
+
+
+def test_a_continuation_within_the_last_token_of_its_context_is_encoded_alone(ours):
+    def tokens(text):
+        return ours.tok_encode(text, add_special_tokens=False)
+
+    words = ("instruction", "response", "answer")
+    cuts = [(word[:at], word[at:]) for word in words for at in range(1, len(word))]
+    context, rest = next(
+        ("the " + a, b) for a, b in cuts if len(tokens("the " + a + b)) <= len(tokens("the " + a))
+    )
+    spanning, alone = ours._encode_pair(context, rest), tokens(rest)
+    assert spanning == (ours.tok_encode(context), alone)
+    assert ours._encode_pair(" ", "answer") == ([ours.prefix_token_id], tokens(" answer"))
+    ((value, _),) = ours.loglikelihood(requests((context, rest)))
+    assert value < 0
+
+
+def test_a_continuation_without_tokens_has_no_score(ours, theirs):
+    with pytest.raises(InputError, match="the answer.* has no tokens"):
+        ours.loglikelihood(requests(("the answer", "")))
+    with pytest.raises(AssertionError):
+        theirs.loglikelihood(requests(("the answer", "")), disable_tqdm=True)
+    assert ours.loglikelihood_rolling(requests(("",))) == [0]
 
 
 def test_what_is_likeliest_is_said_to_be(ours):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import os
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
 from data_fixtures import write_json, write_jsonl
 
 from droplora_jax.core.errors import InputError
+from droplora_jax.core.files import read_jsonl
 from droplora_jax.inference.config import Sampling
 from droplora_jax.inference.sandbox.runner import Ending
 from droplora_jax.inference.scoring import Result, ask, evaluate, wilson
-from droplora_jax.inference.tasks import TASKS, humaneval, mbpp
-from droplora_jax.inference.tasks.math import boxed, normalised
+from droplora_jax.inference.tasks import TASKS, code, humaneval, mbpp
+from droplora_jax.inference.tasks.final_answer import boxed
+from droplora_jax.inference.tasks.math import normalised
 from droplora_jax.inference.tasks.mt_bench import answers
 
 DATA = os.environ.get("DROPLORA_DATA")
@@ -148,6 +153,7 @@ def test_commonsense_takes_the_first_answer_that_is_named(task, answer, completi
         ("The answer is: 18.", "18"),
         ("The answer is: $18.00 a day", "18"),
         ("The answer is: **18**", "18"),
+        ("**The answer is:** 18", "18"),
         ("The answer is: 17.6", "18"),
         ("The answer is: 36/2", "18"),
         ("The answer is: 3\nNo. The answer is: 18", "18"),
@@ -159,15 +165,42 @@ def test_commonsense_takes_the_first_answer_that_is_named(task, answer, completi
         ("The answer is: 19", "19"),
         ("The answer is: 4/0", None),
         ("The answer is: eighteen", None),
-        ("The answer is 18", None),
+        ("The answer is 18.", "18"),
+        ("So the final answer is $18. I hope it is correct.", "18"),
+        ("It is 2*9=<<2*9=18>>18.\n#### 18", "18"),
+        ("####18", "18"),
+        ("#### $1,018", "1018"),
+        ("#### Step 1: double it\nIt is 18", None),
+        ("#### 1. Double it\nIt is 18", None),
+        (r"So it is $\boxed{18}$.", "18"),
+        (r"\[\boxed{1{,}018 \text{ ducks}}\]", "1018"),
+        (r"\boxed{\frac{36}{2}}", "18"),
         ("18", None),
-        ("#### 18", None),
         ("", None),
     ],
 )
-def test_gsm8k_takes_the_first_number_behind_the_phrase(completion, number):
+def test_gsm8k_takes_the_first_number_behind_where_the_answer_is(completion, number):
     assert extracted("gsm8k", GSM8K, completion) == number
     assert right("gsm8k", GSM8K, completion) is (number == "18")
+
+
+@pytest.mark.parametrize("sign", ["-", "\u2212"])
+@pytest.mark.parametrize("currency", ["$", r"\$", "\u20ac", "\u00a3", ""])
+def test_gsm8k_reads_negative_amounts(sign, currency):
+    row = {"question": "?", "answer": "#### -18"}
+    for amount in (f"{sign}{currency}18", f"{currency}{sign}18"):
+        assert right("gsm8k", row, f"The answer is: {amount}.")
+        assert right("gsm8k", row, f"#### {amount}")
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_the_forms_of_an_answer_are_tried_in_order(task):
+    row = {"gsm8k": GSM8K, "math": {"problem": "?", "answer": "18"}}[task]
+    forms = ["the answer is 1", r"\boxed{2}", *(["#### 3"] if task == "gsm8k" else [])]
+    said = []
+    for form in [*forms, "The answer is: 4"]:
+        said = [form, *said]  # the form that counts comes first in the text
+        assert extracted(task, row, "\n".join(said)) == re.search(r"\d", form).group()
 
 
 def test_gsm8k_answers_with_thousands():
@@ -245,11 +278,25 @@ def test_answers_are_equal_as_lm_evaluation_harness_has_them(a, b):
         ("The answer is: 1\n\nThe answer is: 2", "2"),
         ("The answer is: 2.5", "2.5"),
         ("The answer is:", None),
-        (r"\boxed{2}", None),
+        ("The answer is: **2**", "2"),
+        ("The answer is: 2\n\nLet me know!", "2"),
+        ("Final Answer: The final answer is $2$. I hope it is correct.", "2"),
+        (r"Thus the answer is \(\frac{1}{2}\).", r"\frac{1}{2}"),
+        ("The answer is:\n\\[\nx = 2.\n\\]\nDone.", "x = 2"),
+        ("The answer is: $$\n2\n$$", "2"),
+        (r"The answer is: \[\boxed{2}\]", "2"),
+        (r"The answer is: $\$2$.", r"\$2"),
+        (r"The answer is: $2 dollars", "2 dollars"),
+        (r"So $x = \boxed{2}$ and we are done.", "2"),
+        (
+            "The answer is: \\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}.",
+            "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}",
+        ),
         ("2", None),
+        (r"\boxed{2", None),
     ],
 )
-def test_math_takes_the_text_behind_the_phrase(completion, answer):
+def test_math_takes_the_expression_of_the_answer(completion, answer):
     assert extracted("math", {"problem": "?", "answer": "2"}, completion) == answer
 
 
@@ -265,6 +312,14 @@ def test_math_takes_the_text_behind_the_phrase(completion, answer):
 )
 def test_what_the_last_box_holds(text, inside):
     assert boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    "answer", ["$2$", r"\(2\)", r"\boxed{2}", "So 1 + 1 = 2. The answer is: 2"]
+)
+def test_the_answer_of_a_row_of_math_is_read_like_a_completion(answer):
+    assert example("math", {"problem": "?", "answer": answer})["answer"] == "2"
+    assert example("math", {"instruction": "?", "output": answer})["answer"] == "2"
 
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -283,6 +338,10 @@ ADDS = {
     "an import before": "from __future__ import annotations\nimport operator\n\ndef add(a, b):\n    return operator.add(a, b)\n",
     "another block first": f"```bash\npip install x\n```\n\n```python\n{ADD}```",
     "tabs": ADD.replace("    ", "\t"),
+    "an indented fence": "1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n",
+    "an indented whole": textwrap.indent(ADD, "    "),
+    "a space before the whole": " " + ADD,
+    "a body in an indented fence": "So:\n  ```\n  return a + b\n  ```\n",
 }
 FAILS = {
     "a wrong answer": "def add(a, b):\n    return a - b\n",
@@ -305,6 +364,29 @@ def run_here(source: str) -> Ending:
     except (Exception, SystemExit) as error:
         return Ending(False, repr(error), "")
     return Ending(True, "", "")
+
+
+BODY = "total = a\nfor _ in range(b):\n    total += 1\nreturn total\n"
+
+
+def indented(first: int, others: int, unit: int = 4) -> str:
+    """`BODY` with its first line, and the others, so far from the edge."""
+    lines = BODY.replace("    ", " " * unit).split("\n")
+    return " " * first + "\n".join([lines[0], *(" " * others + line for line in lines[1:])])
+
+
+@pytest.mark.parametrize("prose", ["", "\nThis adds one, b times.\n"])
+@pytest.mark.parametrize(
+    ("first", "others", "unit"),
+    [(4, 4, 4), (0, 4, 4), (1, 4, 4), (3, 4, 4), (0, 0, 4), (2, 2, 2), (8, 8, 4), (0, 2, 2)],
+)
+def test_a_body_whose_indentation_slipped_is_put_at_the_depth_of_its_function(
+    first, others, unit, prose
+):
+    completion = indented(first, others, unit) + prose
+    for head in (SUM["prompt"], "def add(a, b):\n"):
+        written = ast.parse(head + code.body(completion, head))
+        assert ast.dump(written) == ast.dump(ast.parse(head + textwrap.indent(BODY, "    ")))
 
 
 @pytest.mark.parametrize("completion", ADDS.values(), ids=ADDS)
@@ -382,6 +464,9 @@ def test_the_answers_in_the_files_are_right_and_others_are_not(task):
     name = "gsm8k_test.jsonl" if task == "gsm8k" else f"commonsense_{task}_test.json"
     examples = TASKS[task].read(f"{DATA}/{name}")
     phrase = "The answer is: {}" if task == "gsm8k" else "the correct answer is {}"
+    if task == "gsm8k":
+        for given, row in zip(examples, read_jsonl(Path(DATA, name)), strict=True):
+            assert TASKS[task].score(given, row["answer"]).right
     for given in examples:
         assert TASKS[task].score(given, phrase.format(given["answer"])).right
         assert TASKS[task].score(given, phrase.format("7x")).right is (given["answer"] == "7")
@@ -465,6 +550,43 @@ def test_turns_see_what_was_said(tmp_path):
     assert set(answer) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert answer["question_id"] == 81
     assert answer["choices"] == [{"index": 0, "turns": ["Rome.", "Oslo."]}]
+
+
+class Short:
+    """A model with room for `positions` words, which answers with up to `length` of them."""
+
+    def __init__(self, positions: int, length: int) -> None:
+        self.positions, self.length = positions, length
+
+    def room(self, prompts):
+        return [self.positions - len(prompt.split()) for prompt in prompts]
+
+    def __call__(self, prompts, sampling):
+        assert all(room >= sampling.max_new_tokens for room in self.room(prompts))
+        return [" so" * min(self.length, sampling.max_new_tokens) for _ in prompts]
+
+
+@pytest.mark.parametrize(("length", "left"), [(1, None), (6, 3), (9, 0), (12, 0)])
+def test_a_later_turn_gets_the_room_that_is_left(length, left):
+    task, one = TASKS["mt_bench"], example("mt_bench", QUESTION)
+    second_prompt = len(task.prompt(one, ("",)).split())
+    model = Short(second_prompt + 9, length)
+    (row,) = evaluate(task, [one], model, max_new_tokens=max(length, 6)).rows
+    first, second = (len(turn.split()) for turn in row["turns"])
+    assert (first, second) == (length, length if left is None else left)
+    if left is None:
+        assert "note" not in row
+    else:
+        assert row["note"].startswith(f"turn 2: room for {left} of {max(length, 6)} new tokens")
+
+
+def test_completions_without_an_answer_are_counted():
+    examples = [{**example("boolq", BOOLQ), "id": str(i)} for i in range(4)]
+    said = iter(["true", "false", "perhaps", ""])
+    result = evaluate(TASKS["boolq"], examples, lambda prompts, _: [next(said) for _ in prompts])
+    assert (result.right, result.unread) == (1, 2)
+    one = example("mt_bench", QUESTION)
+    assert evaluate(TASKS["mt_bench"], [one], lambda prompts, _: ["" for _ in prompts]).unread == 0
 
 
 def test_code_runs_only_when_that_is_allowed():

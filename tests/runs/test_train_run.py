@@ -400,6 +400,20 @@ def test_a_dry_run_of_a_finished_run(folder, droplora):
     assert contents(folder) == before
 
 
+def test_a_schedule_that_is_laid_out_anew_is_said_with_both_values(folder, droplora):
+    file, taken = folder.parent / "run.yaml", metrics(folder)[-1]
+    config = config_reader.read(folder / "config.yaml")
+    steps, warmup, peak = taken["step"], config.optim.warmup_steps, config.optim.learning_rate
+    following = peak * (1 - (steps - warmup) / (2 * steps - warmup))
+    said = (
+        f"warning: the learning rate (optim.schedule=linear) was laid out over {steps} steps and is "
+        f"now over {2 * steps}: it goes from {taken['learning_rate']:.3g} at step {steps} to "
+        f"{following:.3g} at step {steps + 1}\n"
+    )
+    assert said in droplora.good("train", file, "--dry-run", f"train.steps={2 * steps}")
+    assert "warning" not in droplora.good("train", file, "--dry-run")
+
+
 def test_columns_stand_in_the_yaml(base, droplora, tmp_path):
     train = write_jsonl(tmp_path / "qa.jsonl", [{"q": "Q", "a": "A"}])
     file = write_run(base, tmp_path, data={"train": train, "valid": ..., "template": "none"})

@@ -89,7 +89,7 @@ def test_a_task_alone_needs_no_validation_rows(base, droplora, tmp_path):
     file = write_run(base, tmp_path, data={"valid": None}, train=train)
     droplora.good("train", file)
     (row,) = [row for row in metrics(tmp_path / "run") if "loss" not in row]
-    assert row.keys() == {"step", "accuracy/boolq"}
+    assert row.keys() == {"step", "accuracy/boolq", "unread/boolq"}
 
 
 @pytest.mark.parametrize(

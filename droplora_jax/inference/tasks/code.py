@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from textwrap import dedent, indent
 
 from droplora_jax.data.formats.wrapped import TASK
 
@@ -27,11 +28,13 @@ def prompt(problem: str) -> str:
 def definition(completion: str, names: Collection[str]) -> str | None:
     """The code that defines the named functions; None where there is none.
 
-    It may stand in a fenced block or between prose. Behind the last of the functions only further
-    definitions are kept: no examples of use, and no tests of the model's own.
+    It may stand in a fenced block or between prose, indented as a whole or but for its first line.
+    Behind the last of the functions only further definitions are kept: no examples of use, and no
+    tests of the model's own.
     """
-    blocks = [match.group(1) for match in FENCED.finditer(completion)]
-    for text in (*blocks, completion):
+    texts = (*_blocks(completion), completion)
+    indented = [way(text) for text in texts for way in (str, str.lstrip, dedent)]
+    for text in dict.fromkeys(indented):
         for tree, source in _programs(text):
             last = _last_defined(tree, names)
             if last is not None:
@@ -39,13 +42,80 @@ def definition(completion: str, names: Collection[str]) -> str | None:
     return None
 
 
-def body(completion: str) -> str:
-    """The rest of a function that was begun: all before the next line that is not indented."""
-    fenced = FENCED.search(completion)
-    text = (fenced.group(1) if fenced else completion).lstrip("\n")
-    text = re.sub(r"^[ \t]+", lambda found: found.group().expandtabs(4), text, flags=re.MULTILINE)
+def body(completion: str, head: str) -> str | None:
+    """The rest of the function that `head` begins; None where there is none.
+
+    It ends before the next line that is not indented. Where that is no Python, the indentation is
+    taken to have slipped, and as much as possible is put at the function's depth.
+    """
+    text = _spaces(next(iter(_blocks(completion)), completion)).lstrip("\n")
+    rest = _while_indented(text)
+    if rest.strip() and _is_python(head + rest):
+        return rest
+    mended = max(_mended(text, head, _depth(head)), key=_line_count)
+    return mended if mended.strip() else rest if rest.strip() else None
+
+
+def _blocks(completion: str) -> list[str]:
+    """What stands in fences."""
+    return [match.group(1) for match in FENCED.finditer(completion)]
+
+
+def _spaces(text: str) -> str:
+    """The text indented with spaces instead of tabs."""
+    return re.sub(r"^[ \t]+", lambda tabs: tabs.group().expandtabs(4), text, flags=re.MULTILINE)
+
+
+def _while_indented(text: str) -> str:
     end = re.search(r"^\S", text, flags=re.MULTILINE)
     return text[: end.start()] if end else text
+
+
+def _mended(text: str, head: str, depth: int) -> Iterator[str]:
+    """The rest of a function whose indentation slipped, in one way after the other."""
+    first, _, others = text.partition("\n")
+    first, others = " " * depth + first.strip(), _while_indented(others)
+    flush = dedent(others)
+    # The first line alone, the first line and the others in different ways, all in the same way.
+    for rest in (
+        f"{first}\n{others}",
+        f"{first}\n{indent(flush, ' ' * depth)}",
+        f"{first}\n{indent(flush, ' ' * (depth + 4))}",
+        indent(dedent(text), " " * depth),
+    ):
+        yield _longest_python(head, rest.split("\n"))
+
+
+def _longest_python(head: str, lines: Sequence[str]) -> str:
+    """As many of the lines as are Python behind `head`."""
+    ends = range(len(lines), 0, -1)
+    texts = ("\n".join(lines[:end]) for end in ends)
+    return next((text for text in texts if _is_python(head + text)), "")
+
+
+def _line_count(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.split("\n"))
+
+
+def _depth(head: str) -> int:
+    """How far the body of the last function in `head` is indented."""
+    tree = _parsed(head)
+    if tree is None:  # nothing of the body is there yet
+        last = head.rstrip().rpartition("\n")[2]
+        return len(last) - len(last.lstrip()) + 4
+    functions = [node for node in ast.walk(tree) if isinstance(node, DEFINITIONS)]
+    return max(functions, key=lambda node: node.lineno).body[0].col_offset
+
+
+def _is_python(source: str) -> bool:
+    return _parsed(source) is not None
+
+
+def _parsed(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _programs(text: str) -> Iterator[tuple[ast.Module, str]]:
@@ -55,11 +125,10 @@ def _programs(text: str) -> Iterator[tuple[ast.Module, str]]:
     for start in starts:
         for end in range(len(lines), start, -1):
             source = "\n".join(lines[start:end])
-            try:
-                yield ast.parse(source), source
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
-            break
+            tree = _parsed(source)
+            if tree is not None:
+                yield tree, source
+                break
 
 
 def _last_defined(tree: ast.Module, names: Collection[str]) -> int | None:

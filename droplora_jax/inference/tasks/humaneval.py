@@ -27,19 +27,22 @@ def prompt(example: Example, said: Sequence[str] = ()) -> str:
     return code.prompt(example["prompt"])
 
 
-def program(example: Example, completion: str) -> str:
+def program(example: Example, completion: str) -> str | None:
     """What a completion makes of the problem: the function as a whole, or the body of it."""
     problem, name = example["prompt"], example["entry_point"]
     whole = code.definition(completion, {name})
-    if whole is None:
-        return problem.rstrip("\n") + "\n" + code.body(completion)
-    return problem[: problem.index(f"def {name}(")] + whole
+    if whole is not None:
+        return problem[: problem.index(f"def {name}(")] + whole
+    head = problem.rstrip("\n") + "\n"
+    rest = code.body(completion, head)
+    return None if rest is None else head + rest
 
 
 def score(example: Example, completion: str) -> Outcome:
-    extracted = program(example, completion)
-    test = f"{example['test']}\n\ncheck({example['entry_point']})\n"
-    ending = run_program(f"{extracted}\n\n{test}")
+    extracted, name = program(example, completion), example["entry_point"]
+    if extracted is None:
+        return Outcome(None, False, f"holds neither {name} nor a body of it")
+    ending = run_program(f"{extracted}\n\n{example['test']}\n\ncheck({name})\n")
     return Outcome(extracted, ending.passed, ending.reason)
 
 

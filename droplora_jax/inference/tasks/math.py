@@ -7,13 +7,21 @@ as the authors of DropLoRA feed them, the wrapped `instruction` and the answer a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.data.formats.base import text_of
 from droplora_jax.data.formats.wrapped import is_wrapped
 from droplora_jax.data.templates import alpaca
-from droplora_jax.inference.task import ANSWER, Example, Outcome, Record, Task, after_last
+from droplora_jax.inference.task import Example, Outcome, Record, Task
+from droplora_jax.inference.tasks.final_answer import (
+    PHRASE,
+    PHRASE_WITH_COLON,
+    behind,
+    boxed,
+    expression,
+    without_delimiters,
+)
 
 
 def convert(record: Record) -> Example:
@@ -26,9 +34,11 @@ def convert(record: Record) -> Example:
         raise InputError("problem is missing (or instruction, with output)")
     text = text_of(record, key)
     answer = boxed(text)
-    if answer is None and key == "solution":
-        raise InputError("solution has no \\boxed{} with the answer")
-    return {"instruction": instruction, "answer": text.strip() if answer is None else answer}
+    if answer is None:
+        if key == "solution":
+            raise InputError("solution has no \\boxed{} with the answer")
+        answer = answer_in(text) or without_delimiters(text)
+    return {"instruction": instruction, "answer": answer}
 
 
 def prompt(example: Example, said: Sequence[str] = ()) -> str:
@@ -44,20 +54,14 @@ def score(example: Example, completion: str) -> Outcome:
 
 
 def answer_in(completion: str) -> str | None:
-    """The text behind "The answer is:", to the end of its sentence and line; without its dollars.
+    """The final answer, in the first of the forms of `final_answer` that has one."""
+    return next(filter(None, _answers(completion)), None)
 
-    A model that boxes the answer means what is in the box.
-    """
-    text = after_last(ANSWER, completion)
-    if text is None:
-        return None
-    text = text.split(".\n")[0].strip().removesuffix(".").strip()
-    inner = boxed(text)
-    if inner is not None:
-        return inner
-    if len(text) > 1 and text[0] == text[-1] == "$":
-        text = text.strip("$").strip()
-    return text or None
+
+def _answers(completion: str) -> Iterator[str | None]:
+    yield from map(expression, behind(PHRASE_WITH_COLON, completion))
+    yield boxed(completion)
+    yield from map(expression, behind(PHRASE, completion))
 
 
 MATH = Task("math", convert, prompt, score, max_new_tokens=1024)
@@ -88,19 +92,3 @@ def normalised(answer: str) -> str:
     for pattern, replacement in REWRITES:
         text = re.sub(pattern, replacement, text)
     return text
-
-
-def boxed(text: str) -> str | None:
-    """What the last `\\boxed{...}` (or `\\fbox{...}`, or `\\boxed 5`) holds; None without one."""
-    found = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
-    if not found:
-        return None
-    rest = text[found[-1].end() :]
-    if not rest.startswith("{"):
-        return rest.split("$")[0].strip() or None
-    depth = 0
-    for at, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return rest[1:at].strip()
-    return None
