@@ -58,6 +58,8 @@ def complete_file(
     if done:
         say(console, f"carries on after {done} of {len(rows)} completions ({partial.file})")
     opened = source.load(files)
+    if template is None and (hint := unused_template(opened)):
+        say(console, hint)
     generator = Generator(opened.model, opened.tokenizer, batch_size=batch_size)
     ids = _encoded(rows, chosen_template(template, opened), opened.tokenizer)
     _check_all(generator, rows, ids, sampling)
@@ -143,6 +145,19 @@ def prompt_document(turns: Sequence[Turn], template: str | None, tokenizer: Any)
     # The template knows best where a response begins: `encode_prompts` takes what is before it.
     answered = Example((*turns, Turn(ASSISTANT, "answer")))
     return TEMPLATES[template](answered, tokenizer)
+
+
+def unused_template(opened: Opened) -> str | None:
+    """What to say where prompts are taken as they are by a model that knows them in a template."""
+    if opened.template == "none":
+        return None
+    if opened.template is not None:
+        known, name = f"this model was trained with template {opened.template}", RECORDED
+    elif opened.tokenizer.chat_template:
+        known, name = "the tokenizer has a chat template", "chat"
+    else:
+        return None
+    return f"the prompts are taken as they are; {known}, which --template {name} puts around them"
 
 
 def check_template(name: str | None) -> None:

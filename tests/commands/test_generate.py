@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from data_fixtures import CHATML, make_tokenizer, write_jsonl
 from run_fixtures import contents, make_base
 
-from droplora_jax.commands.completions import prompt_document
+from droplora_jax.commands.completions import prompt_document, unused_template
 from droplora_jax.core.partial_output import Partial
 from droplora_jax.data.formats.base import Turn
 from droplora_jax.data.tokenization import encode_prompts
@@ -48,6 +49,7 @@ def test_a_file_of_prompts(droplora, base, prompts, tmp_path, generator):
     output = tmp_path / "deep" / "out.jsonl"
     out = droplora.good("generate", base, "--prompts", prompts, "--output", output, *SHORT)
     assert f"20 completions: {output}" in out
+    assert "taken as they are; the tokenizer has a chat template, which --template chat" in out
     completions = generator(PROMPTS, Sampling(6))
     assert rows_of(output) == [
         {"prompt": p, "completion": c} for p, c in zip(PROMPTS, completions, strict=True)
@@ -113,10 +115,20 @@ def test_a_part_of_another_model_in_the_same_folder(droplora, prompts, tmp_path,
     assert "files: " in result.err
 
 
+def test_a_template_that_is_not_put_around_prompts_is_named():
+    def said(template, chat_template=None):
+        tokenizer = SimpleNamespace(chat_template=chat_template)
+        return unused_template(SimpleNamespace(template=template, tokenizer=tokenizer))
+
+    assert "trained with template alpaca, which --template recorded" in said("alpaca", CHATML)
+    assert "has a chat template, which --template chat" in said(None, CHATML)
+    assert said("none", CHATML) is said(None) is None
+
+
 def test_a_template_around_every_prompt(base, prompts, droplora, tmp_path, generator):
     output = tmp_path / "out.jsonl"
     command = ("generate", base, "--prompts", prompts, "--output", output, *SHORT)
-    droplora.good(*command, "--template", "chat")
+    assert "as they are" not in droplora.good(*command, "--template", "chat")
     tokenizer = generator.tokenizer
     texts = [
         tokenizer.apply_chat_template(

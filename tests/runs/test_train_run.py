@@ -401,7 +401,8 @@ def test_a_dry_run_of_a_finished_run(folder, droplora):
 
 
 def test_a_schedule_that_is_laid_out_anew_is_said_with_both_values(folder, droplora):
-    file, taken = folder.parent / "run.yaml", metrics(folder)[-1]
+    file = folder.parent / "run.yaml"
+    taken = [row for row in metrics(folder) if "learning_rate" in row][-1]
     config = config_reader.read(folder / "config.yaml")
     steps, warmup, peak = taken["step"], config.optim.warmup_steps, config.optim.learning_rate
     following = peak * (1 - (steps - warmup) / (2 * steps - warmup))
