@@ -58,7 +58,7 @@ def complete_file(
     if done:
         say(console, f"carries on after {done} of {len(rows)} completions ({partial.file})")
     opened = source.load(files)
-    if template is None and (hint := unused_template(opened)):
+    if template is None and (hint := unused_template(opened.template, opened.tokenizer)):
         say(console, hint)
     generator = Generator(opened.model, opened.tokenizer, batch_size=batch_size)
     ids = _encoded(rows, chosen_template(template, opened), opened.tokenizer)
@@ -147,13 +147,17 @@ def prompt_document(turns: Sequence[Turn], template: str | None, tokenizer: Any)
     return TEMPLATES[template](answered, tokenizer)
 
 
-def unused_template(opened: Opened) -> str | None:
-    """What to say where prompts are taken as they are by a model that knows them in a template."""
-    if opened.template == "none":
+def unused_template(recorded: str | None, tokenizer: Any) -> str | None:
+    """What to say where prompts are taken as they are by a model that knows them in a template.
+
+    Args:
+      recorded: the template that an adapter was trained with; None where none is recorded.
+    """
+    if recorded == "none":
         return None
-    if opened.template is not None:
-        known, name = f"this model was trained with template {opened.template}", RECORDED
-    elif opened.tokenizer.chat_template:
+    if recorded is not None:
+        known, name = f"this model was trained with template {recorded}", RECORDED
+    elif tokenizer.chat_template:
         known, name = "the tokenizer has a chat template", "chat"
     else:
         return None

@@ -116,9 +116,8 @@ def test_a_part_of_another_model_in_the_same_folder(droplora, prompts, tmp_path,
 
 
 def test_a_template_that_is_not_put_around_prompts_is_named():
-    def said(template, chat_template=None):
-        tokenizer = SimpleNamespace(chat_template=chat_template)
-        return unused_template(SimpleNamespace(template=template, tokenizer=tokenizer))
+    def said(recorded, chat_template=None):
+        return unused_template(recorded, SimpleNamespace(chat_template=chat_template))
 
     assert "trained with template alpaca, which --template recorded" in said("alpaca", CHATML)
     assert "has a chat template, which --template chat" in said(None, CHATML)
