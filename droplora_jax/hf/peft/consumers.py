@@ -80,9 +80,9 @@ def misreadings(
     merged = "--format merged is for every tool"
     if peft.get("use_dora"):
         yield (
-            "transformers loads a DoRA adapter without its magnitudes, and without a word "
-            "(AutoModelForCausalLM.from_pretrained and load_adapter, 5.24): load it with PEFT "
-            f"(PeftModel.from_pretrained), or {merged}"
+            "transformers loads a DoRA adapter without its magnitudes, which its report calls "
+            "missing (AutoModelForCausalLM.from_pretrained and load_adapter, 5.24): load it with "
+            f"PEFT (PeftModel.from_pretrained), or {merged}"
         )
     if tied and adapted_ends(peft):
         yield (
