@@ -57,7 +57,7 @@ def test_a_tokenizer_of_the_adapter_s_takes_the_place_of_the_whole_of_the_base_s
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    loaded = adapter_tokenizer(base, tmp_path / "adapter")
+    loaded = adapter_tokenizer(base, tmp_path / "adapter").tokenizer
     assert (loaded.eos_token, loaded.chat_template) == ("<new>", OTHER)
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
@@ -65,7 +65,7 @@ def test_a_tokenizer_of_the_adapter_s_takes_the_place_of_the_whole_of_the_base_s
 def test_templates_of_the_adapter_s_take_the_place_of_the_base_s_templates(base, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "chat_template.jinja").write_text(OTHER)
-    loaded = adapter_tokenizer(base, tmp_path / "adapter")
+    loaded = adapter_tokenizer(base, tmp_path / "adapter").tokenizer
     assert loaded.chat_template == OTHER
     assert loaded.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
     assert "tokenizer.model" in companions(base, tmp_path / "adapter")

@@ -128,6 +128,7 @@ def test_an_adapter_s_own_tokenizer_is_used_wherever_the_adapter_is(
     said = droplora.good("export", adapter, "--to", tmp_path / "merged", "--format", "merged")
     assert "the tokenizer and its chat templates are the adapter's" in said
     assert_same_tokenizer(tmp_path / "merged", tokenizer)
+    assert tokenizer.eos_token_id in eos_ids(tmp_path / "merged")
     droplora.good("export", adapter, "--to", tmp_path / "peft", "--format", "peft")
     assert_same_tokenizer(tmp_path / "peft", tokenizer)
 
