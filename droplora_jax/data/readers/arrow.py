@@ -13,7 +13,7 @@ from droplora_jax.data.readers.base import BATCH, Reader, Record
 if TYPE_CHECKING:
     import pyarrow
 
-# What Python and JSON raise for a value that has no counterpart in Python; Arrow has its own errors.
+# Besides the errors of Arrow itself, for a value that has no counterpart in Python, and for JSON.
 _UNREADABLE = (ArithmeticError, ValueError, ImportError, RecursionError)
 _MAGIC = b"ARROW1"  # the first bytes of a file; a stream begins with the length of its schema
 
