@@ -129,8 +129,6 @@ class DataConfig:
         yield from _rendering_problems(self.format, self.columns, self.template)
         yield from _choice_problems("too_long", self.too_long, TOO_LONG)
         yield from _choice_problems("empty", self.empty, EMPTY)
-        if isinstance(self.ignore_keys, str):
-            yield f"ignore_keys={self.ignore_keys!r}: must be a list of keys"
         yield from _choice_problems("bad_rows", self.bad_rows, BAD_ROWS)
         yield from _choice_problems("train_on", self.train_on, TRAIN_ON)
 

@@ -29,7 +29,6 @@ from droplora_jax.data.config import DataConfig, Part
         ({"too_long": "skip"}, "too_long='skip': must be one of cut, drop, error"),
         ({"empty": "keep"}, "empty='keep': must be one of drop, error"),
         ({"bad_rows": "keep"}, "bad_rows='keep': must be one of error, drop"),
-        ({"ignore_keys": "images"}, "ignore_keys='images': must be a list of keys"),
         ({"train_on": "prompt"}, "train_on='prompt': must be one of responses, last, all"),
         (
             {"columns": {"instrction": "q"}},
