@@ -54,6 +54,7 @@ def _small_files(url: str, patterns: Sequence[str]) -> dict[str, bytes]:
     """The contents of the files in a folder whose names match a pattern."""
     fs, root = _filesystem(url)
     with _reading(url):
+        fs.ls(root, detail=False)  # an error where there is no such folder: `find` has none
         below = (str(path) for path in fs.find(root, maxdepth=2))
         paths = {path.removeprefix(root).lstrip("/"): path for path in below}
         contents = {
