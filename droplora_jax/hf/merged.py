@@ -26,7 +26,7 @@ from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_
 from droplora_jax.hf.generation_config import add_end_tokens
 from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
-from droplora_jax.hf.source import base_vocabulary, source_of_model
+from droplora_jax.hf.source import base_ties, base_vocabulary, source_of_model
 from droplora_jax.hf.tensor_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -202,10 +202,10 @@ def _from_adapter(model: Decoder) -> Iterator[str]:
     rows, before = model.config.vocab_size, base_vocabulary(source)
     if rows != before:
         yield f"the vocabulary is the adapter's: {rows} rows, where the base has {before}"
-    if any(other.name == HEAD and other.file is None for other in source.others):
+    if base_ties(source) and not model.config.tie_embeddings:
         yield (
-            "embedding and head were trained apart, though the base ties them: the merged model is "
-            "untied (tie_word_embeddings: false)"
+            "embedding and head are two tables, though the base's config.json ties them: the "
+            "merged model is untied (tie_word_embeddings: false)"
         )
 
 
@@ -241,10 +241,10 @@ def _without_rows(model: Decoder, folder: Path) -> Iterator[str]:
     rows = model.config.vocab_size
     if outside := sorted((i, token) for token, i in tokens.items() if i >= rows):
         yield (
-            f"the tokenizer has {len(outside)} tokens, such as {outside[0][1]!r} (id "
-            f"{outside[0][0]}), that the model's {rows} rows have no place for: a prompt with one "
-            "fails, and llama.cpp's converter refuses such a folder. Take them out of the "
-            "tokenizer, or train on a base whose embedding was resized"
+            f"the model's {rows} rows have no place for {len(outside)} of the tokenizer's tokens, "
+            f"such as {outside[0][1]!r} (id {outside[0][0]}): a prompt with one fails, and "
+            "llama.cpp's converter refuses such a folder. Take them out of the tokenizer, or train "
+            "on a base whose embedding was resized"
         )
 
 

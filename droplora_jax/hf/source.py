@@ -93,6 +93,11 @@ def base_vocabulary(source: Source) -> int:
     return int(read_json(source.folder / "config.json")["vocab_size"])
 
 
+def base_ties(source: Source) -> bool:
+    """Whether the base's `config.json` ties the head to the embedding; an adapter may not."""
+    return bool(read_json(source.folder / "config.json").get("tie_word_embeddings", False))
+
+
 def read_config(folder: Path, ignore: Sequence[str] = ()) -> tuple[Family, ModelConfig]:
     """The family and shape that a folder's `config.json` describes, every key accounted for."""
     file = folder / "config.json"

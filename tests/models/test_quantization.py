@@ -8,10 +8,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
-from oracles import Folder
-from run_fixtures import adapter_bytes, metrics, write_run
+from oracles import Folder, relative
+from run_fixtures import VOCAB, adapter_bytes, metrics, write_run
 
 import droplora_jax as dl
 from droplora_jax.core.errors import InputError
@@ -139,7 +140,16 @@ def test_a_run_carries_on_in_the_same_bits_and_is_used_as_it_was_trained(base, t
     droplora.good("generate", folder, "--prompts", prompts, "--output", output, *SHORT)
     assert set(kinds(open_model(str(folder)).model).values()) == {"nf4"}
     assert kinds(open_model(str(folder), quantize="none").model) == {}
-    droplora.good("export", folder, "--to", tmp_path / "merged", "--format", "merged")
+    said = droplora.good("export", folder, "--to", tmp_path / "merged", "--format", "merged")
+
+    # What the base's full precision changes is said: here by the two models themselves.
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 32)), jnp.int32)
+    ours, merged = (open_model(str(path)).model(tokens) for path in (folder, tmp_path / "merged"))
+    assert f"with the adapter by {relative(merged, ours):.0e}"[:-4] in said
+    assert relative(merged, ours) > 1e-2
+    droplora.good("export", folder, "--to", tmp_path / "peft", "--format", "peft")
+    recorded = json.loads((tmp_path / "peft" / "droplora_config.json").read_text())
+    assert recorded["quantization"] == {"kind": "nf4", "tile": TILE, "pattern": {}}
 
 
 def test_other_bits_are_other_settings(base, tmp_path, droplora):

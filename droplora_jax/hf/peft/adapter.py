@@ -35,9 +35,9 @@ from droplora_jax.hf.peft.consumers import misreadings, vllm_limits, vllm_option
 from droplora_jax.hf.peft.folder import IGNORED, OWN_FILE, WEIGHTS_FILE, AdapterFolder
 from droplora_jax.hf.peft.infer_config import config_of_peft
 from droplora_jax.hf.peft.layout import Slot, checked_copies, slot_of_whole, slots_of, tied_factors
-from droplora_jax.hf.peft.names import HEAD, BaseNames
+from droplora_jax.hf.peft.names import BaseNames
 from droplora_jax.hf.safetensors_file import is_finite
-from droplora_jax.hf.source import base_vocabulary
+from droplora_jax.hf.source import base_ties, base_vocabulary
 from droplora_jax.hf.tensor_files import open_file
 from droplora_jax.hf.weight_loading import ENDS, with_ends
 from droplora_jax.models.config import ModelConfig
@@ -117,11 +117,10 @@ def export(
 
 def _misreadings(model: Decoder, peft: PeftFields, keys: Collection[str]) -> Iterator[str]:
     """What other tools get wrong with the adapter of a model."""
-    others = model.source.others if model.source is not None else ()
-    apart = any(other.name == HEAD and other.file is None for other in others)
-    tied = model.config.tie_embeddings or apart
+    source = model.source
+    tied = model.config.tie_embeddings or (source is not None and base_ties(source))
     rows = model.config.vocab_size
-    resized = model.source is not None and base_vocabulary(model.source) != rows
+    resized = source is not None and base_vocabulary(source) != rows
     return misreadings(peft, keys, tied=tied, rows=rows if resized else None)
 
 
