@@ -116,7 +116,7 @@ def ask(
         for first in range(0, len(ordered), batch_size):
             batch = ordered[first : first + batch_size]
             prompts = [task.prompt(example, ()) for example in batch]
-            said = [(completion,) for completion in complete(prompts, sampling)]
+            said: list[tuple[str, ...]] = [(text,) for text in complete(prompts, sampling)]
             notes: list[tuple[str, ...]] = [()] * len(batch)
             for turn in range(2, task.turns + 1):
                 prompts = [task.prompt(e, s) for e, s in zip(batch, said, strict=True)]
