@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import Folder, model_folder, randomized
+from oracles import Folder, model_folder, random_tokens, randomized, relative
 from safetensors.numpy import load_file, save_file
 from small_models import load
 from transformers import AutoModelForCausalLM
@@ -88,6 +88,16 @@ def test_values_equal_transformers_and_every_device_has_its_part(either, config)
     assert seen == {
         n for n in theirs if not (n == "lm_head.weight" and model.config.tie_embeddings)
     }
+
+
+def test_sizes_that_the_mesh_does_not_divide(tmp_path):
+    """One added token, and 9 heads with 3 of keys and values, over 4 x 2 devices."""
+    sizes = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}
+    folder = model_folder(tmp_path, vocab_size=65, num_hidden_layers=1, **sizes)
+    model = load(folder, MeshConfig(data=1, fsdp=4, tensor=2))
+    tokens = random_tokens(8, 12)
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    assert relative(logits, folder.logits(tokens)) < 1e-5
 
 
 def test_no_mesh_means_every_device_along_fsdp(untied):

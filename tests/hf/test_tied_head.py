@@ -78,7 +78,8 @@ def test_a_tied_base_is_read_as_transformers_does(base, tied):
 def test_a_merge_leaves_no_stale_head(base, tmp_path):
     config = dl.DropLoRA(rank=2, alpha=4.0, targets="embed")
     model = randomized(dl.inject(load(base), config, key=dl.root_key(0)))
-    dl.save_merged(model, tmp_path / "merged")
+    report = dl.save_merged(model, tmp_path / "merged")
+    assert ("config.json ties them" in str(report)) is not model.config.tie_embeddings
     merged = dl.merge(model)
     embedding, head = ends_of(tmp_path / "merged")
     np.testing.assert_allclose(embedding, merged.embed.embedding[...], rtol=1e-5, atol=1e-6)

@@ -46,6 +46,7 @@ MARKS = MappingProxyType(
         "_model_name_or_path": "maker/model",
         "_name_or_path": "maker/model",
         "auto_map": {"AutoModelForCausalLM": "modeling.Model"},
+        "internal_version": "7b-v2",
         "is_llama_config": True,
         "rope_interleaved": False,
         "transformers.js_config": {"dtype": "q4"},

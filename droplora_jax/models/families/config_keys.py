@@ -167,6 +167,7 @@ OF_TRANSFORMERS = frozenset(
 MARKS = frozenset(
     {
         "_model_name_or_path",
+        "internal_version",
         "is_llama_config",
         "max_sequence_length",
         "model_max_length",
