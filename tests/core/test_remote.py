@@ -50,6 +50,18 @@ def test_small_files_are_fetched_and_those_that_are_gone_removed(bucket):
     assert set(contents(folder)) == {"config.json", "tokenizer.json", remote.URL_FILE}
 
 
+def test_files_of_a_folder_below_are_fetched_where_a_pattern_names_it(bucket):
+    below = Path(bucket.removeprefix("file://"), "templates")
+    below.mkdir()
+    for name in ("tools.jinja", "notes.txt"):
+        (below / name).write_text(name)
+    folder = remote.fetch(bucket, (*PATTERNS, "templates/*.jinja"))
+    assert [file.name for file in (folder / "templates").iterdir()] == ["tools.jinja"]
+    (below / "tools.jinja").unlink()
+    folder = remote.fetch(bucket, (*PATTERNS, "templates/*.jinja"))
+    assert not list((folder / "templates").iterdir())
+
+
 def test_a_folder_without_a_small_file_is_no_model(bucket):
     with pytest.raises(InputError, match="nothing of a model in it"):
         remote.fetch(bucket, ("*.bin",))

@@ -138,6 +138,27 @@ def test_what_is_said_of_the_converter_of_llama_cpp(options, said, untied, tmp_p
     assert (said in text) if said else ("llama.cpp" not in text)
 
 
+@pytest.mark.parametrize("name", ["untied", "tied"])
+def test_a_merged_folder_is_read_whole_by_vllm(name, request, tmp_path):
+    """It takes `consolidated*` alone where there is one, else the files that the index names; the
+    head of a tied model is passed over, and every parameter has to be among the rest.
+    """
+    base = request.getfixturevalue(name)
+    config = dl.DropLoRA(rank=4, targets=("q_proj", "v_proj"))
+    folder = tmp_path / "out"
+    dl.save_merged(dl.inject(load(base), config, key=dl.root_key(0)), folder)
+    assert not [*folder.glob("consolidated*"), *folder.glob("*.bin")]
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {file.name for file in folder.glob("*.safetensors")} == {*weight_map.values()}
+    stored: set[str] = set()
+    for file in {*weight_map.values()}:
+        with safe_open(folder / file, "numpy") as shard:
+            stored |= {*shard.keys()}
+    parameters = {key for key, _ in base.torch.named_parameters()}
+    assert stored - {"lm_head.weight"} == parameters - {"lm_head.weight"}
+    assert ("lm_head.weight" in stored) or base.torch.config.tie_word_embeddings
+
+
 def test_the_rank_that_vllm_has_to_make_room_for():
     assert vllm_options({"r": 16}) is None
     assert "--max-lora-rank 64" in vllm_options({"r": 8, "rank_pattern": {"q_proj": 33}})
