@@ -92,6 +92,7 @@ def prepared_step(config: RunConfig, base: Base, mesh: Mesh, steps: int) -> Abst
       InputError: see `prepare`, of what does not depend on the data.
     """
     check_mesh(config, mesh)
+    attention_kernel(config, base, mesh)
     with _in_section("optim", config):
         optim = optimizer.build(config.optim, steps)
     with _in_section("adapter", config):
