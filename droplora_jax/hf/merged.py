@@ -43,6 +43,7 @@ from droplora_jax.models.families import FAMILIES
 from droplora_jax.nn.options import Quantization
 
 WORST = 3  # tensors that are named
+MUCH = 0.1  # of an adapter, lost by rounding, that is worth another dtype
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class MergeReport:
                 f"\nrounding to the stored dtype took {median:.1e} of the adapter (relative, "
                 f"median of the tensors), at most: {', '.join(worst)}"
             )
+            if median > MUCH:
+                text += (
+                    "\nthat may change its answers: dtype float32 (--dtype float32) keeps all of it, "
+                    "in a larger folder, and an export in PEFT's format rounds nothing"
+                )
         return "\n".join([text, *self.notes])
 
 

@@ -221,6 +221,12 @@ def test_a_merge_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("lost", "advised"), [(0.7, True), (1e-3, False)])
+def test_a_wider_dtype_is_advised_where_rounding_takes_much(lost, advised, tmp_path):
+    report = merged.MergeReport(tmp_path, 9, 1, (("layers.0.q", lost),), 1e-7)
+    assert ("--dtype float32" in str(report)) is advised
+
+
 def test_another_dtype(bfloat16, tmp_path):
     model = adapted(bfloat16)
     dl.save_merged(model, tmp_path / "out", dtype=np.float32)
