@@ -78,8 +78,8 @@ class MergeReport:
             )
             if median > MUCH:
                 text += (
-                    "\nthat may change its answers: dtype float32 (--dtype float32) keeps all of it, "
-                    "in a larger folder, and an export in PEFT's format rounds nothing"
+                    "\nthat may change its answers: dtype float32 (--dtype float32) keeps all of "
+                    "it, in a larger folder, and an export in PEFT's format rounds nothing"
                 )
         return "\n".join([text, *self.notes])
 
