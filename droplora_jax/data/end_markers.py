@@ -66,7 +66,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def markers_of(document: Document, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The texts of the markers that end the answers of a document."""
+    """The texts of the markers that end the answers of a document; see `Document`."""
     if document.add_special:
         return (str(tokenizer.eos_token),)
     return document.end_markers

@@ -76,7 +76,7 @@ def _write(file: File, flat: FlatWriter, *, config: DataConfig, tokenizer: Token
     for chunk in _chunks(_written(file.name, records, write, tally)):
         rows = encode([document for _, document in chunk], tokenizer, tally.counts)
         for _, document in chunk:
-            tally.end_markers.update(markers_of(document, tokenizer) or [""])
+            tally.end_markers.update(markers_of(document, tokenizer))
             tally.counts["unprompted"] += not document.prompted
         flat.add(
             fit(row, where, document.split, config, tally)

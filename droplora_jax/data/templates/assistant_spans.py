@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from droplora_jax.core.errors import InputError
-from droplora_jax.data.formats.base import ASSISTANT, Turn
+from droplora_jax.data.formats.base import ASSISTANT, USER, Turn
 from droplora_jax.data.templates.base import shared_prefix
-from droplora_jax.data.templates.jinja import Renderer, Span
+from droplora_jax.data.templates.jinja import Fails, Renderer, Span
 
 OTHER = "\u2042"  # a text that no conversation contains
 
@@ -95,7 +95,9 @@ def compared(renderer: Renderer, turns: Sequence[Turn], first: int) -> tuple[str
         prefix_text = full_text if i == len(turns) - 1 else renderer.text(turns[: i + 1])
         closing = _closing(renderer, turns[: i + 1], prefix_text, likely=closing)
         answer = _begun(renderer, turns[: i + 1], prefix_text, full_text, closing)
-        if answer is None and (replaced := _replaced(renderer, turns, i, full_text, closing)):
+        if answer is None and (
+            replaced := _replaced(renderer, turns, i, prefix_text, full_text, closing)
+        ):
             # A last answer that does not begin where the prompt ends.
             answer = replaced._replace(prompted=prefix_text != full_text)
         if answer is None or (answers and answer.start < answers[-1].end):
@@ -126,8 +128,10 @@ def header(renderer: Renderer, turns: Sequence[Turn]) -> str:
 
 def end_marker(renderer: Renderer, turns: Sequence[Turn]) -> str:
     """The marker that ends the assistant's next turn; empty where the template writes none."""
-    text = renderer.text((*turns, Turn(ASSISTANT, OTHER)))
-    return _marker(renderer, text.rpartition(OTHER)[2]) if OTHER in text else ""
+    answered = (*turns, Turn(ASSISTANT, OTHER))
+    text = renderer.text(answered)
+    closing = text.rpartition(OTHER)[2] if OTHER in text else ""
+    return _marker(renderer, _ending(renderer, answered, text, closing))
 
 
 def _closing(renderer: Renderer, turns: Sequence[Turn], prefix_text: str, likely: str = "") -> str:
@@ -167,13 +171,15 @@ def _until_next_marker(
     """The answer with the marker that follows it, where that of its own rendering is not there.
 
     Some templates end the last answer with another marker than those before it, and some end an
-    answer with the marker of the next turn's role. The marker that begins an answer ends none.
+    answer with the marker of the next turn's role. The marker that begins an answer ends none; one
+    that another marker follows ends the question before it.
     """
     at = len(full_text) - len(full_text[answer.end :].lstrip())
     if answer.marker or not (match := renderer.marker_pattern.match(full_text, at)):
         return answer
     opening = header(renderer, before).removeprefix(renderer.text(before)).lstrip()
-    if opening.startswith(match[0]):
+    behind = opening.removeprefix(match[0])
+    if behind != opening and not renderer.marker_pattern.match(behind.lstrip()):
         return answer
     return answer._replace(end=match.end(), marker=match[0])
 
@@ -186,13 +192,17 @@ def _begun(
     if not (full_text.startswith(prefix_text) and prefix_text.startswith(begin)):
         return None
     words_end = len(prefix_text) - len(closing)
-    return Answer(
-        len(begin), words_end + len(_trained(renderer, closing)), _marker(renderer, closing)
-    )
+    ending = _ending(renderer, turns, prefix_text, closing)
+    return Answer(len(begin), words_end + len(ending), _marker(renderer, ending))
 
 
 def _replaced(
-    renderer: Renderer, turns: Sequence[Turn], i: int, full_text: str, closing: str
+    renderer: Renderer,
+    turns: Sequence[Turn],
+    i: int,
+    prefix_text: str,
+    full_text: str,
+    closing: str,
 ) -> Answer | None:
     """A turn's span if another content for the turn changes the rendering nowhere else.
 
@@ -210,24 +220,49 @@ def _replaced(
         return None
     if not turn.calls and not (turn.content or "").rstrip().endswith(words):
         return None
-    marker = _marker(renderer, closing)
+    ending = _ending(renderer, turns[: i + 1], prefix_text, closing)
+    marker = _marker(renderer, ending)
     # The last turn may be closed otherwise than one with turns behind it.
-    until_marker = closing[: closing.find(marker) + len(marker)] if marker else ""
-    for written in (_trained(renderer, closing), until_marker, until_marker.lstrip()):
+    until_marker = ending[: ending.find(marker) + len(marker)] if marker else ""
+    for written in (ending, until_marker, until_marker.lstrip()):
         if full_text.startswith(written, end):
             return Answer(start, end + len(written), marker if written else "")
     return Answer(start, end, "")
 
 
-def _trained(renderer: Renderer, closing: str) -> str:
-    """The part of a closing that is trained: not the white space behind an end marker."""
+def _ending(renderer: Renderer, turns: Sequence[Turn], prefix_text: str, closing: str) -> str:
+    """The part of a closing that is trained, with which the last of these turns ends.
+
+    It is neither white space behind an end marker, nor the prompt for the next answer, which some
+    templates write behind every message, whether they are asked for it or not.
+    """
     stripped = closing.rstrip()
+    marker = renderer.marker_pattern.search(closing)
+    if stripped and not (marker and marker.end() == len(stripped)):
+        length = _before_prompt(renderer, turns, prefix_text, closing)
+        if length < len(closing):
+            return closing[: marker.end() if marker and marker.end() <= length else length]
     return stripped if stripped.endswith(renderer.markers) else closing
 
 
-def _marker(renderer: Renderer, closing: str) -> str:
-    """The end marker in a closing: its first token, or its text where it has no token."""
-    return _first_marker(renderer, closing) or closing.strip()
+def _before_prompt(
+    renderer: Renderer, turns: Sequence[Turn], prefix_text: str, closing: str
+) -> int:
+    """The length of a closing without the prompt that a template writes behind every message."""
+    before = renderer.text(turns[:-1])
+    if before != renderer.text(turns[:-1], add_generation_prompt=True):
+        return len(closing)
+    try:
+        followed = renderer.text((*turns, Turn(USER, OTHER)))
+    except Fails:
+        return len(closing)
+    length = shared_prefix(prefix_text, followed) - (len(prefix_text) - len(closing))
+    return length if length >= 0 and before.endswith(closing[length:]) else len(closing)
+
+
+def _marker(renderer: Renderer, ending: str) -> str:
+    """The end marker in an ending: its token, or its text where it has no token."""
+    return _first_marker(renderer, ending) or ending.strip()
 
 
 def _first_marker(renderer: Renderer, text: str) -> str:

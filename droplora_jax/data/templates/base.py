@@ -33,7 +33,8 @@ class Document:
         tokenizer adds one) and a trained EOS after the last. If false, the text contains all its
         special tokens and is tokenised at once.
       split: whether a text that is too long is split instead of cut.
-      end_markers: the texts that end the assistant's answers, where `add_special` is false.
+      end_markers: the texts that end the assistant's answers, where `add_special` is false; an
+        empty one where the template writes nothing that ends an answer.
       prompted: whether every answer is preceded by the prompt that the template has for one.
     """
 

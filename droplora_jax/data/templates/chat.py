@@ -39,7 +39,7 @@ def render(example: Example, tokenizer: Tokenizer) -> Document:
     return Document(
         tuple(piece for piece in pieces if piece.text),
         add_special=False,
-        end_markers=tuple(dict.fromkeys(answer.marker for answer in answers if answer.marker)),
+        end_markers=tuple(dict.fromkeys(answer.marker for answer in answers)),
         prompted=all(answer.prompted for answer in answers),
     )
 

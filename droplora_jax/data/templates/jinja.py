@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -74,23 +74,29 @@ class Renderer:
         return self._rendered(turns, return_assistant_tokens_mask=True)
 
     def _rendered(self, turns: Sequence[Turn], **options: bool) -> tuple[str, list[Span]]:
-        """The text and the marked spans; the arguments of calls are objects, or text if they must.
+        """The text and the marked spans, in the first form of the messages that writes the calls.
 
-        Most templates write the arguments as JSON themselves. Others join them with text, as they
-        come from OpenAI's interface: these fail for objects, or write them as Python does.
+        Where none does, it is the first form that the template takes.
+
+        Raises:
+          Fails: the template takes no form; this is the error of the first.
         """
-        if not any(turn.calls for turn in turns):
-            return self._written([message(turn) for turn in turns], **options)
-        try:
-            rendered = self._written([message(turn) for turn in turns], **options)
-        except Fails as error:
+        taken: tuple[str, list[Span]] | None = None
+        failure: Fails | None = None
+        for messages in _forms(turns):
             try:
-                return self._written([joined_message(turn) for turn in turns], **options)
-            except Fails:
-                raise error from None
-        if not _has_python(rendered[0], turns):
-            return rendered
-        return self._written([joined_message(turn) for turn in turns], **options)
+                rendered = self._written(messages, **options)
+                _check_arguments(rendered[0], turns)
+            except Fails as error:
+                failure = failure or error
+                continue
+            if _writes_calls(rendered[0], turns):
+                return rendered
+            taken = taken or rendered
+        if taken is None:
+            assert failure is not None  # there is at least one form
+            raise failure
+        return taken
 
     def _written(
         self, messages: list[dict[str, object]], **options: bool
@@ -113,13 +119,46 @@ class Renderer:
         return text, spans[0] if spans else []
 
 
-def _has_python(text: str, turns: Sequence[Turn]) -> bool:
-    """Whether a rendering holds a call's arguments as Python writes an object."""
+def _forms(turns: Sequence[Turn]) -> Iterator[list[dict[str, object]]]:
+    """The forms in which the messages may be handed to a chat template, the most common first.
+
+    Most templates write the arguments of calls as JSON themselves. Others join them with text, as
+    they come from OpenAI's interface: these fail for objects, or write them as Python does. A call
+    that stands alone has no content, a null, or an empty text, and templates take one or two of
+    these.
+    """
+    yield [message(turn) for turn in turns]
+    if not any(turn.calls for turn in turns):
+        return
+    yield [joined_message(turn) for turn in turns]
+    if all(turn.content is not None for turn in turns if turn.calls):
+        return
+    for content in (None, ""):
+        for written in (message, joined_message):
+            yield [
+                {**written(turn), "content": content}
+                if turn.calls and turn.content is None
+                else written(turn)
+                for turn in turns
+            ]
+
+
+def _writes_calls(text: str, turns: Sequence[Turn]) -> bool:
+    """Whether a rendering has the names of all calls."""
+    return all(call["function"]["name"] in text for turn in turns for call in turn.calls)
+
+
+def _check_arguments(text: str, turns: Sequence[Turn]) -> None:
+    """Raise Fails if a rendering has a call's arguments as Python writes an object."""
     objects = [call["function"].get("arguments", {}) for turn in turns for call in turn.calls]
     as_json = {json.dumps(arguments, ensure_ascii=False) for arguments in objects}
     written = {repr(dict(arguments)) for arguments in objects} - as_json
     said = "".join(turn.content or "" for turn in turns)
-    return any(text.count(python) > said.count(python) for python in written)
+    if any(text.count(python) > said.count(python) for python in written):
+        raise Fails(
+            "data.template=chat: the chat template writes the arguments of calls as Python does; "
+            "it needs arguments | tojson"
+        )
 
 
 def message(turn: Turn) -> dict[str, object]:

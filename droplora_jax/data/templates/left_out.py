@@ -35,18 +35,35 @@ def problems(renderer: Renderer, turns: Sequence[Turn], text: str, first: int) -
 
 def _not_written(renderer: Renderer, turns: Sequence[Turn], text: str, first: int) -> Iterator[str]:
     """The tools, the calls, and the messages that are not the assistant's."""
-    names = [("tool", tool["function"]["name"]) for tool in renderer.tools]
+    names: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, first):
         names += [(f"call in message {number}", call["function"]["name"]) for call in turn.calls]
         if turn.role != ASSISTANT:
             words = re.findall(r"\w+", turn.content or "", re.ASCII)
             names += [(f"message {number} of the {turn.role}", max(words, key=len, default=""))]
-    for what, name in names:
-        if name not in text:
-            yield (
-                f"data.template=chat: the chat template does not write the {what} ({name!r}); "
-                f"{ADD_IT}"
-            )
+    missing = [("tool", name) for name in _tools_left_out(renderer, turns, text)]
+    missing += [(what, name) for what, name in names if name not in text]
+    for what, name in missing:
+        yield (
+            f"data.template=chat: the chat template does not write the {what} ({name!r}); {ADD_IT}"
+        )
+
+
+def _tools_left_out(renderer: Renderer, turns: Sequence[Turn], text: str) -> list[str]:
+    """The names of the tools that the template does not write.
+
+    A name that also stands in a call or a message is written more often than without the tools.
+    """
+    names = [tool["function"]["name"] for tool in renderer.tools]
+    said = "".join(turn.content or "" for turn in turns)
+    called = {call["function"]["name"] for turn in turns for call in turn.calls}
+    if not any(name in said or name in called for name in names):
+        return [name for name in names if name not in text]
+    try:
+        without = replace(renderer, tools=()).text(turns)
+    except Fails:  # a template that can't do without tools writes them
+        without = ""
+    return [name for name in names if text.count(name) <= without.count(name)]
 
 
 def _answer(

@@ -140,7 +140,7 @@ BY_PLACE = (
     [
         (BY_PLACE, ["<|end|>", "</s>"], {END, EOS}),
         (BY_PLACE.replace(BODY, GENERATED.replace("BODY", BODY)), ["<|end|>", "</s>"], {END, EOS}),
-        (BY_ROLE, ["<|user|>", ""], {"<|user|>"}),
+        (BY_ROLE, ["<|user|>", ""], {"<|user|>", ""}),
     ],
     ids=["another marker at the end", "the same with marks", "the marker of the next role"],
 )
@@ -167,8 +167,47 @@ def test_a_template_that_ends_answers_with_nothing_has_no_marker():
     template = HEAD + BODY + "{{ '\\n\\n' }}{% endfor %}" + PROMPT
     made = tokenizer(template)
     document = chat.render(Example(tuple(turns_of(["Hi", "so </answer>"]))), made)
-    assert document.end_markers == ()
+    assert document.end_markers == ("",)
     assert [p.text for p in document.pieces if p.trained] == ["Hi\n\n", "so </answer>\n\n"]
+
+
+ALWAYS = "<|start|>assistant\n"
+SPOKEN = "{% for m in messages %}{{ m.role }}: {{ m.content }}STOP\n{% endfor %}assistant: "
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "marker"),
+    [
+        (HEAD + BODY + TAIL + ALWAYS, END, END),
+        (HEAD + GENERATED.replace("BODY", BODY) + TAIL + ALWAYS, END, END),
+        (SPOKEN, "STOP\n", "STOP"),
+        (SPOKEN.replace("STOP", ""), "\n", ""),
+        (SPOKEN.replace("STOP", "{{ eos_token }}"), EOS, EOS),
+    ],
+    ids=["a token", "the same with marks", "a text", "nothing", "EOS"],
+)
+def test_a_prompt_behind_every_message_is_not_learnt(template, end, marker):
+    """Some templates write the prompt for an answer without being asked for it."""
+    made = tokenizer(template)
+    turns = tuple(turns_of(["Hi", "so"]))
+    for part in (turns[:2], turns):
+        document = chat.render(Example(part), made)
+        learnt = [piece.text for piece in document.pieces if piece.trained]
+        assert learnt == [f"{words}{end}" for words in ("Hi", "so")[: len(part) // 2]]
+        assert set(document.end_markers) == {marker}
+        asked = chat.prompt(Example(part[:-1]), made)
+        text = "".join(piece.text for piece in document.pieces)
+        assert text.startswith(asked.pieces[0].text + part[-1].content + end)
+        assert asked.end_markers == (marker,) * bool(marker)
+
+
+def test_an_end_that_the_question_has_too_is_learnt_where_the_template_writes_it():
+    """The last message is closed only where the template is asked for a prompt."""
+    body = HEAD + "{{ m.content }}{% if add_generation_prompt or not loop.last %}<|end|>{{ '\n' }}"
+    made = tokenizer(body + "{% endif %}{% endfor %}" + PROMPT)
+    document = chat.render(Example(tuple(turns_of(["Hi", "so"]))), made)
+    assert [piece.text for piece in document.pieces if piece.trained] == ["Hi<|end|>", "so"]
+    assert document.end_markers == (END, "")  # the last answer is ended by nothing
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -63,6 +63,24 @@ def test_all_that_is_left_out_is_said_at_once():
     assert len(info.value.problems) == 2
 
 
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {}}}
+WRITES_CALLS = CHATML.replace(CONTENT, "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+LISTS_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("listed", ["", LISTS_TOOLS, "{{ tools[0] | tojson }}"])
+@pytest.mark.parametrize("question", ["What is it?", "find it"])
+def test_a_call_does_not_stand_for_its_tool(listed, question):
+    """The name of a tool is in the rendering wherever it is called."""
+    made = make_tokenizer(chat_template=listed + WRITES_CALLS)
+    example = Example((Turn("user", question), Turn("assistant", "", (CALL,))), tools=(TOOL,))
+    if listed:
+        assert chat.render(example, made)
+        return
+    with pytest.raises(InputError, match="does not write the tool"):
+        chat.render(example, made)
+
+
 @pytest.mark.parametrize("template", [CUT, KEPT_LAST])
 def test_reasoning_before_the_last_question_may_be_left_out(template):
     turns = (ASKED, Turn("assistant", THOUGHT), Turn("user", "And 3?"), Turn("assistant", "3."))
