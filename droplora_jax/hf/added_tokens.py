@@ -26,7 +26,8 @@ def added_tokens(
     if not all(texts):
         raise InputError(f"add_tokens={list(texts)!r}: a token is a text that is not empty")
     present: dict[str, int] = tokenizer.get_vocab()
-    new = [text for text in dict.fromkeys(texts) if text not in tokenizer.get_added_vocab()]
+    added = tokenizer.get_added_vocab()
+    new = [text for text in dict.fromkeys(texts) if text not in added]
     if not new:
         return None
     larger = copy.deepcopy(tokenizer)

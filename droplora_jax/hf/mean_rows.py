@@ -9,7 +9,7 @@ import numpy as np
 
 from droplora_jax.hf.safetensors_file import TensorFile
 
-ROWS = 1024  # that are summed at a time
+ROWS = 4096  # that are summed at a time
 
 
 class MeanRows(TensorFile):

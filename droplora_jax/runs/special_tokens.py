@@ -83,9 +83,7 @@ def check_special_tokens(
             )
 
 
-def check_added_tokens(
-    base: Base, trained: Collection[str], targets: str | Sequence[str]
-) -> None:
+def check_added_tokens(base: Base, trained: Collection[str], targets: str | Sequence[str]) -> None:
     """Raise InputError unless the rows of tokens that were added to the base are trained."""
     added = base.source.added
     frozen = [end for end in _ends(base) if end not in trained]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from data_fixtures import END, EOS, make_tokenizer
 from flax import nnx
 from oracles import randomized, relative, torch_logits
-from run_fixtures import VOCAB, factors, make_base
-from safetensors.torch import load_file
+from run_fixtures import VOCAB, factors, make_base, write_jsonl, write_run
+from safetensors.torch import load_file, save_file
 from small_models import load
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
@@ -40,8 +41,18 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     for name, rows in sizes.items():
         make_base(folder / name, vocab_size=rows)
     make_base(folder / "tied", vocab_size=KNOWN, tie_word_embeddings=True)
+    write_head(make_base(folder / "copy", vocab_size=KNOWN, tie_word_embeddings=True).path)
     make_base(folder / "half", vocab_size=KNOWN + 1, dtype=torch.bfloat16)
     return {path.name: path for path in folder.iterdir()}
+
+
+def write_head(base: Path) -> None:
+    """Let the file of a tied base hold its head too."""
+    tensors = stored(base)
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -81,6 +92,10 @@ def test_tokens_that_the_tokenizer_has_change_nothing(bases):
     base = Base.open(bases["none"])
     assert base.with_tokens(()) is base
     assert base.with_tokens((END, EOS)) is base
+    ordinary = base.with_tokens(("t",))  # one token, in any word
+    assert (ordinary.shape, len(ordinary.tokenizer)) == (base.shape, KNOWN)
+    assert ordinary.tokenizer("t")["input_ids"] == base.tokenizer("t")["input_ids"]
+    assert ordinary.source.added.first == ordinary.source.added.stop
     with pytest.raises(InputError, match="a token is a text that is not empty"):
         base.with_tokens(("<|a|>", ""))
 
@@ -91,6 +106,8 @@ def test_tokens_that_the_tokenizer_has_change_nothing(bases):
         ("none", {"train_whole": ENDS}),
         ("spare", {"train_whole": ENDS}),
         ("tied", {"train_whole": ("embed",)}),
+        ("copy", {"train_whole": ("embed",)}),
+        ("copy", {}),
         ("none", {"targets": ("q_proj", *ENDS)}),
         ("spare", {"targets": ("q_proj", *ENDS)}),
         ("spare", {}),
@@ -136,3 +153,71 @@ def test_an_adapter_whose_tables_lack_the_tokens_is_refused(bases, tmp_path):
     )
     with pytest.raises(InputError, match=r"added to the base .*open the base without add_tokens"):
         dl.load_adapter(load(bases["none"], add_tokens=TOKENS), tmp_path / "adapter")
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def run(bases, tmp_path) -> Path:
+    """A run that adds the tokens of a chat template to a base that lacks them."""
+    base = Path(shutil.copytree(bases["none"], tmp_path / "base"))
+    make_tokenizer(chat_template=CHAT).save_pretrained(base)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "is"}]}
+        for n in range(16)
+    ]
+    return write_run(
+        base,
+        tmp_path,
+        model={"add_tokens": list(TOKENS)},
+        adapter={"rank": 2, "targets": ["q_proj"]},
+        data={"train": write_jsonl(tmp_path / "rows.jsonl", rows), "valid": ...},
+        optim={"warmup_steps": 0},
+        train={"steps": 2, "save_every": 1, "eval_every": ...},
+    )
+
+
+def logits(folder: Path) -> np.ndarray:
+    tokens = np.array([[1, KNOWN, 5, KNOWN + 1]], np.int32)
+    opened = dl.open_model(str(folder))
+    assert opened.tokenizer.convert_tokens_to_ids(list(NEW)) == [KNOWN, KNOWN + 1]
+    assert KNOWN + 1 in opened.end_markers.token_ids or folder.name == "merged"
+    return np.asarray(forward(opened.model, tokens))
+
+
+def test_a_run_adds_tokens_and_all_that_is_made_of_it_has_them(run, tmp_path, droplora):
+    refused = droplora("train", run, "--dry-run")
+    assert refused.code == 2
+    said = " ".join(refused.err.split())
+    assert "the frozen embed and lm_head would keep it so" in said
+    assert "adapter.train_whole='[embed, lm_head]'" in said
+
+    ends = "adapter.train_whole=[embed,lm_head]"
+    droplora.good("train", run, ends, "--dry-run")
+    droplora.good("train", run, ends)
+    droplora.good("train", run, ends, "train.steps=3")
+    changed = droplora("train", run, ends, "train.steps=4", "model.add_tokens=[]")
+    assert changed.code == 2
+    assert "model.add_tokens: " in changed.err
+
+    folder = tmp_path / "run"
+    expected = logits(folder)
+    droplora.good("export", folder, "--to", tmp_path / "merged", "--format", "merged")
+    droplora.good("export", folder, "--to", tmp_path / "peft", "--format", "peft")
+    droplora.good("inspect", folder / "adapter")
+    for made in (folder / "adapter", tmp_path / "merged", tmp_path / "peft"):
+        assert relative(logits(made), expected) < 1e-5
+    shutil.rmtree(folder / "checkpoints")
+    assert relative(logits(folder), expected) < 1e-5
+
+    on = (ends, f"model.adapter={folder / 'adapter'}", f"output={tmp_path / 'second'}")
+    droplora.good("train", run, *on, "--dry-run")
+    droplora.good("train", run, *on, "model.add_tokens=[]", "train.steps=1")
+    assert dl.open_model(str(tmp_path / "second")).model.config.vocab_size == KNOWN + 2
+    more = droplora("train", run, *on, "model.add_tokens=[<|other|>]", "--dry-run")
+    assert more.code == 2
+    assert "was trained without them" in " ".join(more.err.split())
