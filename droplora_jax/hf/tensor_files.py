@@ -70,7 +70,8 @@ def open_source(source: Source) -> TensorFiles:
     tensors = open_folder(source.folder)
     files = {other.file for other in source.others if other.file is not None}
     opened = {file: open_file(file) for file in sorted(files)}
-    own, brought = {}, {}
+    own: dict[str, tuple[TensorFiles, str]] = {}
+    brought: dict[str, tuple[TensorFiles, str]] = {}
     for other in source.others:
         holder = tensors if other.file is None else opened[other.file]
         if other.stored_as not in holder.files:
