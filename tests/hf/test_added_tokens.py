@@ -41,17 +41,21 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     for name, rows in sizes.items():
         make_base(folder / name, vocab_size=rows)
     make_base(folder / "tied", vocab_size=KNOWN, tie_word_embeddings=True)
-    write_head(make_base(folder / "copy", vocab_size=KNOWN, tie_word_embeddings=True).path)
+    for name in ("copy", "head"):
+        shutil.copytree(folder / "tied", folder / name)
+        write_head(folder / name, embedding=name == "copy")
     make_base(folder / "half", vocab_size=KNOWN + 1, dtype=torch.bfloat16)
     return {path.name: path for path in folder.iterdir()}
 
 
-def write_head(base: Path) -> None:
-    """Let the file of a tied base hold its head too."""
+def write_head(base: Path, *, embedding: bool) -> None:
+    """Let the file of a tied base hold its head too, or in place of the embedding."""
     tensors = stored(base)
     for file in base.glob("*.safetensors*"):
         file.unlink()
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    table = tensors.pop("model.embed_tokens.weight")
+    tensors["lm_head.weight"] = table.clone()
+    tensors |= {"model.embed_tokens.weight": table} if embedding else {}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -108,6 +112,8 @@ def test_tokens_that_the_tokenizer_has_change_nothing(bases):
         ("tied", {"train_whole": ("embed",)}),
         ("copy", {"train_whole": ("embed",)}),
         ("copy", {}),
+        ("head", {"train_whole": ("embed",)}),
+        ("head", {}),
         ("none", {"targets": ("q_proj", *ENDS)}),
         ("spare", {"targets": ("q_proj", *ENDS)}),
         ("spare", {}),
