@@ -346,7 +346,10 @@ class MergedBase:
     def stored(
         self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
     ) -> np.ndarray:
-        """A tensor of the base in float32."""
+        """A tensor of the base in float32, or the fully trained one that takes its place."""
+        merge = self.merges.get(name)
+        if merge is not None and merge.replaces:
+            return self.reference(name, index, transposed)
         return self._read(name, index, transposed).astype(np.float32, copy=False)
 
     def reference(
