@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 
 from droplora_jax.data.templates.base import Tokenizer
 from droplora_jax.hf import source, tied_head
-from droplora_jax.hf.companions import adapter_tokenizer
+from droplora_jax.hf.added_tokens import added_tokens
+from droplora_jax.hf.companions import tokenizer_of
 from droplora_jax.hf.peft import ends
-from droplora_jax.hf.tokenizer import Loaded, loaded
+from droplora_jax.hf.tokenizer import Loaded
 from droplora_jax.hf.weight_loading import abstract_model, read_weights
 from droplora_jax.models.config import ModelConfig, Source
 from droplora_jax.models.decoder import Decoder
@@ -76,6 +77,22 @@ class Base:
         shape, source = ends.under(self.shape, self.source, adapters)
         return replace(self, shape=shape, source=source)
 
+    def with_tokens(self, texts: Sequence[str]) -> Base:
+        """The base with further special tokens; those that its tokenizer has stay as they are.
+
+        A new token takes the next id of the tokenizer. Its row in the embedding, and in the head
+        if that is another table, is the mean of the rows of the ids before; a table grows if it
+        has no row for the token.
+
+        Raises:
+          InputError: an empty text, or a tokenizer that can't be loaded.
+        """
+        added = added_tokens(texts, self.tokenizer, self.shape) if texts else None
+        if added is None:
+            return self
+        shape = replace(self.shape, vocab_size=max(self.shape.vocab_size, added.stop))
+        return replace(self, shape=shape, source=replace(self.source, added=added))
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The Hugging Face tokenizer, loaded when it is first asked for."""
@@ -96,8 +113,7 @@ class Base:
 
     @cached_property
     def _loaded_tokenizer(self) -> Loaded:
-        adapter = self.source.tokenizer
-        return loaded(self.folder) if adapter is None else adapter_tokenizer(self.folder, adapter)
+        return tokenizer_of(self.source)
 
     def abstract(
         self, mesh: Mesh, *, dtype: DTypeLike, quantization: Quantization | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import check_links
-from droplora_jax.hf.tokenizer import Loaded, loaded
+from droplora_jax.hf.tokenizer import Loaded, add_special_tokens, loaded
+from droplora_jax.models.config import Source
 
 Files = Mapping[str, Path]  # by the name, relative to the folder, that each is to have
 
@@ -77,6 +79,33 @@ def copy_files(files: Files, folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
+
+
+def tokenizer_of(source: Source) -> Loaded:
+    """The tokenizer of a base: its own or an adapter's, with the tokens that were added.
+
+    Raises:
+      InputError: there is none, or it is broken.
+    """
+    folder, adapter = source.folder, source.tokenizer
+    read = loaded(folder) if adapter is None else adapter_tokenizer(folder, adapter)
+    if source.added is not None:
+        add_special_tokens(read.tokenizer, source.added.texts)
+    return read
+
+
+@contextmanager
+def tokenizer_folder(source: Source) -> Iterator[Path | None]:
+    """A folder whose tokenizer takes the place of the one in the base's folder, if there is one.
+
+    It may be gone after the block.
+    """
+    if source.added is None:
+        yield source.tokenizer
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_of(source).tokenizer.save_pretrained(folder)
+        yield Path(folder)
 
 
 def adapter_tokenizer(base: Path, adapter: Path) -> Loaded:

@@ -24,6 +24,7 @@ def load(
     revision: str | None = None,
     ignore_config_keys: Sequence[str] = (),
     quantize: str | Quantization = "none",
+    add_tokens: Sequence[str] = (),
 ) -> Decoder:
     """Load a Hugging Face folder or hub id straight onto the mesh.
 
@@ -35,6 +36,8 @@ def load(
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: keys of `config.json` known to change nothing; exports record them.
       quantize: store the linear layers in fewer bits: `int8`, `int4`, `nf4`, or a `Quantization`.
+      add_tokens: special tokens to add to the tokenizer, as exports will have it. The row of a new
+        token is the mean of the others: train the embedding and the head too.
 
     Raises:
       InputError: a folder, key or tensor that is missing, broken or not supported.
@@ -46,6 +49,6 @@ def load(
     (1, 4, 259)
     """
     quantization = quantize if isinstance(quantize, Quantization) else Quantization(quantize)
-    base = Base.open(path, revision, ignore_config_keys)
+    base = Base.open(path, revision, ignore_config_keys).with_tokens(add_tokens)
     mesh = mesh or make_mesh(devices=jax.local_devices())
     return base.load(mesh, dtype=dtype, quantization=quantization)

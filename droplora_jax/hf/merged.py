@@ -22,7 +22,13 @@ from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, check_free, read_json, write_json
 from droplora_jax.data.end_markers import RECORD_KEY, EndMarkers
-from droplora_jax.hf.companions import REPORT_FILE, companions, copy_files, has_vocabulary
+from droplora_jax.hf.companions import (
+    REPORT_FILE,
+    companions,
+    copy_files,
+    has_vocabulary,
+    tokenizer_folder,
+)
 from droplora_jax.hf.generation_config import add_end_tokens
 from droplora_jax.hf.peft.folder import quantization_of_record
 from droplora_jax.hf.safetensors_file import TensorWriter, is_finite
@@ -124,7 +130,8 @@ def save_merged(
     with ThreadPoolExecutor(os.cpu_count()) as pool, atomic_folder(folder) as temporary:
         merged = MergedBase(open_source(source), merges_by_tensor(model), dtype, pool.map)
         rounding = _write_shards(merged, temporary)
-        copy_files(companions(source.folder, source.tokenizer), temporary)
+        with tokenizer_folder(source) as tokenizer:
+            copy_files(companions(source.folder, tokenizer), temporary)
         _update_config(temporary / "config.json", model, dtype)
         add_end_tokens(temporary, (*end_markers.token_ids, *_eos_of_adapter(source, temporary)))
         if list(merged.base.shards()) != [SINGLE_FILE]:
@@ -205,6 +212,8 @@ def _from_adapter(model: Decoder) -> Iterator[str]:
     source = source_of_model(model)
     if source.tokenizer is not None:
         yield f"the tokenizer and its chat templates are the adapter's, from {source.tokenizer}"
+    if source.added is not None:
+        yield f"the tokenizer has further special tokens: {', '.join(source.added.texts)}"
     rows, before = model.config.vocab_size, base_vocabulary(source)
     if rows != before:
         yield f"the vocabulary is the adapter's: {rows} rows, where the base has {before}"
@@ -337,7 +346,10 @@ class MergedBase:
     def stored(
         self, name: str, index: tuple[slice, ...] = (), transposed: bool = False
     ) -> np.ndarray:
-        """A tensor of the base in float32."""
+        """A tensor of the base in float32, or the fully trained one that takes its place."""
+        merge = self.merges.get(name)
+        if merge is not None and merge.replaces:
+            return self.reference(name, index, transposed)
         return self._read(name, index, transposed).astype(np.float32, copy=False)
 
     def reference(

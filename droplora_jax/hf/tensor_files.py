@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 from droplora_jax.core import remote
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import read_json
+from droplora_jax.hf.mean_rows import MeanRows
 from droplora_jax.hf.safetensors_file import MappedFile, TensorFile, is_finite
 from droplora_jax.models.config import Source
 
@@ -61,19 +62,27 @@ def has_weights(folder: Path) -> bool:
 def open_source(source: Source) -> TensorFiles:
     """The tensors of a model, also those that do not come from its folder.
 
+    Tables that an adapter brings have rows for tokens that were added to the base already.
+
     Raises:
       InputError: see `open_folder`; or a file that lacks one of `source.others`.
     """
     tensors = open_folder(source.folder)
     files = {other.file for other in source.others if other.file is not None}
     opened = {file: open_file(file) for file in sorted(files)}
-    others = {}
+    own: dict[str, tuple[TensorFiles, str]] = {}
+    brought: dict[str, tuple[TensorFiles, str]] = {}
     for other in source.others:
         holder = tensors if other.file is None else opened[other.file]
         if other.stored_as not in holder.files:
             raise InputError(f"{other.file or source.folder}: lacks {other.stored_as}")
-        others[other.name] = (holder, other.stored_as)
-    return tensors.with_others(others)
+        (own if other.file is None else brought)[other.name] = (holder, other.stored_as)
+    tensors = tensors.with_others(own)
+    if source.added is not None:
+        present = [name for name in source.added.tables if name in tensors.files]
+        rows = (source.added.first, source.added.stop)
+        tensors = tensors.with_others({name: tensors.with_mean(name, *rows) for name in present})
+    return tensors.with_others(brought)
 
 
 def open_file(file: Path | str) -> TensorFiles:
@@ -193,6 +202,12 @@ class TensorFiles:
         """
         own = {name: file for name, file in self.files.items() if name not in self._others}
         return TensorFiles(own, self._opened, {**self._others, **others})
+
+    def with_mean(self, name: str, first: int, stop: int) -> tuple[TensorFiles, str]:
+        """A table whose rows `first` to `stop` are the mean of those before; see `with_others`."""
+        table = MeanRows(*self._place(name), first, stop)
+        file = self.files[name]
+        return TensorFiles(dict.fromkeys(table.entries, file), {file: table}), table.tensor
 
     def renamed(self, names: Mapping[str, str]) -> TensorFiles:
         """The tensors of these names, each under the other name that it is given."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +60,14 @@ def loaded(folder: Path) -> Loaded:
         raise InputError(
             f"{folder}: no tokenizer could be loaded from it ({first_line(error)})"
         ) from error
+
+
+def add_special_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Give a tokenizer further special tokens."""
+    from transformers import AddedToken
+
+    tokens = [AddedToken(text, special=True, normalized=False) for text in texts]
+    tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 def _check_readable(folder: Path, transformers: Any) -> None:

@@ -29,6 +29,23 @@ class OtherTensor:
 
 
 @dataclass(frozen=True)
+class AddedTokens:
+    """Special tokens that a base gets beside its own, and the rows of its tables for them.
+
+    Attributes:
+      texts: in the order in which the tokenizer gets them.
+      tables: the tensors that have a row for each token.
+      first, stop: which of their rows are the mean of the rows before; the tables have at least
+        `stop` rows.
+    """
+
+    texts: tuple[str, ...]
+    tables: tuple[str, ...]
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from.
 
@@ -40,6 +57,7 @@ class Source:
         on a base with other ends.
       tokenizer: the folder of an adapter that brings files of a tokenizer.
       ignored_config_keys: keys of its `config.json` that a user knows to change nothing.
+      added: special tokens beside those of its tokenizer, with rows in its tables.
     """
 
     path: str
@@ -48,6 +66,7 @@ class Source:
     others: tuple[OtherTensor, ...] = ()
     tokenizer: Path | None = None
     ignored_config_keys: tuple[str, ...] = ()
+    added: AddedTokens | None = None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ class BaseConfig:
       revision: branch, tag or commit of a hub id.
       ignore_config_keys: keys of `config.json` that are known to change nothing; they are recorded
         with the adapter and in a merged folder.
+      add_tokens: special tokens to add to the tokenizer. The row of a new one is the mean of the
+        others, so embedding and head have to be trained (`adapter.train_whole: [embed, lm_head]`,
+        or both among `adapter.targets`).
       adapter: an adapter in PEFT's format to train on from; its layers, ranks and scales stay, and
         the run's `adapter` says how its ranks are dropped.
       attention: the attention kernel: `splash` (TPU), `cudnn` (NVIDIA GPU), `tokamax` (NVIDIA GPU,
@@ -62,6 +65,7 @@ class BaseConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     revision: str | None = None
     ignore_config_keys: tuple[str, ...] = ()
+    add_tokens: tuple[str, ...] = ()
     adapter: str | None = None
     attention: Kernel = "auto"
     quantize: QuantizedKind = "none"

@@ -27,8 +27,22 @@ def open_base(config: BaseConfig) -> Base:
             raise error.within("model") from error
         raise  # it names a file of the base
     if config.adapter is None:
-        return base
+        return _with_tokens(base, config)
     try:
-        return base.under([Path(config.adapter).expanduser()])
+        base = base.under([Path(config.adapter).expanduser()])
     except InputError as error:
         raise InputError(f"{error} (model.adapter={config.adapter!r})") from error
+    if _with_tokens(base, config) is not base:
+        raise InputError(
+            f"model.add_tokens={list(config.add_tokens)!r}: model.adapter={config.adapter!r} was "
+            "trained without them, and its tables stay as they are; merge it first (droplora "
+            "export --format merged) and add the tokens to the merged folder"
+        )
+    return base
+
+
+def _with_tokens(base: Base, config: BaseConfig) -> Base:
+    try:
+        return base.with_tokens(config.add_tokens)
+    except InputError as error:
+        raise (error.within("model") if str(error).startswith("add_tokens=") else error) from error

@@ -216,7 +216,8 @@ def _find_model(
         run = config_reader.read(folder / CONFIG_FILE)
         config = ignoring(run.model, ignored)
         if step == "last" and _only_adapter(folder):
-            config = replace(config, adapter=None)  # the run's adapter holds all of that one
+            # The run's adapter holds all of that one, and the rows of added tokens.
+            config = replace(config, adapter=None, add_tokens=())
             return _with_adapters(folder, config, {folder / ADAPTER: 1.0})
         return ModelFiles(folder, config, open_base(config), run=run, step=step)
     if trained == PEFT_FILE:

@@ -25,7 +25,7 @@ from droplora_jax.runs.folder import check_settings, previous_config, progress
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.run_data import RunData
 from droplora_jax.runs.schedule_change import schedule_changes
-from droplora_jax.runs.special_tokens import check_special_tokens
+from droplora_jax.runs.special_tokens import check_added_tokens, check_special_tokens
 from droplora_jax.training import optimizer
 
 
@@ -80,6 +80,7 @@ def prepare(config: RunConfig, console: Console) -> Prepared:
             say(console, change)
     if not (saved.step or config.model.adapter):  # else nothing but a new run would help
         targets, trained = config.adapter.targets, step.trained_modules
+        check_added_tokens(base, trained, targets)
         for warning in check_special_tokens(data.used_tokens, base, trained, targets):
             say(console, warning)
     return Prepared(config, folder, base, mesh, data, step, steps, saved.step)

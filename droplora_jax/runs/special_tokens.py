@@ -83,6 +83,22 @@ def check_special_tokens(
             )
 
 
+def check_added_tokens(base: Base, trained: Collection[str], targets: str | Sequence[str]) -> None:
+    """Raise InputError unless the rows of tokens that were added to the base are trained."""
+    added = base.source.added
+    frozen = [end for end in _ends(base) if end not in trained]
+    if added is not None and added.first < added.stop and frozen:
+        raise InputError(
+            f"model.add_tokens={list(added.texts)!r}: the row of a new token is the mean of the "
+            f"others, and the frozen {' and '.join(frozen)} would keep it so; "
+            f"{_fix(base, targets)}"
+        )
+
+
+def _ends(base: Base) -> list[str]:
+    return [EMBED] if base.shape.tie_embeddings else [EMBED, HEAD]
+
+
 def _rows(base: Base, module: str, ids: Collection[int]) -> dict[int, np.ndarray]:
     """The rows of tokens in the embedding or the head, as they are stored."""
     tensor = base.family.tensor_names(base.shape)[PARAMETERS[module]].pattern
@@ -136,7 +152,7 @@ def _listed(ids: Sequence[int], names: Mapping[int, str]) -> str:
 
 def _fix(base: Base, targets: str | Sequence[str]) -> str:
     """The overrides that train the ends of the model."""
-    ends = [EMBED] if base.shape.tie_embeddings else [EMBED, HEAD]
+    ends = _ends(base)
     given = [targets] if isinstance(targets, str) else list(targets)
     chosen = ", ".join(dict.fromkeys([*given, *ends]))
     return f"set adapter.targets='[{chosen}]', or adapter.train_whole='[{', '.join(ends)}]'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -322,3 +323,15 @@ def test_a_model_from_no_folder_has_no_base_to_export(model, tmp_path):
     model.source = None
     with pytest.raises(dl.InputError, match="not loaded from a folder"):
         dl.save_merged(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ends", [(), ("embed", "lm_head")], ids=["frozen", "trained"])
+def test_what_the_full_precision_of_the_base_changes_is_said(untied, tmp_path, ends):
+    int8 = dl.Quantization("int8", tile=16)
+    config = dl.DropLoRA(**OPTIONS, targets="paper", train_whole=ends)
+    model = randomized(dl.inject(load(untied, quantize=int8), config, key=KEY), size=0.2)
+    report = dl.save_merged(model, tmp_path / "merged", trained_over=int8)
+    said = float(re.search(r"quantised base with the adapter by (\S+)", str(report))[1])
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 32))
+    distance = relative(forward(load(tmp_path / "merged"), tokens), forward(model, tokens))
+    assert said == pytest.approx(distance, rel=0.1)

@@ -16,7 +16,7 @@ from droplora_jax.data.config import DataConfig
 from droplora_jax.data.end_markers import EndMarkers
 from droplora_jax.data.load import load
 from droplora_jax.hf.base import Base
-from droplora_jax.runs.special_tokens import UsedTokens, check_special_tokens
+from droplora_jax.runs.special_tokens import UsedTokens, check_added_tokens, check_special_tokens
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -103,3 +103,17 @@ def test_tokens_that_are_read_alike_are_a_warning(tied_or_not, tmp_path):
     assert f"'{START}' ({start}), '{END}' ({end})" in warning
     assert "set adapter.targets='[paper, lm_head, embed]'" in warning
     assert check(copy, tmp_path, trained=["embed"]) == []
+
+
+def test_rows_of_added_tokens_that_stay_frozen_are_an_error(tied_or_not):
+    folder, tied = tied_or_not
+    base = Base.open(folder)
+    check_added_tokens(base.with_tokens([START]), [], "paper")  # the tokenizer has it
+    base, ends = base.with_tokens(["<|new|>"]), ["embed"] if tied else ["embed", "lm_head"]
+    check_added_tokens(base, ends, "paper")
+    with pytest.raises(InputError) as info:
+        check_added_tokens(base, ends[1:], "paper")
+    (message,) = info.value.problems
+    assert message.startswith("model.add_tokens=['<|new|>']: ")
+    assert "the frozen embed would keep it so" in message
+    assert f"adapter.train_whole='[{', '.join(ends)}]'" in message

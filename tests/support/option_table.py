@@ -165,6 +165,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **WITHOUT_DECAY,
     },
     "droplora-ends-trained": {
+        "model.add_tokens": ["<|more|>"],
         "adapter.train_whole": ["norm", "lm_head"],
         "adapter.targets": ["embed", "q_proj", "v_proj"],
         "data.train": "data/wrapped.jsonl",

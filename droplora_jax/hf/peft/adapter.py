@@ -23,7 +23,7 @@ from droplora_jax.adapters.surgery import adapters_of, inject, view
 from droplora_jax.core import distributed
 from droplora_jax.core.errors import InputError
 from droplora_jax.core.files import atomic_folder, read_json, write_json
-from droplora_jax.hf.companions import copy_files, tokenizer_files
+from droplora_jax.hf.companions import copy_files, tokenizer_files, tokenizer_folder
 from droplora_jax.hf.peft import ends
 from droplora_jax.hf.peft.config import (
     PEFT_FILE,
@@ -81,8 +81,9 @@ def save_adapter(
             save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             write_json(temporary / PEFT_FILE, peft)
             write_json(temporary / OWN_FILE, own)
-            if model.source is not None and model.source.tokenizer is not None:
-                copy_files(tokenizer_files(model.source.tokenizer), temporary)
+            if model.source is not None:
+                with tokenizer_folder(model.source) as tokenizer:
+                    copy_files(tokenizer_files(tokenizer) if tokenizer else {}, temporary)
     distributed.wait_for_all("the adapter is written")
     return vllm_limits(peft, tensors, model.config.family)
 

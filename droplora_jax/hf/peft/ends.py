@@ -84,16 +84,19 @@ def copies_to_store(
       adapted: for the tensors of ends, whether they have factors.
       trained: the tensors that are stored already, because they are trained as they are.
     """
-    if source is None or not source.others:
+    if source is None:
         return {}
-    tensors, copies = open_source(source), {}
-    for other in source.others:
-        if other.file is None or other.name in trained:
+    changed = [other.name for other in source.others if other.file is not None]
+    if source.added is not None:
+        changed += [name for name in source.added.tables if name in adapted]
+    copies = {}
+    for name in dict.fromkeys(changed):
+        if name in trained:
             continue
-        module, _, last = other.name.rpartition(".")
-        beside = ".base_layer" if adapted.get(other.name) else ""
+        module, _, last = name.rpartition(".")
+        beside = ".base_layer" if adapted.get(name) else ""
         key = f"{PREFIX}{module}{beside}.{last}"
-        copies[key] = tensors.read(other.name, dtype=np.float32)
+        copies[key] = open_source(source).read(name, dtype=np.float32)
     return copies
 
 
@@ -121,6 +124,12 @@ def _with_ends(
 ) -> tuple[ModelConfig, Source]:
     tables = _tables(shape, adapter)
     new = shape_under(shape, adapter)
+    if source.added is not None and new.vocab_size < source.added.stop:
+        raise InputError(
+            f"{adapter.file}: brings tables of {new.vocab_size} rows, in which the tokens that "
+            f"were added to the base ({', '.join(source.added.texts)}) have none; open the base "
+            "without add_tokens"
+        )
     base = open_source(source)
     others = {other.name: other for other in source.others}
     embedding = BaseNames(new).table["embed.embedding"].pattern
