@@ -238,7 +238,7 @@ def test_a_wrong_override(refused, base, tmp_path):
         (['{"instruction": "a", "output": "b"}', "", '{"instruction": "a"}'], "bad.jsonl:3: "),
         (['{"instruction": "a", "output": ""}'], "bad.jsonl:1: "),
         (['{"instruction": "a", "output": 3}'], "bad.jsonl:1: "),
-        (["[1]"], "bad.jsonl:1: must be an object"),
+        (["[1]"], "bad.jsonl, row 1: must be an object with keys"),
         ([], "bad.jsonl: the file is empty"),
     ],
 )

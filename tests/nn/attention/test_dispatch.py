@@ -125,7 +125,7 @@ def test_the_choice_and_why(name, platform, dtype, context, kernel, why):
         ("splash", "cuda", "bfloat16", 1, "it is made for tpu, and the devices are cuda"),
         ("cudnn", "rocm", "bfloat16", 1, "it is made for cuda, and the devices are rocm"),
         ("cudnn", "cuda", "float32", 1, "it takes bfloat16 and float16, not float32"),
-        ("splash", "tpu", "bfloat16", 2, "positions are split over context=2"),
+        ("splash", "tpu", "bfloat16", 2, "positions are split over context=2 devices"),
     ],
 )
 def test_a_kernel_that_can_not_run_is_an_error(name, platform, dtype, context, reason):
