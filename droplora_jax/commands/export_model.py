@@ -14,6 +14,7 @@ from droplora_jax.data.end_markers import RECORD_KEY
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.config import PEFT_FILE
 from droplora_jax.hf.peft.folder import (
+    adapter_notes,
     holds_model,
     named_adapters,
     record_of_quantization,
@@ -25,7 +26,6 @@ from droplora_jax.runs import config_reader
 from droplora_jax.runs.folder import CONFIG_FILE
 from droplora_jax.runs.open_base import open_base
 from droplora_jax.runs.open_model import (
-    adapter_notes,
     base_of,
     end_markers_of,
     ignoring,

@@ -27,7 +27,7 @@ from droplora_jax.hf.base import Base
 from droplora_jax.hf.companions import REPORT_FILE
 from droplora_jax.hf.peft.config import PEFT_FILE, branch_of
 from droplora_jax.hf.peft.consumers import vllm_limits
-from droplora_jax.hf.peft.folder import OWN_FILE, AdapterFolder
+from droplora_jax.hf.peft.folder import AdapterFolder, adapter_notes
 from droplora_jax.hf.peft.names import EMBEDDING_A, EMBEDDING_B, PREFIX, A, B, is_copy, split_key
 from droplora_jax.hf.tensor_files import TensorFiles, open_source
 from droplora_jax.hf.weight_loading import check_tensors
@@ -131,7 +131,7 @@ def _run(folder: Path) -> dict[str, Any]:
 def _adapter(folder: Path) -> dict[str, Any]:
     adapter = AdapterFolder.read(folder)
     peft, tensors = adapter.fields, adapter.tensors
-    own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    own = adapter_notes(folder)
     whole = [
         key.removeprefix(PREFIX)
         for key in tensors.files

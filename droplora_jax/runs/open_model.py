@@ -27,7 +27,12 @@ from droplora_jax.data.end_markers import RECORD_KEY, EndMarkers
 from droplora_jax.hf.base import Base
 from droplora_jax.hf.peft.adapter import load_adapter
 from droplora_jax.hf.peft.config import PEFT_FILE
-from droplora_jax.hf.peft.folder import OWN_FILE, check_adapter, ignored_config_keys
+from droplora_jax.hf.peft.folder import (
+    OWN_FILE,
+    adapter_notes,
+    check_adapter,
+    ignored_config_keys,
+)
 from droplora_jax.models.config import ModelConfig
 from droplora_jax.models.decoder import Decoder
 from droplora_jax.models.families.config_keys import UnfitConfigKeys
@@ -310,12 +315,6 @@ def base_of(adapter: Path, instead: str | None = None) -> BaseConfig:
         )
     config = BaseConfig(path, revision=None if instead else named.get("revision"))
     return ignoring(config, ignored_config_keys(adapter))
-
-
-def adapter_notes(adapter: Path) -> Mapping[str, Any]:
-    """What this project notes beside an adapter; empty for an adapter of another tool."""
-    file = adapter / OWN_FILE
-    return read_json(file) if file.exists() else {}
 
 
 def end_markers_of(*records: Mapping[str, Any]) -> EndMarkers:

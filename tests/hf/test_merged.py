@@ -36,6 +36,7 @@ import droplora_jax as dl
 from droplora_jax.adapters.surgery import adapters_of, view
 from droplora_jax.hf import EXPORTERS, merged
 from droplora_jax.hf.exporter import exporter
+from droplora_jax.hf.merge_report import MergeReport
 from droplora_jax.models.parameter_table import PARAMETERS
 
 KEY = dl.root_key(0)
@@ -224,7 +225,7 @@ def test_a_merge_that_computes_something_else_is_not_kept(
 
 @pytest.mark.parametrize(("lost", "advised"), [(0.7, True), (1e-3, False)])
 def test_a_wider_dtype_is_advised_where_rounding_takes_much(lost, advised, tmp_path):
-    report = merged.MergeReport(tmp_path, 9, 1, (("layers.0.q", lost),), 1e-7)
+    report = MergeReport(tmp_path, 9, 1, (("layers.0.q", lost),), 1e-7)
     assert ("--dtype float32" in str(report)) is advised
 
 

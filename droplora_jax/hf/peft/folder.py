@@ -60,10 +60,15 @@ class AdapterFolder:
         return open_file(self.file).renamed(names)
 
 
+def adapter_notes(path: Path) -> Mapping[str, Any]:
+    """What this project notes beside an adapter; empty for an adapter of another tool."""
+    file = path / OWN_FILE
+    return read_json(file) if file.exists() else {}
+
+
 def ignored_config_keys(path: Path) -> tuple[str, ...]:
     """The keys of its base's `config.json` that were ignored when an adapter was trained."""
-    file = path / OWN_FILE
-    return tuple(read_json(file).get(IGNORED, ())) if file.exists() else ()
+    return tuple(adapter_notes(path).get(IGNORED, ()))
 
 
 def check_adapter(path: Path) -> None:
@@ -98,8 +103,8 @@ def trained_over(path: Path) -> Quantization | None:
 
     This project records it; of other tools only the name of the base may tell.
     """
-    if (path / OWN_FILE).exists():
-        return quantization_of_record(read_json(path / OWN_FILE))
+    if notes := adapter_notes(path):
+        return quantization_of_record(notes)
     name = str(read_json(path / PEFT_FILE).get("base_model_name_or_path") or "")
     return Quantization("nf4") if re.search(r"bnb[-_]4bit|4bit|nf4", name, re.I) else None
 
